@@ -1,0 +1,71 @@
+"""Command line: `python -m sglang_orthrus demo | serve | export-ar`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.server import Server, ServerError
+
+_CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "default", "messages": [{{"role": "user", "content": "How do you work?"}}]}}'"""
+
+
+def serve(model: str | None, port: int, extra: list[str]) -> int:
+    """Run an ORTHRUS server in the foreground until Ctrl-C; `extra` goes to SGLang as it is."""
+    from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS, Waiting
+
+    chosen = model or str(NANO)
+    with Server(chosen, *ORTHRUS_ARGS, *SERVER_ARGS, *extra, port=port, progress=Waiting("ORTHRUS")) as server:
+        print(f"\r\033[Kserving {chosen}  log: {server.log_path}\ntry:\n{_CURL.format(url=server.url)}")
+        print("Ctrl-C stops it.", flush=True)
+        while server.is_running:
+            time.sleep(1)
+        print(f"the server ended by itself:\n{server.log_tail()}", file=sys.stderr)
+    return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, run the command, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_orthrus", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="compare the bundled checkpoint with and without ORTHRUS")
+    serving = commands.add_parser("serve", help="serve a checkpoint (default: the bundled one) with ORTHRUS")
+    serving.add_argument("model", nargs="?", help="checkpoint directory or model name")
+    serving.add_argument("--port", type=int, default=30000)
+    exporting = commands.add_parser("export-ar", help="write a checkpoint's autoregressive view as plain Qwen3")
+    exporting.add_argument("source", type=Path)
+    exporting.add_argument("target", type=Path)
+    arguments, extra = parser.parse_known_args(argv)
+    if extra and arguments.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    try:
+        if arguments.command == "export-ar":
+            print(export_ar(arguments.source, arguments.target))
+            return 0
+        if arguments.command == "serve":
+            return serve(arguments.model, arguments.port, extra)
+        from sglang_orthrus import demo
+
+        return demo.run()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except (ServerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

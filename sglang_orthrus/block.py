@@ -1,0 +1,54 @@
+"""The draft block of one round, as pure tensor arithmetic.
+
+Letters: C committed tokens, the anchor (the last token) at position C and not in the cache; F block width.
+
+    positions  C        C+1 ... C+F-1
+    input      anchor   MASK ... MASK          F tokens
+    slots      req_to_token[request, C : C+F]  draft writes diffusion KV, verify overwrites it with AR KV
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class DraftBlock(NamedTuple):
+    """Inputs of the draft pass for a batch; all tensors are int64 on the model's device.
+
+    Attributes:
+        ids: [bs, F] the anchor, then the mask token.
+        positions: [bs, F] absolute positions, from each request's C.
+        slots: [bs, F] KV slots of those positions.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+
+
+def draft_block(
+    anchors: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    *,
+    width: int,
+    mask_token_id: int,
+) -> DraftBlock:
+    """Lay out each request's draft block (paper, section 3.2; SGLang's `_prepare_dflash_draft_block_unchecked`).
+
+    Args:
+        anchors: [bs] token ids that are emitted but not yet in the cache.
+        prefix_lens: [bs] committed lengths C.
+        req_pool_indices: [bs] rows of `req_to_token`.
+        req_to_token: [requests, columns] slot of every position; needs columns up to max(C) + width.
+        width: F.
+        mask_token_id: id at the F-1 positions to be drafted.
+    """
+    offsets = torch.arange(width, device=anchors.device)
+    positions = prefix_lens.long()[:, None] + offsets
+    ids = torch.where(offsets == 0, anchors.long()[:, None], mask_token_id)
+    slots = req_to_token[req_pool_indices.long()[:, None], positions].long()
+    return DraftBlock(ids, positions, slots)

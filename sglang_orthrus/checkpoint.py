@@ -1,0 +1,140 @@
+"""File-level tools for dual-view checkpoints: tensor names, and the AR-only export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+DIFF_SUFFIXES = (
+    "q_proj_diff.weight",
+    "k_proj_diff.weight",
+    "v_proj_diff.weight",
+    "o_proj_diff.weight",
+    "q_norm_diff.weight",
+    "k_norm_diff.weight",
+)
+_INDEX = "model.safetensors.index.json"
+_DUAL_VIEW_KEYS = ("block_size", "mask_token_id", "auto_map")
+_SHOWN = 4
+
+
+def diff_tensor_names(num_layers: int) -> frozenset[str]:
+    """Names of the diffusion view's tensors: six per layer, as the released checkpoints name them."""
+    return frozenset(
+        f"model.layers.{layer}.self_attn.{suffix}" for layer in range(num_layers) for suffix in DIFF_SUFFIXES
+    )
+
+
+def check_tensors(names: Iterable[str], num_layers: int) -> None:
+    """Check that the `*_diff` tensors among `names` are exactly those that `num_layers` layers need.
+
+    Raises:
+        ValueError: naming the missing and the unexpected ones (the first few, and how many).
+    """
+    found = {name for name in names if "_diff." in name}
+    expected = diff_tensor_names(num_layers)
+    problems = [
+        f"{len(wrong)} {label} ({_first_few(wrong)})"
+        for label, wrong in (("missing", expected - found), ("unexpected", found - expected))
+        if wrong
+    ]
+    if problems:
+        raise ValueError(
+            f"the checkpoint's diffusion view does not fit its {num_layers} layers: "
+            + "; ".join(problems)
+            + f". An Orthrus checkpoint has {len(DIFF_SUFFIXES)} *_diff tensors per layer; "
+            "download it again, or serve it without --speculative-algorithm ORTHRUS."
+        )
+
+
+def tensor_names(path: str | Path) -> frozenset[str]:
+    """Tensor names of a local checkpoint directory, read from its index or its files' headers.
+
+    Raises:
+        FileNotFoundError: if the directory holds no safetensors file.
+    """
+    folder = Path(path)
+    index = folder / _INDEX
+    if index.is_file():
+        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return frozenset(name for file in _weight_files(folder) for name in _header(file)) - {"__metadata__"}
+
+
+def export_ar(source: str | Path, target: str | Path) -> Path:
+    """Write the AR view of a dual-view checkpoint as a plain Qwen3 checkpoint, and return its directory.
+
+    The `*_diff` tensors and the dual-view configuration keys are left out; every other file (tokenizer, chat
+    template, generation config) is copied. The result is the model that `source` must reproduce.
+
+    Raises:
+        FileNotFoundError: if `source` is not a checkpoint directory.
+        FileExistsError: if `target` already holds a configuration.
+    """
+    source, target = Path(source), Path(target)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    files = _weight_files(source)
+    if (target / "config.json").exists():
+        raise FileExistsError(f"{target} already holds a checkpoint; choose another directory")
+    target.mkdir(parents=True, exist_ok=True)
+
+    weight_map: dict[str, str] = {}
+    for file in files:
+        kept = dict(_ar_tensors(file))
+        if kept:
+            save_file(kept, target / file.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(kept, file.name)
+    if len(files) > 1:
+        _write_json(target / _INDEX, {"metadata": {}, "weight_map": weight_map})
+    _write_json(target / "config.json", _ar_config(config))
+    for file in source.iterdir():
+        if file.is_file() and not _is_model_file(file):
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+def _ar_config(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in _DUAL_VIEW_KEYS}
+    return kept | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+
+def _ar_tensors(file: Path) -> Iterator[tuple[str, Any]]:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            if "_diff." not in name:
+                yield name, tensors.get_tensor(name)
+
+
+def _is_model_file(file: Path) -> bool:
+    # The model card describes the dual-view model, modeling_*.py implements it: neither fits the export.
+    return file.name in ("config.json", _INDEX, "README.md") or file.suffix in (".safetensors", ".py")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no .safetensors file in {folder}")
+    return files
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: an 8-byte little-endian length, then the text."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return header
+
+
+def _first_few(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:_SHOWN]) + (", ..." if len(ordered) > _SHOWN else "")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

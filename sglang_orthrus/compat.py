@@ -1,0 +1,202 @@
+"""Every dependence on SGLang's internals, and the few places where SGLang is changed at run time.
+
+Nothing here runs unless an ORTHRUS server is started, except `qwen3_attention_class` (loading an Orthrus model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from importlib.metadata import version
+from typing import Any
+
+from sglang_orthrus.touch import Touch
+
+SUPPORTED_SGLANG = "0.5.23"
+
+LEDGER: tuple[Touch, ...] = (
+    Touch(
+        "sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len",
+        (),
+        "wrapped, so that a row of req_to_token has room for two blocks past the context length",
+        "the decode reservation is two blocks, the built-in headroom one block and four columns",
+        "SGLang sizes the headroom from get_alloc_reserve_per_decode() for every algorithm",
+    ),
+    Touch(
+        "sglang.srt.managers.scheduler:Scheduler.validate_dllm_request",
+        ("req",),
+        "wrapped, so that requests with options that are not exact yet get a 400",
+        "request admission is keyed on the built-in algorithms' names",
+        "CustomSpecAlgo has a request-validation hook",
+    ),
+    Touch(
+        "sglang.srt.models.qwen3:Qwen3Attention",
+        ("hidden_size", "num_heads", "num_kv_heads", "layer_id", "prefix"),
+        "replaced while an Orthrus model is constructed",
+        "Qwen3DecoderLayer takes the class from its module",
+        "Qwen3DecoderLayer accepts an attention class",
+    ),
+    Touch(
+        "sglang.srt.managers.overlap_utils:FutureMap",
+        ("device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
+        "constructed by OrthrusAlgorithm.create_future_map",
+        "CustomSpecAlgo lacks the method that the scheduler calls (patches/0001)",
+        "CustomSpecAlgo has create_future_map",
+    ),
+    Touch(
+        "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
+        ("name", "factory", "supports_overlap", "validate_server_args"),
+        "subclassed",
+        "the documented spec_class argument expects a subclass, but the module is private",
+        "never: it is the seam",
+    ),
+    Touch(
+        "sglang.srt.speculative.base_spec_worker:BaseSpecWorker",
+        (),
+        "subclassed",
+        "the scheduler expects its interface of every worker",
+        "never: it is the seam",
+    ),
+    Touch(
+        "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
+        ("draft_token", "positions", "draft_token_num", "capture_hidden_mode"),
+        "subclassed as the inputs of both passes",
+        "attention backends and planners dispatch on its spec_input_type, an enum closed to plugins",
+        "SpecInputType is open, or backends dispatch on behaviour",
+    ),
+    Touch(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        ("batch", "model_runner", "return_hidden_states_before_norm"),
+        "called for every pass",
+        "there is no public way to run one more forward over a batch",
+        "never: speculative workers share it",
+    ),
+    Touch(
+        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+        ("batch", "forward_batch", "is_verify"),
+        "called for prefill and for both passes",
+        "as above",
+        "never: speculative workers share it",
+    ),
+    Touch(
+        "sglang.srt.managers.utils:GenerationBatchResult",
+        (
+            "logits_output",
+            "next_token_ids",
+            "accept_lens",
+            "next_draft_input",
+            "new_seq_lens",
+            "can_run_cuda_graph",
+            "speculative_num_draft_tokens",
+        ),
+        "returned from every round",
+        "it is the spec-V2 result",
+        "never: it is the seam",
+    ),
+    Touch(
+        "sglang.srt.speculative.spec_utils:GrammarTree.from_linear_chain",
+        ("verify_ids_2d",),
+        "the block as a chain, for the grammar masks",
+        "as the DFLASH worker does",
+        "never: speculative workers share it",
+    ),
+    Touch(
+        "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask",
+        ("reqs", "tree", "sampling_info", "device", "barrier"),
+        "one mask per verify row",
+        "as the DFLASH worker does",
+        "never: speculative workers share it",
+    ),
+    Touch(
+        "sglang.srt.model_executor.cuda_graph_config:with_phase",
+        ("config", "phase"),
+        "switches decode CUDA graphs off",
+        "the graph runner has no spec input for custom algorithms and would crash while capturing",
+        "our own graph runner exists",
+    ),
+    Touch(
+        "sglang.srt.arg_groups.model_override_base:model_config_of",
+        ("server_args",),
+        "reads the checkpoint's configuration while arguments are resolved",
+        "the validation hook gets the arguments alone",
+        "never: read-only",
+    ),
+    Touch(
+        "sglang.srt.arg_groups.model_override_base:attention_backends_of",
+        ("cfg",),
+        "reads the resolved attention backends",
+        "the prefill and decode overrides fall back to the common flag in one place only",
+        "never: read-only",
+    ),
+)
+
+
+def require_supported_sglang() -> None:
+    """Refuse a version of SGLang that this package was not tested with.
+
+    Raises:
+        ValueError: naming both versions and the fix.
+    """
+    found = version("sglang")
+    if found != SUPPORTED_SGLANG:
+        raise ValueError(
+            f"--speculative-algorithm ORTHRUS needs sglang {SUPPORTED_SGLANG}, but {found} is installed: "
+            f"pip install sglang=={SUPPORTED_SGLANG}"
+        )
+
+
+@contextmanager
+def qwen3_attention_class(attention: type) -> Iterator[None]:
+    """Build Qwen3 layers with `attention` in place of `Qwen3Attention` for the duration."""
+    from sglang.srt.models import qwen3
+
+    stock = qwen3.Qwen3Attention
+    qwen3.Qwen3Attention = attention
+    try:
+        yield
+    finally:
+        qwen3.Qwen3Attention = stock
+
+
+def widen_req_to_token_rows(block_size: int) -> None:
+    """Give every request's row of `req_to_token` columns for two blocks past the context length.
+
+    Must run in the scheduler process before the pools are made; a second call changes nothing.
+    """
+    from sglang.srt.mem_cache import kv_cache_configurator
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_page_size
+
+    def headroom(stock: Callable[..., int]) -> Callable[..., int]:
+        @wraps(stock)
+        def widened(*args: Any, **kwargs: Any) -> int:
+            return max(stock(*args, **kwargs), 2 * block_size + get_alloc_page_size() - 1)
+
+        return widened
+
+    _wrap_once(kv_cache_configurator, "get_req_to_token_extra_context_len", headroom)
+
+
+def refuse_requests(reason: Callable[[Any], str | None]) -> None:
+    """Answer 400 to every generation request for which `reason(req)` returns a sentence.
+
+    Must run in the scheduler process before it takes requests; a second call changes nothing.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def admission(stock: Callable[..., str | None]) -> Callable[..., str | None]:
+        @wraps(stock)
+        def validate(self: Any, req: Any) -> str | None:
+            return stock(self, req) or reason(req)
+
+        return validate
+
+    _wrap_once(Scheduler, "validate_dllm_request", admission)
+
+
+def _wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    stock = getattr(owner, name)
+    if not getattr(stock, "_sglang_orthrus", False):
+        wrapped = wrapper(stock)
+        wrapped._sglang_orthrus = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapped)

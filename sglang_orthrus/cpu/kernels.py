@@ -1,0 +1,74 @@
+"""PyTorch versions of SGLang's Triton kernels that have no CPU path of their own.
+
+Same signatures and same results, bit by bit, as the functions they replace (`sglang_orthrus.cpu.patches`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def assign_req_to_token_pool_func(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Write newly allocated slots into the requests' rows (`sglang.srt.mem_cache.allocation`).
+
+    Args:
+        req_pool_indices: [bs] rows of `req_to_token`.
+        req_to_token: [requests, columns] int32, written in place.
+        start_offset: [bs] first column to write, per request.
+        end_offset: [bs] one past the last column; not above start_offset means nothing to write.
+        out_cache_loc: [sum of (end - start)] slots, request after request.
+        batch_size: bs.
+    """
+    taken = 0
+    rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
+    for row, start, end in rows:
+        if end > start:
+            req_to_token[row, start:end] = out_cache_loc[taken : taken + end - start]
+        taken += end - start
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 of (seed, position, column), the source of seeded sampling (`sglang.kernels.ops.sampling`).
+
+    Args:
+        seed: [n] int64, hashed as two 32-bit words, low one first.
+        positions: [n] integers, hashed modulo 2**32.
+        col_indices: [m] integers, hashed modulo 2**32.
+
+    Returns:
+        [n, m] uint32.
+    """
+    assert seed.shape == positions.shape and seed.dim() == col_indices.dim() == 1
+    seed, positions, columns = seed.long(), positions.long(), col_indices.long()
+    state = torch.zeros_like(seed)
+    for word in (seed, seed >> 32, positions):
+        state = _murmur_mix(state, word & _MASK32)
+    state = _murmur_mix(state[:, None], columns[None, :] & _MASK32)
+    state = state ^ 16  # bytes hashed
+    state = _times(state ^ (state >> 16), 0x85EBCA6B)
+    state = _times(state ^ (state >> 13), 0xC2B2AE35)
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _murmur_mix(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    word = _times(_rotate_left(_times(word, 0xCC9E2D51), 15), 0x1B873593)
+    return (_rotate_left(state ^ word, 13) * 5 + 0xE6546B64) & _MASK32
+
+
+def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
+    # Both fit 32 bits, so their product may overflow int64; it wraps, which leaves the low 32 bits exact.
+    return (x * factor) & _MASK32
+
+
+def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((x << bits) | (x >> (32 - bits))) & _MASK32

@@ -1,0 +1,114 @@
+"""Orthrus on SGLang's own Qwen3: one model, two sets of attention projections over the same KV cache.
+
+The autoregressive (AR) view is stock `Qwen3ForCausalLM`. The diffusion view shares everything with it but the
+attention projections and q/k norms (`*_diff`) and attends without a causal mask inside its block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
+
+from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names
+from sglang_orthrus.compat import qwen3_attention_class
+from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.spec_input import OrthrusBlockInput, View, view_of
+
+
+class OrthrusAttention(Qwen3Attention):
+    """Qwen3 attention with a second set of projections under the released names (`q_proj_diff`, ...).
+
+    Both sets write to the same KV slots: their `RadixAttention` layers share one layer id.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        twin = Qwen3Attention(*args, **kwargs)
+        # ENCODER_ONLY is how every backend is told to drop the causal mask and still read K/V from the pool.
+        twin.attn.attn_type = AttentionType.ENCODER_ONLY
+        # Registered as a module the twin would list every parameter a second time.
+        object.__setattr__(self, "_twin", twin)
+        self.qkv_proj_diff, self.o_proj_diff = twin.qkv_proj, twin.o_proj
+        self.q_norm_diff, self.k_norm_diff = twin.q_norm, twin.k_norm
+        self.attn_diff = twin.attn
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
+        """[tokens, hidden] -> [tokens, hidden], through the projections of the pass's view."""
+        if view_of(forward_batch) is View.DIFFUSION:
+            return self._twin.forward(positions, hidden_states, forward_batch)
+        return super().forward(positions, hidden_states, forward_batch)
+
+
+class OrthrusLM(Qwen3ForCausalLM):
+    """Dual-view Qwen3. Without our algorithm it serves its AR view, which is the base model.
+
+    Raises:
+        ValueError: if the configuration lacks `block_size` or `mask_token_id`, or the weights' `*_diff` tensors do
+            not fit the layers.
+    """
+
+    # Quantised checkpoints name the unfused projections.
+    packed_modules_mapping = {  # noqa: RUF012 (SGLang's class attribute)
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "qkv_proj_diff": ["q_proj_diff", "k_proj_diff", "v_proj_diff"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        dual_view = DualViewConfig.from_hf(config)
+        with qwen3_attention_class(OrthrusAttention):
+            super().__init__(config, quant_config=quant_config, prefix=prefix)
+        self.dual_view = dual_view
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        get_embedding: bool = False,
+        pp_proxy_tensors: Any = None,
+    ) -> LogitsProcessorOutput:
+        """One pass in the view that the batch names; a draft pass returns logits for its wanted rows alone.
+
+        input_ids, positions: [tokens]; logits: [rows, vocabulary], rows = tokens, or bs * num_drafts when drafting.
+        """
+        block = forward_batch.spec_info
+        if not isinstance(block, OrthrusBlockInput) or block.num_drafts is None:
+            return super().forward(input_ids, positions, forward_batch, input_embeds, get_embedding, pp_proxy_tensors)
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        # The head is the widest matrix, and nobody reads the logits of the block's last row.
+        wanted = hidden_states.unflatten(0, (-1, block.draft_token_num))[:, : block.num_drafts].flatten(0, 1)
+        return self.logits_processor(input_ids, wanted, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load both views. Qwen3's own name mapping covers `*_diff`; a set that does not fit the layers is refused."""
+        super().load_weights(_checked(weights, self.config.num_hidden_layers))
+
+
+class OrthrusForCausalLM(OrthrusLM):
+    """The same model under the other architecture name in use."""
+
+
+def _checked(weights: Iterable[tuple[str, torch.Tensor]], num_layers: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the weights on as they stream in; complain before the loader meets an unknown `*_diff` name."""
+    expected, names, stream = diff_tensor_names(num_layers), set[str](), iter(weights)
+    for name, tensor in stream:
+        names.add(name)
+        if "_diff." in name and name not in expected:
+            names.update(rest for rest, _ in stream)
+            break
+        yield name, tensor
+    check_tensors(names, num_layers)
+
+
+EntryClass = [OrthrusLM, OrthrusForCausalLM]

@@ -1,0 +1,64 @@
+"""Entry point of `sglang.srt.plugins`: runs in every SGLang process, so it is light and may run twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from sglang_orthrus import __version__
+from sglang_orthrus.algorithm import NAME, OrthrusAlgorithm, validate_server_args
+from sglang_orthrus.config import ARCHITECTURES
+
+logger = logging.getLogger(__name__)
+
+MODEL_PACKAGE = "sglang_orthrus.models"
+_MODEL_PACKAGE_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+
+
+def register() -> None:
+    """Teach SGLang the ORTHRUS algorithm, the `OrthrusLM` architecture and the `orthrus` model type."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.speculative.spec_registry import get_spec
+
+    if get_spec(NAME) is not None:
+        return
+    _register_config()
+    _register_models()
+    SpeculativeAlgorithm.register(
+        NAME,
+        supports_overlap=True,
+        validate_server_args=validate_server_args,
+        spec_class=OrthrusAlgorithm,
+    )(_worker_class)
+    logger.info("sglang-orthrus %s: --speculative-algorithm %s is available", __version__, NAME)
+
+
+def _worker_class(server_args: Any) -> type:
+    """Only the scheduler process needs the worker, and with it the model code."""
+    from sglang_orthrus.worker import OrthrusWorker
+
+    return OrthrusWorker
+
+
+def _register_config() -> None:
+    """Released configs say `qwen3`; the official code's class says `orthrus`, and both are read alike."""
+    from transformers import AutoConfig, Qwen3Config
+
+    class OrthrusConfig(Qwen3Config):
+        model_type = "orthrus"
+
+    AutoConfig.register(OrthrusConfig.model_type, OrthrusConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    """Through the variable, the registry imports our package when it is first needed, in each process."""
+    is_ours = os.environ.setdefault(_MODEL_PACKAGE_VARIABLE, MODEL_PACKAGE) == MODEL_PACKAGE
+    if is_ours and "sglang.srt.models.registry" not in sys.modules:
+        return
+    # The user has a package there already, or the registry has read the variable.
+    from sglang.srt.models.registry import ModelRegistry
+
+    if ARCHITECTURES[0] not in ModelRegistry.models:
+        ModelRegistry.register(MODEL_PACKAGE)

@@ -1,0 +1,137 @@
+"""SGLang's speculative worker for ORTHRUS: the order of a round, no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
+
+from sglang_orthrus import compat
+from sglang_orthrus.admission import refusal
+from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.model_runner import DualViewRunner
+from sglang_orthrus.spec_input import OrthrusState
+from sglang_orthrus.verify import accept_greedy
+
+Publish = Callable[[torch.Tensor], None]
+
+
+class OrthrusWorker(BaseSpecWorker):
+    """One model, one KV pool, no draft worker. A round is draft, verify, commit.
+
+    For a request with C committed tokens and block width F:
+
+        slots [0, C)        AR-view K/V, shared with the radix tree
+        slots [C, C+F)      draft writes diffusion K/V here, verify overwrites the same slots with AR K/V
+        after n commits     [C, C+n) stays; the rest is overwritten next round and never reaches the radix tree
+    """
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int | None = None, target_worker: Any = None) -> None:
+        super().__init__()
+        self._target_worker = target_worker
+        self._draft_worker = None
+        self.model_runner = target_worker.model_runner
+        self.device = target_worker.device
+        # Read by SGLang's metrics.
+        self.speculative_num_steps = int(get_spec().speculative_num_steps)
+        self.speculative_num_draft_tokens = int(get_spec().speculative_num_draft_tokens)
+
+        config = DualViewConfig.from_hf(self.model_runner.model_config.hf_config)
+        self._runner = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
+        # The pools are made after this, and requests arrive later still.
+        compat.widen_req_to_token_rows(config.block_size)
+        compat.refuse_requests(refusal)
+
+    def init_attention_backends(self) -> None:
+        """On a CPU, replace SGLang's PyTorch attention by one that knows verify passes."""
+        if self.device == "cpu":
+            from sglang_orthrus.cpu.attention import OrthrusCpuAttnBackend
+
+            self.model_runner.attn_backend = OrthrusCpuAttnBackend(self.model_runner)
+
+    def forward_batch_generation(
+        self,
+        batch: ScheduleBatch,
+        on_publish: Publish | None = None,
+        grammar_barrier: Callable[[], None] | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> GenerationBatchResult:
+        """One scheduler step: a prefill in the AR view, or a round for every running request.
+
+        on_publish is called once with the new committed lengths [bs]; grammar_barrier brings the grammars of the
+        batch to its committed state.
+        """
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._prefill(batch, on_publish)
+        return self._round(batch, on_publish, grammar_barrier)
+
+    def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
+        result = self._target_worker.forward_batch_generation(batch)
+        result.new_seq_lens = batch.seq_lens
+        result.next_draft_input = OrthrusState(result.next_token_ids, batch.seq_lens)
+        _publish(on_publish, batch.seq_lens)
+        return result
+
+    def _round(
+        self,
+        batch: ScheduleBatch,
+        on_publish: Publish | None,
+        grammar_barrier: Callable[[], None] | None,
+    ) -> GenerationBatchResult:
+        prefix_lens = batch.seq_lens
+        if prefix_lens.is_cuda:
+            # Made on another stream under overlap scheduling.
+            prefix_lens.record_stream(torch.cuda.current_stream())
+
+        layout = self._runner.layout(batch)
+        drafts = self._runner.draft(batch, layout).argmax(dim=-1)
+        block = torch.cat((layout.ids[:, :1], drafts), dim=1)
+        # The copy to the host has to start before verify is launched.
+        tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
+
+        output = self._runner.verify(batch, layout, block)
+        if tree is not None:
+            self._mask(output.next_token_logits, batch, tree, grammar_barrier)
+        predictions = output.next_token_logits.argmax(dim=-1).view_as(block)
+
+        verdict = accept_greedy(block, predictions, prefix_lens)
+        _publish(on_publish, verdict.new_seq_lens)
+        return GenerationBatchResult(
+            logits_output=output,
+            next_token_ids=verdict.tokens.flatten(),
+            accept_lens=verdict.accept_lens,
+            next_draft_input=OrthrusState(verdict.bonus, verdict.new_seq_lens),
+            new_seq_lens=verdict.new_seq_lens,
+            speculative_num_draft_tokens=block.shape[1],
+            can_run_cuda_graph=False,
+        )
+
+    @staticmethod
+    def _mask(
+        logits: torch.Tensor,
+        batch: ScheduleBatch,
+        tree: GrammarTree,
+        grammar_barrier: Callable[[], None] | None,
+    ) -> None:
+        """Set the logits [bs * Q, vocabulary] of tokens that the grammars forbid to -inf, in place."""
+        mask = build_grammar_vocab_mask(
+            reqs=batch.reqs,
+            tree=tree,
+            sampling_info=batch.sampling_info,
+            device=logits.device,
+            barrier=grammar_barrier,
+        )
+        if mask is not None:
+            mask.apply(logits)
+
+
+def _publish(on_publish: Publish | None, new_seq_lens: torch.Tensor) -> None:
+    """The synchronous scheduler passes no callback and reads `new_seq_lens` off the result."""
+    if on_publish is not None:
+        on_publish(new_seq_lens)

@@ -1,0 +1,71 @@
+"""Every SGLang internal in the ledgers still exists with the parameters that we use."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.metadata import version
+from operator import attrgetter
+from typing import Any
+
+import pytest
+
+from sglang_orthrus import compat
+from sglang_orthrus.cpu.patches import CPU_TOUCHES
+from sglang_orthrus.touch import Touch
+
+TOUCHES = (*compat.LEDGER, *CPU_TOUCHES)
+pytestmark = pytest.mark.contract
+
+
+def _resolve(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return attrgetter(attribute)(importlib.import_module(module))
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=[touch.target for touch in TOUCHES])
+def test_the_symbol_exists_with_our_parameters(touch: Touch) -> None:
+    symbol = _resolve(touch.target)
+    if touch.params:
+        parameters = inspect.signature(symbol).parameters
+        assert set(touch.params) <= set(parameters), f"{touch.target} has {list(parameters)}"
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=[touch.target for touch in TOUCHES])
+def test_an_entry_says_what_why_and_until_when(touch: Touch) -> None:
+    assert all((touch.what, touch.why, touch.remove_when))
+
+
+def test_no_symbol_is_listed_twice() -> None:
+    targets = [touch.target for touch in TOUCHES]
+    assert len(targets) == len(set(targets))
+
+
+def test_the_installed_sglang_is_the_supported_one() -> None:
+    compat.require_supported_sglang()
+
+
+def test_another_sglang_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: "0.5.99")
+    with pytest.raises(ValueError, match=rf"0\.5\.99.*pip install sglang=={version('sglang')}"):
+        compat.require_supported_sglang()
+
+
+def test_wrapping_twice_wraps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    monkeypatch.setattr(Scheduler, "validate_dllm_request", Scheduler.validate_dllm_request)
+    compat.refuse_requests(lambda req: "no")
+    wrapped = Scheduler.validate_dllm_request
+    compat.refuse_requests(lambda req: "no")
+    assert Scheduler.validate_dllm_request is wrapped
+
+
+def test_rows_have_room_for_two_blocks_past_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.mem_cache import allocation_sizing, kv_cache_configurator
+
+    name = "get_req_to_token_extra_context_len"
+    monkeypatch.setattr(kv_cache_configurator, name, lambda: 36)
+    monkeypatch.setattr(allocation_sizing, "get_alloc_page_size", lambda: 16)
+    compat.widen_req_to_token_rows(32)
+    assert getattr(kv_cache_configurator, name)() == 2 * 32 + 16 - 1

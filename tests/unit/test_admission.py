@@ -1,0 +1,61 @@
+"""Requests that ORTHRUS refuses, built as SGLang builds them."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_orthrus.admission import refusal
+
+
+def _request(sampling: dict[str, Any] | None = None, **options: Any) -> Req:
+    params = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 4} | (sampling or {}))
+    # Only stop strings are tokenised; min_new_tokens wants a tokenizer to exist.
+    params.normalize(object())
+    return Req("rid", "", array("q", [1, 2, 3]), params, vocab_size=100, **options)
+
+
+def test_a_greedy_request_is_served() -> None:
+    assert refusal(_request()) is None
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 1, "temperature": 0.8}])
+def test_filters_that_leave_the_top_token_change_nothing(sampling: dict[str, Any]) -> None:
+    assert refusal(_request(sampling)) is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options", "named"),
+    [
+        ({"temperature": 0.7}, {}, "temperature"),
+        ({"frequency_penalty": 0.5}, {}, "frequency_penalty"),
+        ({"presence_penalty": 0.5}, {}, "presence_penalty"),
+        ({"repetition_penalty": 1.2}, {}, "repetition_penalty"),
+        ({"min_new_tokens": 2}, {}, "min_new_tokens"),
+        ({"logit_bias": {"5": 1.0}}, {}, "logit_bias"),
+        ({"beam_width": 2}, {}, "beam_width"),
+        ({}, {"custom_logit_processor": "{}"}, "custom_logit_processor"),
+        ({}, {"return_logprob": True}, "return_logprob"),
+        ({}, {"return_hidden_states": True}, "return_hidden_states"),
+        ({}, {"return_routed_experts": True}, "return_routed_experts"),
+        ({}, {"return_sampling_mask": True}, "return_sampling_mask"),
+        ({}, {"lora_id": "adapter"}, "lora_path"),
+    ],
+)
+def test_an_option_that_is_not_exact_yet_is_named(
+    sampling: dict[str, Any], options: dict[str, Any], named: str
+) -> None:
+    message = refusal(_request(sampling, **options))
+    assert message is not None
+    assert named in message
+
+
+def test_every_offending_option_is_named_at_once() -> None:
+    message = refusal(_request({"temperature": 0.7, "presence_penalty": 1.0}, return_logprob=True))
+    assert message is not None
+    for option in ("temperature", "presence_penalty", "return_logprob"):
+        assert option in message

@@ -1,0 +1,36 @@
+"""Reading the diffusion view's shape from a configuration."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_orthrus.config import DualViewConfig, is_orthrus
+
+
+def test_the_released_values_are_read() -> None:
+    hf_config = SimpleNamespace(block_size=32, mask_token_id=151669, vocab_size=151936)
+    assert DualViewConfig.from_hf(hf_config) == DualViewConfig(32, 151669)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"mask_token_id": 3}, "no block_size"),
+        ({"block_size": 32}, "no mask_token_id"),
+        ({}, "no block_size and no mask_token_id"),
+        ({"block_size": 1, "mask_token_id": 3}, "block_size is 1"),
+        ({"block_size": 32, "mask_token_id": 100}, "mask_token_id 100"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused_by_name(values: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DualViewConfig.from_hf(SimpleNamespace(vocab_size=100, **values))
+
+
+@pytest.mark.parametrize("name", ["OrthrusLM", "OrthrusForCausalLM"])
+def test_the_architecture_decides_not_the_model_type(name: str) -> None:
+    assert is_orthrus(SimpleNamespace(architectures=[name], model_type="qwen3"))
+    assert not is_orthrus(SimpleNamespace(architectures=["Qwen3ForCausalLM"], model_type="qwen3"))
+    assert not is_orthrus(SimpleNamespace(architectures=None))

@@ -1,0 +1,45 @@
+"""Acceptance against a loop that says what greedy decoding means."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_orthrus.verify import accept_greedy
+
+
+def _by_loop(block: list[int], predictions: list[int]) -> list[int]:
+    """Emit predictions while the next block token agrees with the last one emitted."""
+    emitted = [predictions[0]]
+    for draft, prediction in zip(block[1:], predictions[1:], strict=True):
+        if draft != emitted[-1]:
+            break
+        emitted.append(prediction)
+    return emitted
+
+
+def test_a_round_emits_what_greedy_decoding_would() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Three token ids, so that long and short agreements both occur.
+    block = torch.randint(3, (500, 6), generator=generator)
+    predictions = torch.randint(3, (500, 6), generator=generator)
+    prefix_lens = torch.randint(1, 1000, (500,), generator=generator)
+    verdict = accept_greedy(block, predictions, prefix_lens)
+    for row in range(500):
+        expected = _by_loop(block[row].tolist(), predictions[row].tolist())
+        length = int(verdict.accept_lens[row])
+        assert verdict.tokens[row, :length].tolist() == expected
+        assert int(verdict.bonus[row]) == expected[-1]
+        assert int(verdict.new_seq_lens[row]) == int(prefix_lens[row]) + len(expected)
+    assert {1, 6} <= set(verdict.accept_lens.tolist()), "the sample must hold the shortest and the longest round"
+
+
+def test_agreement_after_a_mismatch_is_not_accepted() -> None:
+    verdict = accept_greedy(torch.tensor([[9, 1, 5, 3]]), torch.tensor([[1, 2, 3, 4]]), torch.tensor([10]))
+    assert verdict.accept_lens.tolist() == [2]
+    assert verdict.tokens[0, :2].tolist() == [1, 2]
+
+
+def test_lengths_keep_the_dtype_that_the_scheduler_uses() -> None:
+    verdict = accept_greedy(torch.zeros(1, 2).long(), torch.zeros(1, 2).long(), torch.tensor([7], dtype=torch.int32))
+    assert verdict.new_seq_lens.dtype == torch.int32
+    assert verdict.accept_lens.dtype == torch.int32
