@@ -5,7 +5,11 @@ Same signatures and same results, bit by bit, as the functions they replace (`sg
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def assign_req_to_token_pool_func(
@@ -55,6 +59,13 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
     state = _times(state ^ (state >> 16), 0x85EBCA6B)
     state = _times(state ^ (state >> 13), 0xC2B2AE35)
     return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
+    """Say what `--enable-deterministic-inference` gives on a CPU (`sglang.srt.batch_invariant_ops`)."""
+    logger.warning(
+        "On a CPU, --enable-deterministic-inference makes seeds act; results still round differently in other batches."
+    )
 
 
 _MASK32 = 0xFFFFFFFF

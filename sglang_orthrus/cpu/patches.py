@@ -13,6 +13,7 @@ from sglang_orthrus.touch import Touch
 REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func": kernels.assign_req_to_token_pool_func,
     "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32": kernels.murmur_hash32,
+    "sglang.srt.batch_invariant_ops:enable_batch_invariant_mode": kernels.enable_batch_invariant_mode,
 }
 
 _FORWARD_PARAMS = ("q", "k", "v", "layer", "forward_batch", "save_kv_cache")
@@ -31,6 +32,20 @@ CPU_TOUCHES: tuple[Touch, ...] = (
         "replaced by PyTorch arithmetic",
         "for CPU tensors it calls a kernel that the wheel lacks, so seeded sampling fails",
         "it has a PyTorch path",
+    ),
+    Touch(
+        "sglang.srt.batch_invariant_ops:enable_batch_invariant_mode",
+        ("enable_bmm",),
+        "replaced by a warning",
+        "it puts Triton kernels in place of PyTorch's, and seeded sampling needs the flag that calls it",
+        "seeds act without --enable-deterministic-inference",
+    ),
+    Touch(
+        "sglang.srt.server_args:add_deterministic_attention_backend_choices",
+        ("iterable",),
+        "called with torch_native",
+        "--enable-deterministic-inference refuses other attention backends",
+        "never: it is the seam",
     ),
     Touch(
         "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup",

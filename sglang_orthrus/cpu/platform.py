@@ -71,9 +71,11 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Fill in what SGLang would choose badly on a CPU; flags that the user gave stay.
 
         - `--device cpu` resolves to the `intel_amx` attention backend before a platform is asked.
-        - `auto` makes float16 of a float32 checkpoint, and bfloat16 is emulated on most CPUs: float32 it is.
+        - `auto` makes float16 of a float32 checkpoint; and in float32 a row computed alone and in a block differ so
+          little that speculation changes no token but at the narrowest ties.
         - The KV pool would take nearly all of the machine's memory, and half a minute to be zeroed.
         - An idle scheduler would keep a core busy.
+        - `--enable-deterministic-inference`, without which seeds have no effect, knows no attention backend of ours.
         """
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
@@ -84,3 +86,11 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         server_args.sleep_on_idle = True
+        _allow_deterministic_inference()
+
+
+def _allow_deterministic_inference() -> None:
+    from sglang.srt import server_args
+
+    if ATTENTION_BACKEND not in server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES:
+        server_args.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
