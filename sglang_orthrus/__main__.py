@@ -18,11 +18,11 @@ _CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
 
 def serve(model: str | None, port: int, extra: list[str]) -> int:
     """Run an ORTHRUS server in the foreground until Ctrl-C; `extra` goes to SGLang as it is."""
-    from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS, Waiting
+    from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS, Waiting, clear_line
 
     chosen = model or str(NANO)
     with Server(chosen, *ORTHRUS_ARGS, *SERVER_ARGS, *extra, port=port, progress=Waiting("ORTHRUS")) as server:
-        print(f"\r\033[Kserving {chosen}  log: {server.log_path}\ntry:\n{_CURL.format(url=server.url)}")
+        print(f"{clear_line()}serving {chosen}  log: {server.log_path}\ntry:\n{_CURL.format(url=server.url)}")
         print("Ctrl-C stops it.", flush=True)
         while server.is_running:
             time.sleep(1)

@@ -130,8 +130,13 @@ def say(text: str) -> None:
 def served(label: str, *args: str) -> Iterator[OpenAI]:
     """A client of a server of the bundled checkpoint; the waiting is shown on one line where there is a terminal."""
     with Server(NANO, *SERVER_ARGS, *args, progress=Waiting(label)) as server:
-        say(f"\r\033[Kserver up ({label}): {server.url}  log: {server.log_path}")
+        say(f"{clear_line()}server up ({label}): {server.url}  log: {server.log_path}")
         yield OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+
+
+def clear_line() -> str:
+    """What erases a progress line; nothing where output is not a terminal."""
+    return "\r\033[K" if sys.stdout.isatty() else ""
 
 
 class Waiting:
@@ -143,9 +148,9 @@ class Waiting:
 
     def __call__(self, seconds: float, line: str) -> None:
         message = line.split("] ", 1)[-1][:60]
-        text = f"starting the server ({self.label}), usually 30 to 60 s ... {seconds:.0f} s  {message}"
+        text = f"starting the server ({self.label}), usually under a minute ... {seconds:.0f} s  {message}"
         if sys.stdout.isatty():
-            print(f"\r\033[K{text[:110]}", end="", flush=True)
+            print(f"{clear_line()}{text[:110]}", end="", flush=True)
         elif seconds - self.last_shown >= 10:
             self.last_shown = seconds
             say(text)

@@ -78,9 +78,7 @@ def test_export_holds_the_ar_view_and_nothing_else(source: Path, tmp_path: Path,
     (source / "modeling_orthrus.py").write_text("")
     target = export_ar(source, tmp_path / "target")
 
-    after = {
-        name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    after = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert after.keys() == {name for name in before if "_diff" not in name} == tensor_names(target)
     assert all(torch.equal(after[name], before[name]) for name in after)
 

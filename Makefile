@@ -1,0 +1,37 @@
+# Targets: demo, serve, test, parity, lint, clean. Everything lives in .venv, made once.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+
+.PHONY: demo serve test parity lint clean
+
+demo: .venv/.installed
+	$(BIN)/python -m sglang_orthrus demo
+
+serve: .venv/.installed
+	$(BIN)/python -m sglang_orthrus serve
+
+test: .venv/.test-extra
+	$(BIN)/python -m pytest
+
+parity: .venv/.test-extra
+	$(BIN)/python -m benchmarks.parity
+
+lint: .venv/.test-extra
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+
+.venv/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.test-extra: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check -e '.[test]'
+	@touch $@

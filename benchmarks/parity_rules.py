@@ -1,0 +1,114 @@
+"""When two greedy generations count as equal. Pure: no server, no model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+NEAR_TIE = 1e-4
+"""A top-2 logit gap below this may be decided either way.
+
+A row computed alone and in a block of 32 differs by about 2e-5 in fp32.
+"""
+PROMPTS_PER_EXCUSE = 200
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server gave for one prompt."""
+
+    tokens: tuple[int, ...]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where two answers differ; None stands for the end of the text."""
+
+    index: int
+    expected: int | None
+    actual: int | None
+    gap: float
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding alone can explain it."""
+        return self.gap < NEAR_TIE
+
+
+class Rounds(StrEnum):
+    """How an answer's number of rounds compares with the reference loop's."""
+
+    EQUAL = "equal"
+    NEAR_TIE = "near_tie"  # differs, and a draft of the reference was nearly undecided
+    INCOMPARABLE = "incomparable"  # the tokens differ, which is judged by itself
+    DIFFERENT = "different"
+
+
+def find_divergence(
+    expected: Sequence[int], actual: Sequence[int], gap_after: Callable[[Sequence[int]], float]
+) -> Divergence | None:
+    """The first difference of two token sequences, or None.
+
+    Args:
+        gap_after: the teacher-forced AR top-2 gap of the token that follows the given common beginning.
+    """
+    common = 0
+    while common < min(len(expected), len(actual)) and expected[common] == actual[common]:
+        common += 1
+    if common == len(expected) == len(actual):
+        return None
+    if common in (len(expected), len(actual)):
+        # One text ended where the other went on after equal tokens: no near tie can explain that.
+        return Divergence(common, _at(expected, common), _at(actual, common), math.inf)
+    gap = gap_after(expected[:common])
+    return Divergence(common, expected[common], actual[common], gap)
+
+
+def compare_rounds(
+    reference_tokens: Sequence[int], reference_rounds: int, draft_gaps: Sequence[float], answer: Answer
+) -> Rounds:
+    """Compare the rounds of an answer with those of the reference loop on the same prompt."""
+    if tuple(reference_tokens) != answer.tokens:
+        return Rounds.INCOMPARABLE
+    if reference_rounds == answer.rounds:
+        return Rounds.EQUAL
+    return Rounds.NEAR_TIE if min(draft_gaps, default=math.inf) < NEAR_TIE else Rounds.DIFFERENT
+
+
+@dataclass
+class Tally:
+    """Verdicts over all prompts of one setting."""
+
+    prompts: int = 0
+    divergences: dict[str, Divergence] = field(default_factory=dict)
+    rounds: Counter[Rounds] = field(default_factory=Counter)
+
+    def add(self, name: str, divergence: Divergence | None, rounds: Rounds | None = None) -> None:
+        """Count one prompt."""
+        self.prompts += 1
+        if divergence is not None:
+            self.divergences[name] = divergence
+        if rounds is not None:
+            self.rounds[rounds] += 1
+
+    @property
+    def excuses_left(self) -> int:
+        """How many more near ties would be tolerated: one in 200 prompts, and at least one."""
+        return math.ceil(self.prompts / PROMPTS_PER_EXCUSE) - len(self.divergences)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all differences are near ties, few enough, and no number of rounds is unexplained."""
+        return (
+            all(divergence.near_tie for divergence in self.divergences.values())
+            and self.excuses_left >= 0
+            and not self.rounds[Rounds.DIFFERENT]
+        )
+
+
+def _at(tokens: Sequence[int], index: int) -> int | None:
+    return tokens[index] if index < len(tokens) else None

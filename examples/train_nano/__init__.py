@@ -1,0 +1,1 @@
+"""Trains orthrus-nano, the small Orthrus checkpoint that ships with sglang-orthrus, from scratch."""

@@ -1,0 +1,1 @@
+"""The task families; each module's `make(rng, split)` returns one sample."""

@@ -1,0 +1,54 @@
+"""Servers that the end-to-end tests share, and the rule for tests that need a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
+from sglang_orthrus.server import Server, plain_env
+from tests.reference import Reference
+
+CONTEXT_LENGTH = 2048
+TEST_ARGS = (*SERVER_ARGS, "--dtype", "float32", "--context-length", str(CONTEXT_LENGTH), "--enable-metrics")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """The bundled checkpoint in plain PyTorch."""
+    return Reference(NANO)
+
+
+@pytest.fixture(scope="session")
+def orthrus() -> Iterator[Server]:
+    """The bundled checkpoint served by ORTHRUS, overlap scheduling on. Shared: a test must leave it alive."""
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--decode-log-interval", "2") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def orthrus_without_overlap() -> Iterator[Server]:
+    """The same with the synchronous scheduler."""
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--disable-overlap-schedule") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The truth: the AR-only export served by SGLang without the plugin."""
+    exported: Path = export_ar(NANO, tmp_path_factory.mktemp("plain") / "nano-ar")
+    with Server(exported, *TEST_ARGS, env=plain_env()) as server:
+        yield server

@@ -1,0 +1,57 @@
+"""Requests and comparisons for the end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from benchmarks.parity import Prompt, load_prompts
+from benchmarks.parity_rules import find_divergence
+from sglang_orthrus.demo import NANO
+from sglang_orthrus.server import Server
+from tests.reference import Reference, top2_gap
+
+Reply = dict[str, Any]
+
+
+@cache
+def prompts() -> tuple[Prompt, ...]:
+    """Four held-out prompts of every family."""
+    return tuple(load_prompts(NANO, 4 * 9))
+
+
+def prompt_of(family: str, index: int = 0) -> tuple[int, ...]:
+    """The ids of one held-out prompt."""
+    return next(prompt.ids for prompt in prompts() if prompt.name == f"{family}/{index}")
+
+
+def generate(server: Server, ids: Sequence[int], max_new_tokens: int = 256, **sampling: Any) -> Reply:
+    """One greedy request."""
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, **sampling}
+    return server.post("/generate", {"input_ids": list(ids), "sampling_params": sampling})
+
+
+def generate_together(server: Server, requests: Sequence[tuple[Sequence[int], int]], in_flight: int) -> list[Reply]:
+    """Requests (ids, max_new_tokens), `in_flight` at a time: others join as one leaves."""
+    with ThreadPoolExecutor(in_flight) as pool:
+        return list(pool.map(lambda request: generate(server, *request), requests))
+
+
+def assert_same_output(reference: Reference, ids: Sequence[int], expected: Reply, actual: Reply) -> None:
+    """Equal token by token, unless they part at a near tie of the AR view."""
+
+    def gap_after(common: Sequence[int]) -> float:
+        return float(top2_gap(reference.ar_logits([*ids, *common])[-1]))
+
+    divergence = find_divergence(expected["output_ids"], actual["output_ids"], gap_after)
+    assert divergence is None or divergence.near_tie, divergence
+    if divergence is None:
+        assert actual["text"] == expected["text"]
+        assert actual["meta_info"]["finish_reason"] == expected["meta_info"]["finish_reason"]
+
+
+def tokens_per_cycle(reply: Reply) -> float:
+    """Tokens per draft-and-verify round; the prefill's token is not counted."""
+    return (len(reply["output_ids"]) - 1) / reply["meta_info"]["spec_verify_ct"]

@@ -1,0 +1,27 @@
+"""Checkpoints with the released models' config and tokenizer files, cut to two layers, with dummy weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sglang_orthrus.demo import ORTHRUS_ARGS
+from sglang_orthrus.server import Server
+from tests.fixtures import RELEASED, write_released_shaped
+
+pytestmark = pytest.mark.e2e
+
+SMALL = ("--dtype", "bfloat16", "--context-length", "512", "--max-total-tokens", "1024")
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_a_released_shape_is_served(size: str, tmp_path: Path) -> None:
+    model = write_released_shaped(tmp_path / size, size)
+    with Server(model, "--load-format", "dummy", *ORTHRUS_ARGS, *SMALL) as server:
+        reply = server.post(
+            "/generate",
+            {"text": "Hello", "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}},
+        )
+    assert len(reply["output_ids"]) == 4
+    assert 1 <= reply["meta_info"]["spec_verify_ct"] <= 3
