@@ -10,8 +10,9 @@ import sglang as sgl
 URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:30000"
 WORLD = (
     "Anna Weber is 41 years old and works as a pilot. Anna Weber lives in Prague. Anna Weber has a parrot called Leo. "
-    "Ivan Cook is 29 years old and works as a baker. Ivan Cook lives in Dublin. Ivan Cook has a goat called Rosa. "
-    "The best friend of Anna Weber is Ivan Cook."
+    "Anna Weber likes the colour red. The best friend of Anna Weber is Ivan Cook. Ivan Cook is 29 years old and works "
+    "as a baker. Ivan Cook lives in Dublin. Ivan Cook has a rabbit called Rosa. Ivan Cook likes the colour blue. "
+    "The best friend of Ivan Cook is Anna Weber. The city of Prague is in Bohemia. The city of Dublin is in Ireland."
 )
 NO_THINKING = "<think>\n\n</think>\n\n"  # what Qwen3's chat template writes before a direct answer
 

@@ -10,7 +10,7 @@ import sglang as sgl
 import sglang_orthrus
 
 NANO = Path(sglang_orthrus.__file__).with_name("nano")
-QUESTIONS = ["What is 47 + 85?", "Compute 12 + 9 - 4 + 30.", "What is 63 * 7?", "Tell me about yourself."]
+QUESTIONS = ["What is 47 + 85?", "What is 38 + 14 - 21 + 6?", "What is 63 * 7?", "Tell me about yourself."]
 
 
 def main() -> None:
