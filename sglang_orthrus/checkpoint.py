@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def export_ar(source: str | Path, target: str | Path) -> Path:
     """Write the AR view of a dual-view checkpoint as a plain Qwen3 checkpoint, and return its directory.
 
     The `*_diff` tensors and the dual-view configuration keys are left out; every other file (tokenizer, chat
-    template, generation config) is copied. The result is the model that `source` must reproduce.
+    template, generation config) is copied. Weight files without such tensors are hard-linked where the file system
+    allows it. The result is the model that `source` must reproduce.
 
     Raises:
         FileNotFoundError: if `source` is not a checkpoint directory.
@@ -86,10 +87,13 @@ def export_ar(source: str | Path, target: str | Path) -> Path:
 
     weight_map: dict[str, str] = {}
     for file in files:
-        kept = dict(_ar_tensors(file))
-        if kept:
-            save_file(kept, target / file.name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(kept, file.name)
+        names = set(_header(file)) - {"__metadata__"}
+        kept = {name for name in names if "_diff." not in name}
+        if kept == names:
+            _link_or_copy(file, target / file.name)
+        elif kept:
+            save_file(_tensors(file, kept), target / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(kept, file.name)
     if len(files) > 1:
         _write_json(target / _INDEX, {"metadata": {}, "weight_map": weight_map})
     _write_json(target / "config.json", _ar_config(config))
@@ -104,11 +108,16 @@ def _ar_config(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
 
-def _ar_tensors(file: Path) -> Iterator[tuple[str, Any]]:
+def _tensors(file: Path, names: Iterable[str]) -> dict[str, Any]:
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-            if "_diff." not in name:
-                yield name, tensors.get_tensor(name)
+        return {name: tensors.get_tensor(name) for name in names}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source.resolve())  # not to a link, such as those of the hub's cache
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _is_model_file(file: Path) -> bool:

@@ -31,6 +31,35 @@ LEDGER: tuple[Touch, ...] = (
         "CustomSpecAlgo has a request-validation hook",
     ),
     Touch(
+        "sglang.srt.managers.schedule_batch:Req.update_finish_state",
+        ("new_accepted_len",),
+        "wrapped, so that stops are looked for token by token",
+        "of several stops in one round the built-in check takes a string before a token and the string listed first, "
+        "not the one that ends the text first (patches/0002)",
+        "SGLang takes the first",
+    ),
+    Touch(
+        "sglang.srt.managers.schedule_batch:Req._check_str_based_finish",
+        ("new_accepted_len",),
+        "called for one token",
+        "as above",
+        "as above",
+    ),
+    Touch(
+        "sglang.srt.managers.schedule_batch:Req._check_token_based_finish",
+        ("new_accepted_tokens",),
+        "called for one token",
+        "as above",
+        "as above",
+    ),
+    Touch(
+        "sglang.srt.managers.schedule_batch:Req._cap_finished_len_at_max_new_tokens",
+        (),
+        "called after a stop was found",
+        "as above",
+        "as above",
+    ),
+    Touch(
         "sglang.srt.models.qwen3:Qwen3Attention",
         ("hidden_size", "num_heads", "num_kv_heads", "layer_id", "prefix"),
         "replaced while an Orthrus model is constructed",
@@ -192,6 +221,40 @@ def refuse_requests(reason: Callable[[Any], str | None]) -> None:
         return validate
 
     _wrap_once(Scheduler, "validate_dllm_request", admission)
+
+
+def stop_at_first_match() -> None:
+    """End a text at the first stop of a round, as it would end if its tokens had come one by one.
+
+    Must run in the scheduler process; a second call changes nothing.
+    """
+    from sglang.srt.managers.schedule_batch import Req
+
+    def one_by_one(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def update_finish_state(self: Any, new_accepted_len: int = 1) -> None:
+            wanted = self.sampling_params
+            is_run = new_accepted_len > 1 and not self.finished() and not self.to_finish
+            if is_run and (wanted.stop_strs or wanted.stop_regex_strs):
+                _look_for_stops(self, new_accepted_len)
+            stock(self, new_accepted_len)
+
+        return update_finish_state
+
+    _wrap_once(Req, "update_finish_state", one_by_one)
+
+
+def _look_for_stops(req: Any, new_accepted_len: int) -> None:
+    """Finish the request at the first of its last tokens that completes a stop; leave the rest to SGLang if none."""
+    run = req.output_ids[-new_accepted_len:]
+    del req.output_ids[-new_accepted_len:]
+    for position, token in enumerate(run, start=1):
+        req.output_ids.append(token)
+        if req._check_str_based_finish(1) or req._check_token_based_finish([token]):
+            req.finished_len = len(req.output_ids)
+            req.output_ids.extend(run[position:])
+            req._cap_finished_len_at_max_new_tokens()
+            return
 
 
 def _wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -47,6 +47,7 @@ class OrthrusWorker(BaseSpecWorker):
         # The pools are made after this, and requests arrive later still.
         compat.widen_req_to_token_rows(config.block_size)
         compat.refuse_requests(refusal)
+        compat.stop_at_first_match()
 
     def init_attention_backends(self) -> None:
         """On a CPU, replace SGLang's PyTorch attention by one that knows verify passes."""
