@@ -1,10 +1,12 @@
-# Targets: demo, serve, test, parity, lint, clean. Everything lives in .venv, made once.
+# Targets: demo, serve, test, parity, kits, lint, clean. Everything lives in .venv, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+# OpenMP threads that spin stall when servers and tests share few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve test parity lint clean
+.PHONY: demo serve test parity kits lint clean
 
 demo: .venv/.installed
 	$(BIN)/python -m sglang_orthrus demo
@@ -17,6 +19,9 @@ test: .venv/.test-extra
 
 parity: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity
+
+kits: .venv/.test-extra
+	ORTHRUS_KITS=all $(BIN)/python -m pytest tests/e2e/test_kits.py
 
 lint: .venv/.test-extra
 	$(BIN)/ruff check .

@@ -9,19 +9,34 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 NEAR_TIE = 1e-4
-"""A top-2 logit gap below this may be decided either way.
+"""A top-2 logit gap below this may be decided either way in fp32.
 
-A row computed alone and in a block of 32 differs by about 2e-5 in fp32.
+A row computed alone and in a block of 32 differs by about 2e-5 there.
 """
 PROMPTS_PER_EXCUSE = 200
+
+Ranking = Sequence[tuple[float, int]]
+"""(logprob, id) of the best tokens for one place, best first."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server gave for one prompt."""
+    """What a server gave for one prompt.
+
+    Attributes:
+        tokens: ids, the end of text included.
+        rounds: verify passes; 0 without speculation.
+        ranked: per token the best (logprob, id) pairs in its place, best first; empty if they were not asked for.
+    """
 
     tokens: tuple[int, ...]
     rounds: int
+    ranked: tuple[Ranking, ...] = ()
+
+    def gap_after(self, common: Sequence[int]) -> float:
+        """The top-2 gap of the token that follows the given beginning of this answer."""
+        (best, _), (second, _), *_ = self.ranked[len(common)]
+        return best - second
 
 
 @dataclass(frozen=True)
@@ -32,11 +47,12 @@ class Divergence:
     expected: int | None
     actual: int | None
     gap: float
+    tie_below: float = NEAR_TIE
 
     @property
     def near_tie(self) -> bool:
         """Whether rounding alone can explain it."""
-        return self.gap < NEAR_TIE
+        return self.gap < self.tie_below
 
 
 class Rounds(StrEnum):
@@ -49,12 +65,16 @@ class Rounds(StrEnum):
 
 
 def find_divergence(
-    expected: Sequence[int], actual: Sequence[int], gap_after: Callable[[Sequence[int]], float]
+    expected: Sequence[int],
+    actual: Sequence[int],
+    gap_after: Callable[[Sequence[int]], float],
+    tie_below: float = NEAR_TIE,
 ) -> Divergence | None:
     """The first difference of two token sequences, or None.
 
     Args:
-        gap_after: the teacher-forced AR top-2 gap of the token that follows the given common beginning.
+        gap_after: the AR top-2 gap of the token that follows the given common beginning.
+        tie_below: the gap below which rounding decides.
     """
     common = 0
     while common < min(len(expected), len(actual)) and expected[common] == actual[common]:
@@ -63,26 +83,49 @@ def find_divergence(
         return None
     if common in (len(expected), len(actual)):
         # One text ended where the other went on after equal tokens: no near tie can explain that.
-        return Divergence(common, _at(expected, common), _at(actual, common), math.inf)
+        return Divergence(common, _at(expected, common), _at(actual, common), math.inf, tie_below)
     gap = gap_after(expected[:common])
-    return Divergence(common, expected[common], actual[common], gap)
+    return Divergence(common, expected[common], actual[common], gap, tie_below)
 
 
 def compare_rounds(
-    reference_tokens: Sequence[int], reference_rounds: int, draft_gaps: Sequence[float], answer: Answer
+    reference_tokens: Sequence[int],
+    reference_rounds: int,
+    draft_gaps: Sequence[float],
+    answer: Answer,
+    tie_below: float = NEAR_TIE,
 ) -> Rounds:
     """Compare the rounds of an answer with those of the reference loop on the same prompt."""
     if tuple(reference_tokens) != answer.tokens:
         return Rounds.INCOMPARABLE
     if reference_rounds == answer.rounds:
         return Rounds.EQUAL
-    return Rounds.NEAR_TIE if min(draft_gaps, default=math.inf) < NEAR_TIE else Rounds.DIFFERENT
+    return Rounds.NEAR_TIE if min(draft_gaps, default=math.inf) < tie_below else Rounds.DIFFERENT
+
+
+def gap_differences(alone: Sequence[Ranking], in_block: Sequence[Ranking]) -> list[float]:
+    """How much the top-2 gap of the same row changes when it is computed in a block instead of alone.
+
+    Both sequences rank the same places, with equal text before each. A place whose two best tokens alone are not
+    among those listed for the block is left out.
+    """
+    differences = []
+    for (best, second, *_), block in zip(alone, in_block, strict=True):
+        logprobs = {token: logprob for logprob, token in block}
+        if best[1] in logprobs and second[1] in logprobs:
+            differences.append(abs((best[0] - second[0]) - (logprobs[best[1]] - logprobs[second[1]])))
+    return differences
 
 
 @dataclass
 class Tally:
-    """Verdicts over all prompts of one setting."""
+    """Verdicts over all prompts of one setting.
 
+    Attributes:
+        prompts_per_excuse: one near tie is tolerated in so many prompts; any number if None.
+    """
+
+    prompts_per_excuse: int | None = PROMPTS_PER_EXCUSE
     prompts: int = 0
     divergences: dict[str, Divergence] = field(default_factory=dict)
     rounds: Counter[Rounds] = field(default_factory=Counter)
@@ -96,9 +139,11 @@ class Tally:
             self.rounds[rounds] += 1
 
     @property
-    def excuses_left(self) -> int:
-        """How many more near ties would be tolerated: one in 200 prompts, and at least one."""
-        return math.ceil(self.prompts / PROMPTS_PER_EXCUSE) - len(self.divergences)
+    def excuses_left(self) -> float:
+        """How many more near ties would be tolerated, at least one in all."""
+        if self.prompts_per_excuse is None:
+            return math.inf
+        return math.ceil(self.prompts / self.prompts_per_excuse) - len(self.divergences)
 
     @property
     def passed(self) -> bool:

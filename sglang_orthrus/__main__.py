@@ -1,4 +1,4 @@
-"""Command line: `python -m sglang_orthrus demo | serve | export-ar`."""
+"""Command line: `python -m sglang_orthrus demo | serve | doctor | export-ar`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     serving = commands.add_parser("serve", help="serve a checkpoint (default: the bundled one) with ORTHRUS")
     serving.add_argument("model", nargs="?", help="checkpoint directory or model name")
     serving.add_argument("--port", type=int, default=30000)
+    commands.add_parser("doctor", help="tell what would keep ORTHRUS from starting with the SGLang flags that follow")
     exporting = commands.add_parser("export-ar", help="write a checkpoint's autoregressive view as plain Qwen3")
     exporting.add_argument("source", type=Path)
     exporting.add_argument("target", type=Path)
     arguments, extra = parser.parse_known_args(argv)
-    if extra and arguments.command != "serve":
+    if extra and arguments.command not in ("serve", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
 
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.command == "serve":
             return serve(arguments.model, arguments.port, extra)
+        if arguments.command == "doctor":
+            from sglang_orthrus import doctor
+
+            return doctor.run(extra)
         from sglang_orthrus import demo
 
         return demo.run()

@@ -14,9 +14,14 @@ def _sampling(name: str, default: float) -> Any:
     return lambda req: getattr(req.sampling_params, name) != default
 
 
+def _is_sampled(req: Any) -> bool:
+    # SGLang turns temperature 0 into top_k 1, so this is the one test for greedy. Its frontend language fills the
+    # cache with requests for no token at all, at the default temperature.
+    return req.sampling_params.top_k != 1 and req.sampling_params.max_new_tokens != 0
+
+
 _RULES = (
-    # SGLang turns temperature 0 into top_k 1, so this is the one test for greedy.
-    _Rule("temperature above 0 (send temperature 0)", _sampling("top_k", 1)),
+    _Rule("temperature above 0 (send temperature 0)", _is_sampled),
     _Rule("frequency_penalty", _sampling("frequency_penalty", 0.0)),
     _Rule("presence_penalty", _sampling("presence_penalty", 0.0)),
     _Rule("repetition_penalty", _sampling("repetition_penalty", 1.0)),

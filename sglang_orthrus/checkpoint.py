@@ -54,6 +54,20 @@ def check_tensors(names: Iterable[str], num_layers: int) -> None:
         )
 
 
+def folder_problem(path: str | Path, num_layers: int) -> str | None:
+    """Why a directory can't replace the weights of an Orthrus model with `num_layers` layers; None if it can.
+
+    What is no directory, such as a name on the Hub, is not looked at.
+    """
+    if not Path(path).is_dir():
+        return None
+    try:
+        check_tensors(tensor_names(path), num_layers)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return None
+
+
 def tensor_names(path: str | Path) -> frozenset[str]:
     """Tensor names of a local checkpoint directory, read from its index or its files' headers.
 

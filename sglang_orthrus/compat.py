@@ -31,6 +31,13 @@ LEDGER: tuple[Touch, ...] = (
         "CustomSpecAlgo has a request-validation hook",
     ),
     Touch(
+        "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater.update_weights_from_disk",
+        ("model_path",),
+        "wrapped, so that a checkpoint without the diffusion view gets a 400",
+        "when loading fails, SGLang rolls back to the folder that has just failed, and the scheduler dies",
+        "the rollback uses the former folder",
+    ),
+    Touch(
         "sglang.srt.managers.schedule_batch:Req.update_finish_state",
         ("new_accepted_len",),
         "wrapped, so that stops are looked for token by token",
@@ -58,6 +65,13 @@ LEDGER: tuple[Touch, ...] = (
         "called after a stop was found",
         "as above",
         "as above",
+    ),
+    Touch(
+        "sglang.srt.session.session_controller:Session._concat_token_arrays",
+        ("last_req", "req", "session_params"),
+        "wrapped, so that a session's next turn goes on from the former answer's end",
+        "it takes all committed tokens, also those past a stop in the same round (patches/0003)",
+        "SGLang trims them, as it does in streaming sessions",
     ),
     Touch(
         "sglang.srt.models.qwen3:Qwen3Attention",
@@ -223,6 +237,24 @@ def refuse_requests(reason: Callable[[Any], str | None]) -> None:
     _wrap_once(Scheduler, "validate_dllm_request", admission)
 
 
+def check_weight_updates(problem: Callable[[str], str | None]) -> None:
+    """Answer 400 to every update of weights from a folder for which `problem(folder)` returns a sentence.
+
+    Must run in the scheduler process; a second call changes nothing.
+    """
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    def checked(stock: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool, str]]:
+        @wraps(stock)
+        def update_weights_from_disk(self: Any, model_path: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+            found = problem(model_path)
+            return (False, found) if found else stock(self, model_path, *args, **kwargs)
+
+        return update_weights_from_disk
+
+    _wrap_once(WeightUpdater, "update_weights_from_disk", checked)
+
+
 def stop_at_first_match() -> None:
     """End a text at the first stop of a round, as it would end if its tokens had come one by one.
 
@@ -244,6 +276,28 @@ def stop_at_first_match() -> None:
     _wrap_once(Req, "update_finish_state", one_by_one)
 
 
+def continue_sessions_at_the_end() -> None:
+    """Build a session's next prompt on the former answer, without what its last round committed past the end.
+
+    Must run in the scheduler process; a second call changes nothing.
+    """
+    from sglang.srt.session.session_controller import Session
+
+    def trimmed(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(stock)
+        def concat_token_arrays(last_req: Any, *args: Any, **kwargs: Any) -> Any:
+            committed = last_req.output_ids
+            last_req.output_ids = committed[: last_req.finished_len]
+            try:
+                return stock(last_req, *args, **kwargs)
+            finally:
+                last_req.output_ids = committed
+
+        return concat_token_arrays
+
+    _wrap_once(Session, "_concat_token_arrays", trimmed, staticmethod)
+
+
 def _look_for_stops(req: Any, new_accepted_len: int) -> None:
     """Finish the request at the first of its last tokens that completes a stop; leave the rest to SGLang if none."""
     run = req.output_ids[-new_accepted_len:]
@@ -257,9 +311,15 @@ def _look_for_stops(req: Any, new_accepted_len: int) -> None:
             return
 
 
-def _wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap_once(
+    owner: Any,
+    name: str,
+    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
+    kind: Callable[[Any], Any] = lambda function: function,
+) -> None:
+    """Replace `owner.name` by its wrapper, unless that has happened; kind: such as `staticmethod`."""
     stock = getattr(owner, name)
     if not getattr(stock, "_sglang_orthrus", False):
         wrapped = wrapper(stock)
         wrapped._sglang_orthrus = True  # type: ignore[attr-defined]
-        setattr(owner, name, wrapped)
+        setattr(owner, name, kind(wrapped))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 
 from sglang_orthrus import compat
 from sglang_orthrus.admission import refusal
+from sglang_orthrus.checkpoint import folder_problem
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.model_runner import DualViewRunner
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.verify import accept_greedy
+
+logger = logging.getLogger(__name__)
 
 Publish = Callable[[torch.Tensor], None]
 
@@ -48,6 +53,14 @@ class OrthrusWorker(BaseSpecWorker):
         compat.widen_req_to_token_rows(config.block_size)
         compat.refuse_requests(refusal)
         compat.stop_at_first_match()
+        compat.continue_sessions_at_the_end()
+        layers = self.model_runner.model_config.hf_config.num_hidden_layers
+        compat.check_weight_updates(partial(folder_problem, num_layers=layers))
+        logger.info(
+            "ORTHRUS drafts blocks of %d tokens and verifies %d of them per round.",
+            config.block_size,
+            self.speculative_num_draft_tokens,
+        )
 
     def init_attention_backends(self) -> None:
         """On a CPU, replace SGLang's PyTorch attention by one that knows verify passes."""

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.parity import SETUPS
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.server import Server, plain_env
 from tests.reference import Reference
 
 CONTEXT_LENGTH = 2048
-TEST_ARGS = (*SERVER_ARGS, "--dtype", "float32", "--context-length", str(CONTEXT_LENGTH), "--enable-metrics")
+# fp32 on either device, so that outputs can be compared token by token.
+SETUP = SETUPS["triton-fp32" if torch.cuda.is_available() else "cpu"]
+TEST_ARGS = (*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH), "--enable-metrics")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,14 +38,14 @@ def reference() -> Reference:
 @pytest.fixture(scope="session")
 def orthrus() -> Iterator[Server]:
     """The bundled checkpoint served by ORTHRUS, overlap scheduling on. Shared: a test must leave it alive."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--decode-log-interval", "2") as server:
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--decode-log-interval", "2", env=SETUP.env) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def orthrus_without_overlap() -> Iterator[Server]:
     """The same with the synchronous scheduler."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--disable-overlap-schedule") as server:
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--disable-overlap-schedule", env=SETUP.env) as server:
         yield server
 
 
@@ -50,5 +53,5 @@ def orthrus_without_overlap() -> Iterator[Server]:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The truth: the AR-only export served by SGLang without the plugin."""
     exported: Path = export_ar(NANO, tmp_path_factory.mktemp("plain") / "nano-ar")
-    with Server(exported, *TEST_ARGS, env=plain_env()) as server:
+    with Server(exported, *TEST_ARGS, env={**plain_env(), **SETUP.env}) as server:
         yield server

@@ -6,6 +6,7 @@ Same signatures and same results, bit by bit, as the functions they replace (`sg
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -66,6 +67,10 @@ def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
     logger.warning(
         "On a CPU, --enable-deterministic-inference makes seeds act; results still round differently in other batches."
     )
+
+
+def synchronize(device: Any = None) -> None:
+    """The CPU computes synchronously: there is nothing to wait for."""
 
 
 _MASK32 = 0xFFFFFFFF

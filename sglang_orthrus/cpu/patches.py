@@ -14,6 +14,7 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func": kernels.assign_req_to_token_pool_func,
     "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32": kernels.murmur_hash32,
     "sglang.srt.batch_invariant_ops:enable_batch_invariant_mode": kernels.enable_batch_invariant_mode,
+    "torch.cuda:synchronize": kernels.synchronize,
 }
 
 _FORWARD_PARAMS = ("q", "k", "v", "layer", "forward_batch", "save_kv_cache")
@@ -39,6 +40,13 @@ CPU_TOUCHES: tuple[Touch, ...] = (
         "replaced by a warning",
         "it puts Triton kernels in place of PyTorch's, and seeded sampling needs the flag that calls it",
         "seeds act without --enable-deterministic-inference",
+    ),
+    Touch(
+        "torch.cuda:synchronize",
+        ("device",),
+        "replaced by a function that returns at once",
+        "SGLang waits for the accelerator when it releases memory: in a CUDA build that is CUDA, present or not",
+        "SGLang asks the platform",
     ),
     Touch(
         "sglang.srt.server_args:add_deterministic_attention_backend_choices",
@@ -106,9 +114,11 @@ def install_cpu_kernels() -> None:
     """
     for target, replacement in REPLACEMENTS.items():
         module_name, attribute = target.split(":")
-        stock = getattr(import_module(module_name), attribute)
+        owner = import_module(module_name)
+        stock = getattr(owner, attribute)
         if stock is replacement:
             continue
-        for name, module in list(sys.modules.items()):
-            if name.startswith("sglang.") and vars(module).get(attribute) is stock:
+        importers = (module for name, module in list(sys.modules.items()) if name.startswith("sglang."))
+        for module in (owner, *importers):
+            if vars(module).get(attribute) is stock:
                 setattr(module, attribute, replacement)

@@ -40,6 +40,9 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang decorates small functions with torch.compile while it is imported, which is after this: compiling
         # them needs g++ and tens of seconds on their first call, and gains nothing on a CPU.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Threads that spin while they wait for each other stall as soon as anything else wants their cores: small
+        # matrix products took 60 times as long. OpenMP reads this when a process starts, so the scheduler sees it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def init_backend(self) -> None:
         """Called in every process that runs a model, before its pools are made."""
@@ -58,6 +61,14 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         """True for every name: algorithms that need CUDA refuse the device themselves."""
         return True
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """Asked for by /start_profile, whose "GPU" means CUDA."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """The same as a value."""
+        return torch.profiler.ProfilerActivity.CPU
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """The pool for ordinary multi-head attention; other kinds keep SGLang's classes."""

@@ -67,6 +67,7 @@ class OrthrusLM(Qwen3ForCausalLM):
         with qwen3_attention_class(OrthrusAttention):
             super().__init__(config, quant_config=quant_config, prefix=prefix)
         self.dual_view = dual_view
+        self._is_loaded = False
 
     @torch.no_grad()
     def forward(
@@ -91,8 +92,15 @@ class OrthrusLM(Qwen3ForCausalLM):
         return self.logits_processor(input_ids, wanted, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load both views. Qwen3's own name mapping covers `*_diff`; a set that does not fit the layers is refused."""
+        """Load both views; Qwen3's own name mapping covers `*_diff`.
+
+        The first load must bring every `*_diff` tensor of the layers. Later ones update what they bring.
+        """
+        if self._is_loaded:
+            super().load_weights(weights)
+            return
         super().load_weights(_checked(weights, self.config.num_hidden_layers))
+        self._is_loaded = True
 
 
 class OrthrusForCausalLM(OrthrusLM):

@@ -14,7 +14,8 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_orthrus.algorithm import OrthrusAlgorithm
+from sglang_orthrus import compat
+from sglang_orthrus.algorithm import ATTENTION_BACKENDS, OrthrusAlgorithm, Refused
 from sglang_orthrus.plugin import register
 from tests.fixtures import Shape, write_checkpoint
 
@@ -90,24 +91,146 @@ def test_a_narrower_verify_width_still_reserves_a_whole_block(checkpoint: Path) 
 
 
 @pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ("--device xpu", "use cuda or cpu"),
+        ("--tp-size 2", "use --tp-size 1"),
+        ("--pp-size 2", "use --pp-size 1"),
+        ("--dcp-size 2", "use --dcp-size 1"),
+        ("--tokenizer-worker-num 2", "use --tokenizer-worker-num 1"),
+        ("--disaggregation-mode prefill", "remove the flag"),
+        ("--disaggregation-mode decode", "remove the flag"),
+        ("--enable-mixed-chunk", "remove the flag"),
+        ("--enable-two-batch-overlap", "remove the flag"),
+        ("--enable-pdmux", "remove the flag"),
+        ("--enable-torch-compile", "remove the flag"),
+        ("--enable-hierarchical-cache", "remove the flag"),
+        ("--enable-lora", "merge the adapter"),
+        ("--lora-paths adapter=/nowhere", "merge the adapter"),
+        ("--grammar-backend outlines", "use xgrammar or llguidance"),
+        ("--model-impl transformers", "use --model-impl sglang"),
+        ("--speculative-num-draft-tokens 9", "leave the flag out"),
+        ("--speculative-num-draft-tokens 1", "leave the flag out"),
+        ("--speculative-num-steps 3", "leave it out, or set --speculative-num-draft-tokens"),
+        ("--speculative-eagle-topk 4", "leave it out"),
+        ("--speculative-adaptive", "remove the flag"),
+        ("--speculative-draft-attention-backend triton", "use --attention-backend"),
+        ("--speculative-draft-window-size 4", "remove the flag"),
+        ("--speculative-token-map tokens.pt", "remove the flag"),
+        ("--speculative-accept-threshold-single 0.5", "remove the flag"),
+        ("--speculative-accept-threshold-acc 0.5", "remove the flag"),
+        ("--speculative-use-rejection-sampling", "remove the flag"),
+        ("--attention-backend triton", "use --attention-backend torch_native"),
+        ("--prefill-attention-backend triton", "use --attention-backend torch_native"),
+        ("--decode-attention-backend fa3", "use --attention-backend torch_native"),
+    ],
+)
+def test_an_unsupported_flag_is_named_with_its_value_and_what_to_do(checkpoint: Path, flags: str, advice: str) -> None:
+    with pytest.raises(Refused) as refused:
+        _resolve(checkpoint, *flags.split())
+    (sentence,) = refused.value.sentences
+    assert sentence.startswith(f"{flags}: ") and sentence.endswith(".")
+    assert advice in sentence
+    assert str(refused.value) == sentence
+
+
+def test_attention_dp_is_refused(checkpoint: Path) -> None:
+    """Under its own name and the deprecated one; SGLang demands tensor parallelism with it."""
+    for flags in ("--attn-dp-size 2 --tp-size 2", "--enable-dp-attention --dp-size 2 --tp-size 2"):
+        with pytest.raises(Refused) as refused:
+            _resolve(checkpoint, *flags.split())
+        assert "--attn-dp-size 2: ORTHRUS does not support it; use --attn-dp-size 1." in refused.value.sentences
+
+
+def test_a_draft_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(Refused, match=f"--speculative-draft-model-path {checkpoint}: .* remove the flag"):
+        _resolve(checkpoint, "--speculative-draft-model-path", str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1"), ("SGLANG_RAGGED_VERIFY_MODE", "compact")]
+)
+def test_an_unsupported_environment_variable_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(Refused, match=f"{variable}={value}: .* unset the environment variable"):
+        _resolve(checkpoint)
+
+
+def test_a_gpu_has_other_attention_backends(checkpoint: Path) -> None:
+    for backend in ATTENTION_BACKENDS:
+        _resolve(checkpoint, "--device", "cuda", "--attention-backend", backend)
+    for flag in ("--attention-backend", "--decode-attention-backend"):
+        with pytest.raises(Refused) as refused:
+            _resolve(checkpoint, "--device", "cuda", "--attention-backend", "flashinfer", flag, "torch_native")
+        assert refused.value.sentences == (
+            f"{flag} torch_native: with --device cuda ORTHRUS runs on flashinfer or fa3 or triton; "
+            "use --attention-backend flashinfer.",
+        )
+
+
+def test_fa3_verifies_whole_blocks_only(checkpoint: Path) -> None:
+    on_fa3 = ("--device", "cuda", "--attention-backend", "fa3")
+    _resolve(checkpoint, *on_fa3, "--speculative-num-draft-tokens", "8")
+    with pytest.raises(Refused, match="--speculative-num-draft-tokens 4: fa3 .* use --attention-backend flashinfer"):
+        _resolve(checkpoint, *on_fa3, "--speculative-num-draft-tokens", "4")
+
+
+def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        _resolve(checkpoint, "--pp-size", "2", "--tp-size", "2", "--speculative-num-draft-tokens", "9")
+    assert [sentence.split(":")[0] for sentence in refused.value.sentences] == [
+        "--speculative-num-draft-tokens 9",
+        "--tp-size 2",
+        "--pp-size 2",
+    ]
+    assert str(refused.value) == refused.value.sentences[0]
+
+
+def test_another_sglang_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: "0.5.22")
+    with pytest.raises(Refused, match=r"needs sglang 0\.5\.23, but 0\.5\.22 is installed: pip install"):
+        _resolve(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--speculative-use-block-verification", "--speculative-use-block-verification only supports EAGLE"),
+        ("--enable-lmcache", "LMCache.* does not yet support speculative decoding"),
+        ("--attention-backend flex_attention", "Speculative decoding .* not supported with Flex Attention"),
+    ],
+)
+def test_sglang_refuses_some_flags_before_us(checkpoint: Path, flags: str, message: str) -> None:
+    with pytest.raises((ValueError, NotImplementedError, AssertionError), match=message):
+        _resolve(checkpoint, *flags.split())
+
+
+@pytest.mark.parametrize(
     "flags",
     [
-        ("--speculative-num-draft-tokens", "9"),
-        ("--speculative-num-draft-tokens", "1"),
-        ("--tokenizer-worker-num", "2"),
-        ("--pp-size", "2"),
-        ("--tp-size", "2"),
-        ("--grammar-backend", "outlines"),
-        ("--enable-mixed-chunk",),
-        ("--enable-two-batch-overlap",),
-        ("--attention-backend", "triton"),
+        "--speculative-eagle-topk 1",
+        "--dp-size 2",
+        "--enable-deterministic-inference",
+        "--kv-cache-dtype fp8_e4m3",
+        "--disable-radix-cache",
+        "--page-size 16",
+        "--disable-overlap-schedule",
+        "--grammar-backend llguidance",
+        "--cpu-offload-gb 1",
+        "--detokenizer-worker-num 2",
     ],
-    ids=" ".join,
 )
-def test_an_unsupported_flag_is_named_with_its_value(checkpoint: Path, flags: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=" ".join(flags)) as refused:
-        _resolve(checkpoint, *flags)
-    assert "ORTHRUS" in str(refused.value)
+def test_what_works_is_not_refused(checkpoint: Path, flags: str) -> None:
+    _resolve(checkpoint, *flags.split())
+
+
+def test_an_overridden_block_size_counts(checkpoint: Path) -> None:
+    override = ("--json-model-override-args", '{"block_size": 4}')
+    assert _resolved(_resolve(checkpoint, *override), "speculative_num_draft_tokens") == 4
+    with pytest.raises(Refused, match="--speculative-num-draft-tokens 5: ORTHRUS verifies 2 to 4 tokens"):
+        _resolve(checkpoint, *override, "--speculative-num-draft-tokens", "5")
 
 
 def test_a_plain_checkpoint_is_refused(tmp_path: Path) -> None:

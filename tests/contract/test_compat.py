@@ -6,6 +6,7 @@ import importlib
 import inspect
 from importlib.metadata import version
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,3 +70,25 @@ def test_rows_have_room_for_two_blocks_past_the_context(monkeypatch: pytest.Monk
     monkeypatch.setattr(allocation_sizing, "get_alloc_page_size", lambda: 16)
     compat.widen_req_to_token_rows(32)
     assert getattr(kv_cache_configurator, name)() == 2 * 32 + 16 - 1
+
+
+def test_a_session_s_next_prompt_ends_with_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.session.session_controller import Session
+
+    def next_prompt() -> list[int]:
+        last = SimpleNamespace(
+            origin_input_ids=[1],
+            origin_input_ids_unpadded=[1],
+            output_ids=[2, 3, 4],
+            finished_len=2,
+            sampling_params=SimpleNamespace(max_new_tokens=8),
+        )
+        options = SimpleNamespace(drop_previous_output=False, offset=None)
+        ids, unpadded = Session._concat_token_arrays(last, SimpleNamespace(input_ids=[9]), options)
+        assert ids == unpadded and last.output_ids == [2, 3, 4]
+        return list(ids)
+
+    monkeypatch.setattr(Session, "_concat_token_arrays", staticmethod(Session._concat_token_arrays))
+    assert next_prompt() == [1, 2, 3, 4, 9], "SGLang trims it now: drop the wrapper and the patch"
+    compat.continue_sessions_at_the_end()
+    assert next_prompt() == [1, 2, 3, 9]

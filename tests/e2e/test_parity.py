@@ -7,13 +7,16 @@ from functools import cache
 import pytest
 
 from benchmarks.parity import (
+    SETUPS,
     Answer,
     Prompt,
     collect,
     judge,
+    judge_prefill,
     load_prompts,
+    prefill,
+    rounding,
     stop_ids,
-    teacher_forced,
     tokens_per_cycle,
     trace_all,
 )
@@ -47,15 +50,17 @@ def expected(plain: Server) -> dict[int, list[Answer]]:
 @pytest.mark.parametrize("fixture", ["orthrus", "orthrus_without_overlap"])
 def test_greedy_parity(
     request: pytest.FixtureRequest,
-    reference: Reference,
     traces: list[Trace],
     expected: dict[int, list[Answer]],
     plain: Server,
     fixture: str,
     batch_size: int,
 ) -> None:
+    setup = SETUPS["cpu"]
     answers = collect(request.getfixturevalue(fixture), chosen(), batch_size)
-    tally = judge(reference, chosen(), traces, expected[batch_size], answers)
+    tally = judge(chosen(), traces, expected[batch_size], answers, setup)
     assert tally.passed, tally
-    assert teacher_forced(plain, chosen(), answers).passed
+    rankings = prefill(plain, chosen(), answers)
+    assert judge_prefill(chosen(), answers, rankings, setup).passed
+    assert max(rounding(expected[1], answers, rankings)) < setup.tie_below
     assert tokens_per_cycle(chosen(), answers)["all"] > 3

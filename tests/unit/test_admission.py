@@ -23,6 +23,11 @@ def test_a_greedy_request_is_served() -> None:
     assert refusal(_request()) is None
 
 
+def test_a_request_for_no_token_is_served_at_any_temperature() -> None:
+    """SGLang's frontend language fills the cache with such requests."""
+    assert refusal(_request({"temperature": 1.0, "max_new_tokens": 0})) is None
+
+
 @pytest.mark.parametrize("sampling", [{"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 1, "temperature": 0.8}])
 def test_filters_that_leave_the_top_token_change_nothing(sampling: dict[str, Any]) -> None:
     assert refusal(_request(sampling)) is None

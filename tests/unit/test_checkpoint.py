@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names, export_ar, tensor_names
+from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names, export_ar, folder_problem, tensor_names
 from tests.fixtures import Shape, write_checkpoint, write_released_shaped
 
 
@@ -94,3 +94,10 @@ def test_export_holds_the_ar_view_and_nothing_else(source: Path, tmp_path: Path,
 def test_export_does_not_overwrite(source: Path) -> None:
     with pytest.raises(FileExistsError, match="already holds a checkpoint"):
         export_ar(source, source)
+
+
+def test_a_folder_is_looked_at_before_it_replaces_weights(source: Path, tmp_path: Path) -> None:
+    assert folder_problem(source, Shape().layers) is None
+    assert folder_problem("chiennv/Orthrus-Qwen3-8B", Shape().layers) is None
+    assert "12 missing" in str(folder_problem(export_ar(source, tmp_path / "ar"), Shape().layers))
+    assert "no .safetensors file" in str(folder_problem(tmp_path, Shape().layers))

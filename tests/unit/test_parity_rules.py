@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.parity_rules import Answer, Divergence, Rounds, Tally, compare_rounds, find_divergence
+from benchmarks.parity_rules import (
+    Answer,
+    Divergence,
+    Rounds,
+    Tally,
+    compare_rounds,
+    find_divergence,
+    gap_differences,
+)
 
 TIE, CLEAR = 5e-5, 0.3
 
@@ -76,3 +84,23 @@ def test_one_clear_divergence_or_unexplained_round_fails() -> None:
     assert not tally(200, clear=1).passed
     assert not tally(200, rounds=Rounds.DIFFERENT).passed
     assert tally(200, rounds=Rounds.NEAR_TIE).passed
+
+
+def test_bf16_may_meet_any_number_of_wider_ties() -> None:
+    result = Tally(prompts_per_excuse=None)
+    for number in range(9):
+        result.add(str(number), Divergence(0, 1, 2, gap=0.1, tie_below=0.2))
+    assert result.passed
+    result.add("clear", Divergence(0, 1, 2, gap=0.3, tie_below=0.2))
+    assert not result.passed
+
+
+def test_the_gap_of_an_answer_is_that_of_the_token_after_the_common_beginning() -> None:
+    answer = Answer((7, 8), 0, ranked=(((-0.1, 7), (-0.2, 1)), ((-0.5, 8), (-3.0, 1), (-4.0, 2))))
+    assert answer.gap_after([7]) == 2.5
+
+
+def test_rounding_is_how_much_the_gap_of_the_same_two_tokens_changes() -> None:
+    alone = [[(-1.0, 5), (-2.0, 6)], [(-1.0, 5), (-2.0, 6)], [(-1.0, 5), (-2.0, 6)]]
+    in_block = [[(-1.0, 5), (-2.25, 6)], [(-1.0, 6), (-1.5, 5)], [(-1.0, 5), (-2.0, 9)]]
+    assert gap_differences(alone, in_block) == [0.25, 1.5]

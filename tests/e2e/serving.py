@@ -1,0 +1,79 @@
+"""Requests in mid-stream, and what a server tells about its KV pool."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+
+from sglang_orthrus.server import Server
+from tests.e2e.helpers import Reply, generate, prompt_of
+
+# The scheduler asserts the accounting of the pool after every step, and that no slot has two owners.
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
+}
+# Gauges are written after every step, and therefore also when the last request has left.
+GAUGES = ("--decode-log-interval", "1")
+PATIENCE_SECONDS = 120.0
+
+
+@contextmanager
+def streaming(
+    server: Server, ids: Sequence[int], max_new_tokens: int = 256, *, rid: str | None = None, **sampling: Any
+) -> Iterator[Iterator[Reply]]:
+    """A streamed request. A chunk ends where a round ends; leaving the context early disconnects."""
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, **sampling}
+    body = {"input_ids": list(ids), "sampling_params": sampling, "stream": True, "rid": rid}
+    with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=300) as response:
+        response.raise_for_status()
+        yield (
+            json.loads(line.removeprefix(b"data: ")) for line in response.iter_lines() if line.startswith(b"data: {")
+        )
+
+
+def gauge(server: Server, name: str) -> float:
+    """One of SGLang's metrics, summed over its labels."""
+    lines = server.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"sglang:{name}{{"))
+
+
+def wait_for_gauge(server: Server, name: str, value: float) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (found := gauge(server, name)) != value:
+        assert server.is_running, server.log_tail()
+        assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
+        time.sleep(0.05)
+
+
+def free_slots(server: Server) -> int:
+    """Slots of the KV pool that no request holds, once no request is left: the free ones and those of the radix tree.
+
+    NOTE: flushing the cache resets the pool, so whatever leaked must be looked for before.
+    """
+    wait_for_gauge(server, "num_running_reqs", 0)
+    wait_for_gauge(server, "num_queue_reqs", 0)
+    wait_for_gauge(server, "kv_used_tokens", 0)
+    return int(gauge(server, "kv_available_tokens") + gauge(server, "kv_evictable_tokens"))
+
+
+def pool_size(server: Server) -> int:
+    """Slots of the KV pool."""
+    return int(server.get("/v1/loads").json()["loads"][0]["max_total_num_tokens"])
+
+
+def assert_nothing_leaked(server: Server) -> None:
+    """The pool is whole, the scheduler lives, and a request after a flush finds all of it."""
+    assert free_slots(server) == pool_size(server)
+    server.get("/flush_cache")
+    reply = generate(server, prompt_of("json"), 4)
+    assert reply["meta_info"]["cached_tokens"] == 0
+    assert len(reply["output_ids"]) == 4
+    assert free_slots(server) == pool_size(server)
