@@ -1,4 +1,4 @@
-# Targets: demo, serve, test, parity, kits, lint, clean. Everything lives in .venv, made once.
+# Targets: demo, serve, test, parity, kits, bench, lint, clean. Everything lives in .venv, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 # OpenMP threads that spin stall when servers and tests share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve test parity kits lint clean
+.PHONY: demo serve test parity kits bench lint clean
 
 demo: .venv/.installed
 	$(BIN)/python -m sglang_orthrus demo
@@ -22,6 +22,10 @@ parity: .venv/.test-extra
 
 kits: .venv/.test-extra
 	ORTHRUS_KITS=all $(BIN)/python -m pytest tests/e2e/test_kits.py
+
+bench: .venv/.bench-extra
+	$(BIN)/python -m benchmarks.sweep cpu
+	$(BIN)/python -m benchmarks.plot benchmarks/results/sweep-cpu.json docs/img
 
 lint: .venv/.test-extra
 	$(BIN)/ruff check .
@@ -39,4 +43,8 @@ clean:
 
 .venv/.test-extra: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+.venv/.bench-extra: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check -e '.[bench]'
 	@touch $@

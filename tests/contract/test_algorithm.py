@@ -173,7 +173,7 @@ def test_a_gpu_has_other_attention_backends(checkpoint: Path) -> None:
 def test_fa3_verifies_whole_blocks_only(checkpoint: Path) -> None:
     on_fa3 = ("--device", "cuda", "--attention-backend", "fa3")
     _resolve(checkpoint, *on_fa3, "--speculative-num-draft-tokens", "8")
-    with pytest.raises(Refused, match="--speculative-num-draft-tokens 4: fa3 .* use --attention-backend flashinfer"):
+    with pytest.raises(Refused, match=r"--speculative-num-draft-tokens 4: fa3 .* use --attention-backend flashinfer"):
         _resolve(checkpoint, *on_fa3, "--speculative-num-draft-tokens", "4")
 
 

@@ -72,7 +72,7 @@ def pool_size(server: Server) -> int:
 def assert_nothing_leaked(server: Server) -> None:
     """The pool is whole, the scheduler lives, and a request after a flush finds all of it."""
     assert free_slots(server) == pool_size(server)
-    server.get("/flush_cache")
+    server.get("/flush_cache?timeout=30")
     reply = generate(server, prompt_of("json"), 4)
     assert reply["meta_info"]["cached_tokens"] == 0
     assert len(reply["output_ids"]) == 4

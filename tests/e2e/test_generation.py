@@ -128,7 +128,7 @@ def test_stop_strings_cut_inside_a_block(orthrus: Server, plain: Server) -> None
 def test_a_reused_prefix_gives_the_answer_of_a_cold_run(orthrus: Server, reference: Reference) -> None:
     """The radix tree must hold AR-view K/V only, for prompts and for generated tokens."""
     ids = prompt_of("qa")
-    orthrus.get("/flush_cache")
+    orthrus.get("/flush_cache?timeout=30")
     cold = generate(orthrus, ids)
     assert cold["meta_info"]["cached_tokens"] == 0
     warm = generate(orthrus, ids)
@@ -138,7 +138,7 @@ def test_a_reused_prefix_gives_the_answer_of_a_cold_run(orthrus: Server, referen
     follow_up = [*ids, *cold["output_ids"], *prompt_of("arith")]
     warm = generate(orthrus, follow_up)
     assert warm["meta_info"]["cached_tokens"] >= len(ids) + len(cold["output_ids"]) - 1
-    orthrus.get("/flush_cache")
+    orthrus.get("/flush_cache?timeout=30")
     cold = generate(orthrus, follow_up)
     assert cold["meta_info"]["cached_tokens"] == 0
     assert_same_output(reference, follow_up, cold, warm)

@@ -166,7 +166,7 @@ class KitCase(unittest.TestCase):
 
     @classmethod
     def flush_cache(cls) -> None:
-        requests.post(f"{cls.base_url}/flush_cache", timeout=cls.timeout).raise_for_status()
+        requests.post(f"{cls.base_url}/flush_cache?timeout=30", timeout=cls.timeout).raise_for_status()
 
 
 def model_of(server: Server) -> str:

@@ -45,7 +45,7 @@ def test_both_page_sizes_are_served(orthrus: Server, paged: Server) -> None:
 
 def test_a_prefix_that_ends_inside_a_former_answer(server: Server, plain: Server, reference: Reference) -> None:
     ids = prompt_of("prose")
-    server.get("/flush_cache")
+    server.get("/flush_cache?timeout=30")
     answer = generate(server, ids, 64)["output_ids"]
     for kept in (20, 37, 48):
         branch = [*ids, *answer[:kept], *prompt_of("chat")]
@@ -62,7 +62,7 @@ def test_branches_of_one_prefix(server: Server, plain: Server, reference: Refere
     branches = [
         (stem + prompt_of(family, 1)[:60], 32) for family in ("json", "arith", "prose", "qa", "chat", "convert")
     ]
-    server.get("/flush_cache")
+    server.get("/flush_cache?timeout=30")
     generate(server, stem, 1)
     for _ in range(2):
         replies = generate_together(server, branches, in_flight=len(branches))
@@ -75,7 +75,7 @@ def test_a_full_pool_evicts_the_oldest(paged: Server, plain: Server, reference: 
     """The last prompt is still cached, the first one no longer."""
     text = [token for prompt in prompts() for token in prompt.ids]
     cold = [text[start : start + 300] for start in range(0, 10 * 300, 300)]
-    paged.get("/flush_cache")
+    paged.get("/flush_cache?timeout=30")
     for ids, is_cached in [*((ids, False) for ids in cold), (cold[-1], True), (cold[0], False)]:
         reply = generate(paged, ids, 24)
         assert_same_output(reference, ids, generate(plain, ids, 24), reply)
@@ -98,7 +98,7 @@ def test_prompts_around_a_page_and_up_to_the_context_limit(paged: Server, plain:
     long = (prompt_of("prose") + prompt_of("qa")) * CONTEXT_LENGTH
     requests_ = [(long[:length], 24) for length in (1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1)]
     requests_ += [(long[: CONTEXT_LENGTH - room], room) for room in (7, 20)]
-    paged.get("/flush_cache")
+    paged.get("/flush_cache?timeout=30")
     replies = generate_together(paged, requests_, in_flight=4)
     for (ids, length), reply in zip(requests_, replies, strict=True):
         assert_same_output(reference, ids, generate(plain, ids, length), reply)
@@ -109,7 +109,7 @@ def test_chunked_prompts_arrive_while_others_decode(paged: Server, plain: Server
     """Chunks are smaller than a block, and the rounds of the others go on between prompts."""
     running = [(prompt_of("prose", number), 100) for number in range(2)]
     arriving = [(prompt_of("tools", number), 40) for number in (0, 1, 2)]
-    paged.get("/flush_cache")
+    paged.get("/flush_cache?timeout=30")
     with (
         ThreadPoolExecutor() as pool,
         streaming(paged, *running[0]) as first,
