@@ -44,7 +44,7 @@ class Kit:
     """How one class of a kit runs.
 
     Attributes:
-        server: which server of `test_kits.py` it needs.
+        server: which server of `test_kits.py` it needs; all but "common" are left to `make kits`.
         overrides: attributes that the kit leaves to the class that mixes it in.
         refused: its tests that ask for what ORTHRUS refuses, and why.
         fails_alike: its tests that ask for knowledge, or a cache, that nano has not; plain SGLang fails them with
@@ -101,21 +101,9 @@ RUN: Mapping[str, Kit] = MappingProxyType(
             refused={"test_grammar_logprob_count_matches_completion_tokens": LOGPROBS},
         ),
         "streaming_session_kit.StreamingSessionKitMixin": Kit(
-            "endless",
-            refused={"test_leak_logprob_concurrent": LOGPROBS},
-            slow=frozenset(
-                {
-                    "test_kv_cache_inheritance",
-                    "test_stress_concurrent_sessions",
-                    "test_nth_mid_abort_recovery",
-                    "test_first_mid_abort_recovery",
-                    "test_preabort_recovery",
-                }
-            ),
+            "endless", refused={"test_leak_logprob_concurrent": LOGPROBS}
         ),
-        "streaming_session_kit.AbortLeakReproKitMixin": Kit(
-            "short", slow=frozenset({"test_abort_heavy_chunked_prefill_does_not_leak"})
-        ),
+        "streaming_session_kit.AbortLeakReproKitMixin": Kit("short"),
     }
 )
 

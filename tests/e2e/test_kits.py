@@ -202,7 +202,9 @@ def make_case(name: str, kit: Kit, **attributes: Any) -> type[KitCase]:
 def make_collected_case(name: str, kit: Kit) -> type[KitCase]:
     """The same without the tests that are not for nano or ORTHRUS."""
     case = make_case(name, kit, **dict.fromkeys([*kit.refused, *kit.fails_alike]))
-    for test in kit.slow:
+    # Another server takes as long to start as most kits to run.
+    left_out = kit.slow if kit.server == "common" else kits.installed_kits()[name] - {*kit.refused, *kit.fails_alike}
+    for test in left_out:
         setattr(case, test, slow(getattr(case, test)))
     return pytest.mark.usefixtures("connected")(case)
 
