@@ -1,4 +1,4 @@
-# Targets: demo, serve, test, parity, kits, bench, lint, clean. Everything lives in .venv, made once.
+# Targets: demo, serve, test, test-all, parity, kits, bench, lint, clean. Everything lives in .venv, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 # OpenMP threads that spin stall when servers and tests share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo serve test parity kits bench lint clean
+.PHONY: demo serve test test-all parity kits bench lint clean
 
 demo: .venv/.installed
 	$(BIN)/python -m sglang_orthrus demo
@@ -17,11 +17,14 @@ serve: .venv/.installed
 test: .venv/.test-extra
 	$(BIN)/python -m pytest
 
+test-all: .venv/.test-extra
+	ORTHRUS_TESTS=all $(BIN)/python -m pytest
+
 parity: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity
 
 kits: .venv/.test-extra
-	ORTHRUS_KITS=all $(BIN)/python -m pytest tests/e2e/test_kits.py
+	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_kits.py
 
 bench: .venv/.bench-extra
 	$(BIN)/python -m benchmarks.sweep cpu

@@ -49,14 +49,14 @@ class Kit:
         refused: its tests that ask for what ORTHRUS refuses, and why.
         fails_alike: its tests that ask for knowledge, or a cache, that nano has not; plain SGLang fails them with
             the same message.
-        slow: its tests that are left to `make kits`.
+        slow: its tests that are left to `make kits`, too; all if None.
     """
 
     server: str = "common"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     fails_alike: frozenset[str] = frozenset()
-    slow: frozenset[str] = frozenset()
+    slow: frozenset[str] | None = frozenset()
 
 
 RUN: Mapping[str, Kit] = MappingProxyType(
@@ -69,7 +69,7 @@ RUN: Mapping[str, Kit] = MappingProxyType(
             fails_alike=frozenset({"test_streaming_response", "test_concurrent_requests"}),
             slow=frozenset({"test_long_prompt"}),
         ),
-        "abort_timeout_kit.AbortAllMixin": Kit(),
+        "abort_timeout_kit.AbortAllMixin": Kit(slow=None),
         "abort_timeout_kit.WaitingTimeoutMixin": Kit("narrow"),
         "abort_timeout_kit.RunningTimeoutTwoWaveMixin": Kit("hasty"),
         "matched_stop_kit.MatchedStopMixin": Kit("narrow", fails_alike=frozenset({"test_finish_stop_eos"})),
@@ -89,13 +89,14 @@ RUN: Mapping[str, Kit] = MappingProxyType(
                 "pause_max_new_tokens": 256,
                 "pause_ignore_eos": True,
                 "pause_duration": 2,
-            }
+            },
+            slow=None,
         ),
         "spec_decoding_kit.SpecDecodingMixin": Kit(
-            overrides={"accept_length_thres": 1.2, "bs_1_speed_thres": 1.0, "bs_1_speed_attempts": 1}
+            overrides={"accept_length_thres": 1.2, "bs_1_speed_thres": 1.0, "bs_1_speed_attempts": 1}, slow=None
         ),
         "spec_server_kits.SpecCorrectnessKit": Kit(overrides={"acc_length_thres": 1.2, "batch_accept_len_thres": 1.2}),
-        "spec_server_kits.SpecFeatureKit": Kit(slow=frozenset({"test_radix_attention"})),
+        "spec_server_kits.SpecFeatureKit": Kit(slow=None),
         "spec_server_kits.SpecGrammarKit": Kit(
             overrides={"grammar_json_schema": SCHEMA},
             refused={"test_grammar_logprob_count_matches_completion_tokens": LOGPROBS},

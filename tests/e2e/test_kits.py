@@ -33,7 +33,7 @@ from tests.e2e.kits import NOT_RUN, RUN, WITHOUT_TESTS, Kit
 
 pytestmark = pytest.mark.e2e
 
-slow = pytest.mark.skipif(os.environ.get("ORTHRUS_KITS") != "all", reason="takes minutes: make kits")
+slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make kits")
 
 THINKING_CONTEXT_LENGTH = 16384
 MASK_TOKEN = 4095, "<|mask|>"
@@ -203,12 +203,14 @@ def make_collected_case(name: str, kit: Kit) -> type[KitCase]:
     """The same without the tests that are not for nano or ORTHRUS."""
     case = make_case(name, kit, **dict.fromkeys([*kit.refused, *kit.fails_alike]))
     # Another server takes as long to start as most kits to run.
-    left_out = kit.slow if kit.server == "common" else kits.installed_kits()[name] - {*kit.refused, *kit.fails_alike}
-    for test in left_out:
+    is_left_out = kit.slow is None or kit.server != "common"
+    rest = kits.installed_kits()[name] - {*kit.refused, *kit.fails_alike}
+    for test in rest if is_left_out else kit.slow or ():
         setattr(case, test, slow(getattr(case, test)))
     return pytest.mark.usefixtures("connected")(case)
 
 
+@slow
 def test_a_conversation_finds_its_former_turns_in_the_cache(servers: Servers, tmp_path: Path) -> None:
     """`cache_hit_kit`, with a data set of our own in the place of the one that it downloads."""
     server = servers.get("common")
@@ -233,7 +235,7 @@ def test_no_installed_kit_is_missing_from_the_tables() -> None:
     assert set(installed) == set(RUN) | set(NOT_RUN)
     assert not set(RUN) & set(NOT_RUN)
     for name, kit in RUN.items():
-        assert {*kit.refused, *kit.fails_alike, *kit.slow} <= installed[name], name
+        assert {*kit.refused, *kit.fails_alike, *(kit.slow or ())} <= installed[name], name
     assert kits.installed_modules() - {name.partition(".")[0] for name in installed} == set(WITHOUT_TESTS)
 
 

@@ -31,7 +31,6 @@ pytestmark = pytest.mark.e2e
 BLOCK = 32
 CROWD = 32
 LATECOMERS = 4
-WIDTHS = {"8": ("--speculative-num-draft-tokens", "8"), "2": ("--speculative-num-draft-tokens", "2")}
 
 
 @pytest.fixture(params=["orthrus", "orthrus_without_overlap"])
@@ -40,10 +39,10 @@ def server(request: pytest.FixtureRequest) -> Server:
     return found
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
-def narrow(request: pytest.FixtureRequest) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[Server]:
     """A verify width below the block size."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *WIDTHS[request.param]) as server:
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--speculative-num-draft-tokens", "8") as server:
         yield server
 
 

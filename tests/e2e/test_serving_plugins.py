@@ -77,9 +77,9 @@ def served(neighbour: dict[str, str]) -> Iterator[Server]:
 
 def probe(env: dict[str, str]) -> dict[str, list[str]]:
     command = [sys.executable, "-c", dedent(PROBE)]
-    process = subprocess.run(
-        command, env={**os.environ, **env}, check=True, capture_output=True, text=True, timeout=240
-    )
+    # Other tests may have loaded our plugin into this very process.
+    inherited = {name: value for name, value in os.environ.items() if name != "SGLANG_EXTERNAL_MODEL_PACKAGE"}
+    process = subprocess.run(command, env={**inherited, **env}, check=True, capture_output=True, text=True, timeout=240)
     return {key: values for key, *values in map(str.split, process.stdout.splitlines())}
 
 

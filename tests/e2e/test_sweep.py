@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from benchmarks.sweep_prompts import FAMILIES
 from sglang_orthrus.demo import NANO
 from tests.conftest import SETUP
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes two minutes: make test-all"),
+]
 
 # In fp32 on either device, so that answers can be compared as text.
 TINY = replace(
