@@ -3,8 +3,8 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
-# OpenMP threads that spin stall when servers and tests share few cores.
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP threads that spin for long stall when servers and tests share few cores.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo serve test test-all parity kits bench lint clean
 

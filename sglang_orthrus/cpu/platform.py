@@ -40,9 +40,10 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang decorates small functions with torch.compile while it is imported, which is after this: compiling
         # them needs g++ and tens of seconds on their first call, and gains nothing on a CPU.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # Threads that spin while they wait for each other stall as soon as anything else wants their cores: small
-        # matrix products took 60 times as long. OpenMP reads this when a process starts, so the scheduler sees it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # By default OpenMP threads spin long while they wait for each other, and stall as soon as anything else wants
+        # their cores: small matrix products took 60 times as long. A short spin costs nothing on idle cores. OpenMP
+        # reads this when a process starts, so the scheduler sees it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
     def init_backend(self) -> None:
         """Called in every process that runs a model, before its pools are made."""
