@@ -65,8 +65,6 @@ class OrthrusAlgorithm(CustomSpecAlgo):
 
     def handle_server_args(self, server_args: Any) -> None:
         """Fill in what the checkpoint decides; every write is recorded by SGLang as a declaration."""
-        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
-
         block_size = dual_view(server_args).block_size
         if server_args.speculative_num_draft_tokens is None:
             server_args.speculative_num_draft_tokens = block_size
@@ -75,10 +73,6 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         server_args.speculative_eagle_topk = 1
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
-        graphs = server_args.cuda_graph_config
-        if server_args.device != "cpu" and graphs is not None and graphs.decode.backend != Backend.DISABLED:
-            logger.warning("ORTHRUS runs its rounds eagerly: decode CUDA graphs are switched off.")
-            server_args.cuda_graph_config = with_phase(graphs, Phase.DECODE, backend=Backend.DISABLED)
 
 
 class Refused(ValueError):

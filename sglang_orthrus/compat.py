@@ -152,11 +152,61 @@ LEDGER: tuple[Touch, ...] = (
         "never: speculative workers share it",
     ),
     Touch(
-        "sglang.srt.model_executor.cuda_graph_config:with_phase",
-        ("config", "phase"),
-        "switches decode CUDA graphs off",
-        "the graph runner has no spec input for custom algorithms and would crash while capturing",
-        "our own graph runner exists",
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
+        ("model_runner", "attn_backend", "speculative_num_draft_tokens"),
+        "subclassed; capture_one_shape, get_spec_info, can_run_graph, _resolve_lora_variant and "
+        "_next_token_logits_buffer_capacity_rows are overridden",
+        "it has no spec input for custom algorithms, and one graph per batch size",
+        "it asks the algorithm for spec inputs and graph variants",
+    ),
+    Touch(
+        "sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls",
+        (),
+        "replaced on the instance",
+        "the class of the graph runner is chosen by the built-in algorithms' names",
+        "the algorithm names its graph runner",
+    ),
+    Touch(
+        "sglang.srt.model_executor.model_runner:ModelRunner.max_shared_logits_buffer_rows",
+        (),
+        "replaced on the instance",
+        "SGLang allocates fp32 logits for every token of every block, which nobody would write to",
+        "the graph runner is asked",
+    ),
+    Touch(
+        "sglang.srt.model_executor.model_runner:ModelRunner._get_attention_backend",
+        ("init_new_workspace",),
+        "called for a second backend if drafts are wider than verify",
+        "an attention backend's graphs have one width (as the UNO worker does)",
+        "never: speculative workers share it",
+    ),
+    Touch(
+        "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend._prepare_cuda_graph_metadata",
+        ("bs", "num_tokens", "forward_mode", "spec_info"),
+        "replaced on the instance, so that the graphs of a batch size share wrappers",
+        "a second capture takes the first one's plan away",
+        "wrappers are kept per graph",
+    ),
+    Touch(
+        "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend.init_cuda_graph_state",
+        ("max_bs", "max_num_tokens", "kv_indices_buf"),
+        "replaced on the instance, so that it allocates indices per request and no mask",
+        "it allocates a context's worth of indices and mask for every token of every block",
+        "SGLang sizes them by request",
+    ),
+    Touch(
+        "sglang.srt.layers.attention.flashinfer_backend:PrefillMetadata",
+        ("prefill_wrappers", "use_ragged", "extend_no_prefix"),
+        "constructed for wrappers that are used again",
+        "as above",
+        "as above",
+    ),
+    Touch(
+        "sglang.srt.layers.logits_processor:LogitsMetadata",
+        ("forward_mode",),
+        "constructed to call the head on chosen rows",
+        "the head is called inside the forward pass, on all rows",
+        "the model has a public head",
     ),
     Touch(
         "sglang.srt.arg_groups.model_override_base:model_config_of",
@@ -218,6 +268,20 @@ def widen_req_to_token_rows(block_size: int) -> None:
         return widened
 
     _wrap_once(kv_cache_configurator, "get_req_to_token_extra_context_len", headroom)
+
+
+def use_graph_runner(model_runner: Any, runner: type) -> None:
+    """Have SGLang capture its decode graphs with `runner`, and keep no logits buffer for blocks.
+
+    Must run before the graphs are captured.
+    """
+
+    def max_shared_logits_buffer_rows() -> int:
+        """A row per request: what prefill graphs use, and plain SGLang allocates."""
+        return int(model_runner.max_decode_logits_rows()) // int(model_runner.decode_num_tokens_per_req())
+
+    model_runner._decode_cuda_graph_runner_cls = lambda: runner
+    model_runner.max_shared_logits_buffer_rows = max_shared_logits_buffer_rows
 
 
 def refuse_requests(reason: Callable[[Any], str | None]) -> None:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.runtime_context import get_spec
 
 from sglang_orthrus.block import DraftBlock, draft_block
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.spec_input import OrthrusBlockInput, View
+from sglang_orthrus.flashinfer_plans import bound_indices, share_plans
+from sglang_orthrus.graph_runner import OrthrusGraphRunner
+from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
+
+
+class Pass(NamedTuple):
+    """A finished pass.
+
+    Attributes:
+        hidden_states: [bs, width, hidden]; the next replay of a graph overwrites them.
+        replayed: whether a CUDA graph ran it.
+    """
+
+    hidden_states: torch.Tensor
+    replayed: bool
 
 
 class DualViewRunner:
-    """Runs draft and verify passes eagerly on a target worker.
+    """Runs draft and verify passes on a target worker, as CUDA graphs where they were captured.
 
     Args:
         target_worker: SGLang's `TpModelWorker`, whose model is an `OrthrusLM`.
@@ -29,6 +44,38 @@ class DualViewRunner:
         self._target_worker = target_worker
         self._config = config
         self._verify_width = verify_width
+        self._model_runner = target_worker.model_runner
+        # Set if drafts are wider than verify, which then is all that SGLang's own backend and graphs are for.
+        self._draft_backend: Any = None
+        self._draft_graphs: OrthrusGraphRunner | None = None
+
+    @property
+    def attention_backends(self) -> tuple[Any, ...]:
+        """SGLang's own, and the one of wider drafts."""
+        return tuple(filter(None, (self._model_runner.attn_backend, self._draft_backend)))
+
+    def init_attention(self, make_backend: Callable[[], Any]) -> None:
+        """Make the backend of wider drafts, and fit FlashInfer to graphs of several passes. Needs the KV pool."""
+        if self._verify_width < self._config.block_size:
+            with get_spec().override(speculative_num_draft_tokens=self._config.block_size):
+                self._draft_backend = make_backend()
+        for backend in self.attention_backends:
+            if isinstance(backend, FlashInferAttnBackend):
+                share_plans(backend)
+                bound_indices(backend)
+
+    def capture_wide_draft(self) -> None:
+        """Capture the draft pass apart if it is wider than verify and CUDA graphs are on."""
+        if self._draft_backend is None or not isinstance(
+            self._model_runner.decode_cuda_graph_runner, OrthrusGraphRunner
+        ):
+            return
+        with self._wide_draft():
+            self._draft_graphs = OrthrusGraphRunner(
+                self._model_runner,
+                attn_backend=self._draft_backend,
+                speculative_num_draft_tokens=self._config.block_size,
+            )
 
     def layout(self, batch: ScheduleBatch) -> DraftBlock:
         """Block ids, positions and slots of a decode batch, whose anchors are in `batch.spec_info`."""
@@ -41,27 +88,43 @@ class DualViewRunner:
             mask_token_id=self._config.mask_token_id,
         )
 
-    def draft(self, batch: ScheduleBatch, block: DraftBlock) -> torch.Tensor:
-        """Diffusion view over the whole block: logits [bs, Q-1, vocabulary]; row j predicts position C+j+1.
+    def round(self, batch: ScheduleBatch, block: DraftBlock) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A greedy round in one CUDA graph, or None if none was captured for this batch.
+
+        Returns the verified block, to be used before the next round, and the AR view's next tokens, both [bs, F].
+        """
+        graphs = self._model_runner.decode_cuda_graph_runner
+        if Phase.ROUND not in getattr(graphs, "phases", ()):
+            return None
+        forward_batch = self._prepare(batch, block, Phase.ROUND)
+        if not graphs.can_run_graph(forward_batch):
+            return None
+        replayed = self._run(forward_batch).can_run_cuda_graph
+        assert replayed, "run eagerly, a round would be one verify pass over mask tokens"
+        bs = forward_batch.batch_size
+        # The next round overwrites both while the overlap scheduler may still copy the output to the host.
+        return graphs.block[:bs], graphs.predictions[:bs].clone()
+
+    def draft(self, batch: ScheduleBatch, block: DraftBlock) -> Pass:
+        """Diffusion view over the whole block; row j predicts position C+j+1, so the last row is of no use.
 
         Writes the block's diffusion K/V to its slots; the block always has its trained width.
         """
-        num_drafts = self._verify_width - 1
-        logits = self._forward(batch, block, View.DIFFUSION, num_drafts).next_token_logits
-        return logits.unflatten(0, (-1, num_drafts))
+        with self._wide_draft():
+            return self._forward(batch, block, Phase.DRAFT)
 
-    def verify(self, batch: ScheduleBatch, block: DraftBlock, tokens: torch.Tensor) -> LogitsProcessorOutput:
-        """AR view over the anchor and the drafts: logits [bs * Q, vocabulary].
-
-        Overwrites the first Q slots with AR K/V. tokens: [bs, Q] anchor and drafts.
-        """
+    def verify(self, batch: ScheduleBatch, block: DraftBlock, tokens: torch.Tensor) -> Pass:
+        """AR view over the anchor and the drafts. Overwrites the first Q slots with AR K/V. tokens: [bs, Q]."""
         width = self._verify_width
         narrowed = DraftBlock(tokens, block.positions[:, :width], block.slots[:, :width])
-        return self._forward(batch, narrowed, View.AR, None)
+        return self._forward(batch, narrowed, Phase.VERIFY)
 
-    def _forward(
-        self, batch: ScheduleBatch, block: DraftBlock, view: View, num_drafts: int | None
-    ) -> LogitsProcessorOutput:
+    def _forward(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase) -> Pass:
+        result = self._run(self._prepare(batch, block, phase))
+        hidden_states = result.logits_output.hidden_states.unflatten(0, block.ids.shape)
+        return Pass(hidden_states, result.can_run_cuda_graph)
+
+    def _prepare(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase) -> ForwardBatch:
         width = block.ids.shape[1]
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = block.ids.flatten()
@@ -70,18 +133,32 @@ class DualViewRunner:
             draft_token=batch.input_ids,
             positions=block.positions.flatten(),
             draft_token_num=width,
-            view=view,
-            num_drafts=num_drafts,
+            phase=phase,
         )
         with _host_lens_including_block(batch, width):
-            forward_batch = ForwardBatch.init_new(
+            return ForwardBatch.init_new(
                 batch,
-                self._target_worker.model_runner,
+                self._model_runner,
                 capture_hidden_mode=batch.spec_info.capture_hidden_mode,
                 return_hidden_states_before_norm=False,
             )
-        result = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-        return result.logits_output
+
+    @contextmanager
+    def _wide_draft(self) -> Iterator[None]:
+        """Have SGLang's runner use the backend and graphs of wider drafts, if there are any."""
+        if self._draft_backend is None:
+            yield
+            return
+        runner = self._model_runner
+        backend, graphs = runner.attn_backend, runner.decode_cuda_graph_runner
+        runner.attn_backend, runner.decode_cuda_graph_runner = self._draft_backend, self._draft_graphs
+        try:
+            yield
+        finally:
+            runner.attn_backend, runner.decode_cuda_graph_runner = backend, graphs
+
+    def _run(self, forward_batch: ForwardBatch) -> Any:
+        return self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
 
 @contextmanager

@@ -19,27 +19,34 @@ class View(Enum):
     DIFFUSION = "diffusion"
 
 
+class Phase(Enum):
+    """What a forward pass over a block does; a CUDA graph may do all of a round."""
+
+    DRAFT = "draft"
+    VERIFY = "verify"
+    ROUND = "round"
+
+
 @dataclass
 class OrthrusBlockInput(DFlashVerifyInput):
-    """One pass over a block of every request, in either view.
+    """One pass over a block of every request, or both of a round.
 
     The attention backends dispatch on the type of `DFlashVerifyInput`, whose layout this is: `draft_token_num` query
     rows per request after its prefix, no custom mask. Causality comes from the view's own attention layers.
 
     Attributes:
-        view: the projections to use.
-        num_drafts: rows per request whose logits are wanted, from row 0; all of them if None.
+        phase: decides the view, and which CUDA graph may run the pass.
     """
 
-    view: View = View.AR
-    num_drafts: int | None = None
+    phase: Phase = Phase.VERIFY
     capture_hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
 
 
 def view_of(forward_batch: ForwardBatch) -> View:
     """The view of a forward pass; everything but our own draft pass (prefill, plain decode) is autoregressive."""
     spec_info = forward_batch.spec_info
-    return spec_info.view if isinstance(spec_info, OrthrusBlockInput) else View.AR
+    is_draft = isinstance(spec_info, OrthrusBlockInput) and spec_info.phase is Phase.DRAFT
+    return View.DIFFUSION if is_draft else View.AR
 
 
 @dataclass

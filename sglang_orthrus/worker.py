@@ -8,17 +8,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
-from sglang_orthrus import compat
+from sglang_orthrus import compat, flashinfer_plans
 from sglang_orthrus.admission import refusal
+from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
 from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.model_runner import DualViewRunner
+from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.verify import accept_greedy
 
@@ -49,7 +54,19 @@ class OrthrusWorker(BaseSpecWorker):
 
         config = DualViewConfig.from_hf(self.model_runner.model_config.hf_config)
         self._runner = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
-        # The pools are made after this, and requests arrive later still.
+        self._paths = RoundPaths(log_interval=server_args.decode_log_interval, with_metrics=server_args.enable_metrics)
+        # The pools and graphs are made after this, and requests arrive later still.
+        compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
+        if self.device != "cpu":
+            model = self.model_runner.model_config
+            size = flashinfer_plans.workspace_bytes(
+                server_args.max_running_requests,
+                config.block_size,
+                model.num_attention_heads,
+                model.num_key_value_heads,
+                model.head_dim,
+            )
+            flashinfer_plans.set_workspace_size(size)
         compat.widen_req_to_token_rows(config.block_size)
         compat.refuse_requests(refusal)
         compat.stop_at_first_match()
@@ -63,11 +80,25 @@ class OrthrusWorker(BaseSpecWorker):
         )
 
     def init_attention_backends(self) -> None:
-        """On a CPU, replace SGLang's PyTorch attention by one that knows verify passes."""
+        """Adapt SGLang's attention backend to two passes per round."""
+        runner = self.model_runner
+        make_backend = runner._get_attention_backend
         if self.device == "cpu":
+            # SGLang's PyTorch attention knows no verify passes.
             from sglang_orthrus.cpu.attention import OrthrusCpuAttnBackend
 
-            self.model_runner.attn_backend = OrthrusCpuAttnBackend(self.model_runner)
+            make_backend = partial(OrthrusCpuAttnBackend, runner)
+            runner.attn_backend = make_backend()
+        self._runner.init_attention(make_backend)
+
+    def init_cuda_graphs(self) -> None:
+        """SGLang has captured the graphs of the verify width; capture drafts here if they are wider."""
+        self._runner.capture_wide_draft()
+
+    @property
+    def spec_v2_attn_backends(self) -> tuple[Any, ...]:
+        """The backends that rounds use; they decide whether the overlap scheduler brings lengths to the host."""
+        return self._runner.attention_backends
 
     def forward_batch_generation(
         self,
@@ -104,45 +135,53 @@ class OrthrusWorker(BaseSpecWorker):
             prefix_lens.record_stream(torch.cuda.current_stream())
 
         layout = self._runner.layout(batch)
-        drafts = self._runner.draft(batch, layout).argmax(dim=-1)
-        block = torch.cat((layout.ids[:, :1], drafts), dim=1)
-        # The copy to the host has to start before verify is launched.
-        tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
-
-        output = self._runner.verify(batch, layout, block)
-        if tree is not None:
-            self._mask(output.next_token_logits, batch, tree, grammar_barrier)
-        predictions = output.next_token_logits.argmax(dim=-1).view_as(block)
+        fused = None if batch.has_grammar else self._runner.round(batch, layout)
+        if fused is not None:
+            block, predictions = fused
+            path = Path.GRAPH
+        else:
+            block, predictions, path = self._two_passes(batch, layout, grammar_barrier)
+        self._paths.count(path)
 
         verdict = accept_greedy(block, predictions, prefix_lens)
         _publish(on_publish, verdict.new_seq_lens)
         return GenerationBatchResult(
-            logits_output=output,
+            logits_output=LogitsProcessorOutput(next_token_logits=None),
             next_token_ids=verdict.tokens.flatten(),
             accept_lens=verdict.accept_lens,
             next_draft_input=OrthrusState(verdict.bonus, verdict.new_seq_lens),
             new_seq_lens=verdict.new_seq_lens,
             speculative_num_draft_tokens=block.shape[1],
-            can_run_cuda_graph=False,
+            can_run_cuda_graph=path is not Path.EAGER,
         )
 
-    @staticmethod
-    def _mask(
-        logits: torch.Tensor,
-        batch: ScheduleBatch,
-        tree: GrammarTree,
-        grammar_barrier: Callable[[], None] | None,
-    ) -> None:
-        """Set the logits [bs * Q, vocabulary] of tokens that the grammars forbid to -inf, in place."""
-        mask = build_grammar_vocab_mask(
+    def _two_passes(
+        self, batch: ScheduleBatch, layout: DraftBlock, grammar_barrier: Callable[[], None] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Path]:
+        """Draft, then verify, with what needs the host in between: the block and the AR view's next tokens, [bs, Q]."""
+        model = self.model_runner.model
+        draft = self._runner.draft(batch, layout)
+        drafts = model.best_tokens(draft.hidden_states[:, : self.speculative_num_draft_tokens - 1])
+        block = torch.cat((layout.ids[:, :1], drafts), dim=1)
+        # The copy to the host has to start before verify is launched.
+        tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
+
+        verify = self._runner.verify(batch, layout, block)
+        mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
+        predictions = model.best_tokens(verify.hidden_states, mask)
+        return block, predictions, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
+
+    def _grammar_mask(
+        self, batch: ScheduleBatch, tree: GrammarTree, grammar_barrier: Callable[[], None] | None
+    ) -> GrammarMask | None:
+        """What the grammars of the batch allow after each row of the block, [bs * Q, vocabulary]; host work."""
+        return build_grammar_vocab_mask(
             reqs=batch.reqs,
             tree=tree,
             sampling_info=batch.sampling_info,
-            device=logits.device,
+            device=self.device,
             barrier=grammar_barrier,
         )
-        if mask is not None:
-            mask.apply(logits)
 
 
 def _publish(on_publish: Publish | None, new_seq_lens: torch.Tensor) -> None:

@@ -10,15 +10,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.layers.radix_attention import AttentionType
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
 from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names
 from sglang_orthrus.compat import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.spec_input import OrthrusBlockInput, View, view_of
+
+# Logits of 512 rows are 0.3 GB at a vocabulary of 151,936, and their product keeps a large GPU busy.
+HEAD_ROWS = 512
 
 
 class OrthrusAttention(Qwen3Attention):
@@ -79,17 +83,39 @@ class OrthrusLM(Qwen3ForCausalLM):
         get_embedding: bool = False,
         pp_proxy_tensors: Any = None,
     ) -> LogitsProcessorOutput:
-        """One pass in the view that the batch names; a draft pass returns logits for its wanted rows alone.
+        """One pass in the view that the batch names. input_ids, positions: [tokens].
 
-        input_ids, positions: [tokens]; logits: [rows, vocabulary], rows = tokens, or bs * num_drafts when drafting.
+        A pass over blocks returns `hidden_states` [tokens, hidden] and no logits: its caller knows which rows it needs
+        and asks for those with `logits` or `best_tokens`.
         """
-        block = forward_batch.spec_info
-        if not isinstance(block, OrthrusBlockInput) or block.num_drafts is None:
+        if not isinstance(forward_batch.spec_info, OrthrusBlockInput):
             return super().forward(input_ids, positions, forward_batch, input_embeds, get_embedding, pp_proxy_tensors)
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
-        # The head is the widest matrix, and nobody reads the logits of the block's last row.
-        wanted = hidden_states.unflatten(0, (-1, block.draft_token_num))[:, : block.num_drafts].flatten(0, 1)
-        return self.logits_processor(input_ids, wanted, self.lm_head, forward_batch)
+        return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
+
+    @torch.no_grad()
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The head on rows of a block: [..., hidden] -> [rows, vocabulary] fp32."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        # A row of its own kind for SGLang's head: every row is wanted, into no shared buffer.
+        metadata = LogitsMetadata(ForwardMode.TARGET_VERIFY)
+        return self.logits_processor(None, rows, self.lm_head, metadata).next_token_logits
+
+    @torch.no_grad()
+    def best_tokens(self, hidden_states: torch.Tensor, mask: GrammarMask | None = None) -> torch.Tensor:
+        """The greedy choice after every row, of the tokens that the mask allows: [..., hidden] -> [...] int64.
+
+        At most `HEAD_ROWS` rows of logits exist at a time: 128 blocks of 32 rows would take 2.5 GB of them.
+        """
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        best = []
+        for start in range(0, rows.shape[0], HEAD_ROWS):
+            piece = slice(start, start + HEAD_ROWS)
+            logits = self.logits(rows[piece])
+            if mask is not None:
+                mask._replace(vocab_mask=mask.vocab_mask[piece]).apply(logits)
+            best.append(logits.argmax(dim=-1))
+        return torch.cat(best).view(hidden_states.shape[:-1])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load both views; Qwen3's own name mapping covers `*_diff`.

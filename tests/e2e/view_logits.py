@@ -25,12 +25,11 @@ from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.worker import OrthrusWorker
 
 
-def start_worker(model: str) -> OrthrusWorker:
+def start_worker(model: str, *flags: str) -> OrthrusWorker:
     """The workers of a scheduler process, set up in its order."""
     load_plugins()
-    args = prepare_server_args(
-        ["--model-path", model, "--speculative-algorithm", "ORTHRUS", "--device", "cpu", "--dtype", "float32"]
-    )
+    common = ["--model-path", model, "--speculative-algorithm", "ORTHRUS", "--device", "cpu", "--dtype", "float32"]
+    args = prepare_server_args([*common, *flags])
     ports = PortArgs.init_new(args)
     ranks = one_batch.SpawnRanks(world_rank=0, gpu_id=0)
     one_batch.publish(args, role="scheduler", ranks=ranks)
@@ -71,9 +70,10 @@ def run_round(worker: OrthrusWorker, batch: ScheduleBatch, blocks: torch.Tensor)
         batch.req_to_token_pool.req_to_token[batch.req_pool_indices[row], length : length + width] = slots[row]
     batch.spec_info = OrthrusState(blocks[:, 0], batch.seq_lens)
     layout: DraftBlock = worker._runner.layout(batch)
-    draft = worker._runner.draft(batch, layout)
-    verify = worker._runner.verify(batch, layout, blocks).next_token_logits.view(bs, width, -1)
-    return {"draft": draft, "verify": verify}
+    model = worker.model_runner.model
+    draft = model.logits(worker._runner.draft(batch, layout).hidden_states[:, :-1])
+    verify = model.logits(worker._runner.verify(batch, layout, blocks).hidden_states)
+    return {"draft": draft.view(bs, width - 1, -1), "verify": verify.view(bs, width, -1)}
 
 
 def main(model: str, cases_file: str, out: str) -> None:

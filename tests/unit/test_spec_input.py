@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_orthrus.spec_input import OrthrusBlockInput, OrthrusState, View, view_of
+from sglang_orthrus.spec_input import OrthrusBlockInput, OrthrusState, Phase, View, view_of
 
 
 def _state(anchors: list[int], lens: list[int]) -> OrthrusState:
@@ -37,7 +37,7 @@ def test_sglang_takes_the_state_for_a_draft_input_and_a_block_for_a_verify_input
 
 
 def test_every_pass_but_a_draft_is_autoregressive() -> None:
-    draft = OrthrusBlockInput(torch.zeros(4), torch.zeros(4), draft_token_num=2, view=View.DIFFUSION)
+    draft = OrthrusBlockInput(torch.zeros(4), torch.zeros(4), draft_token_num=2, phase=Phase.DRAFT)
     verify = OrthrusBlockInput(torch.zeros(4), torch.zeros(4), draft_token_num=2)
     assert view_of(SimpleNamespace(spec_info=draft)) is View.DIFFUSION
     assert view_of(SimpleNamespace(spec_info=verify)) is View.AR

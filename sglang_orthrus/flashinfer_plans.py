@@ -1,0 +1,79 @@
+"""FlashInfer under CUDA graphs that hold several passes over the same blocks.
+
+A plan is the host's schedule of a kernel's work, kept in its wrapper. It depends on the lengths, not on causality, so
+draft and verify passes of one width run on the same plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# What SGLang's backend takes for plain Qwen3; it does not know that ours is one.
+_MIN_WORKSPACE_BYTES = 512 * 1024 * 1024
+_TILE_ROWS = 128  # the largest of FlashInfer's query tiles
+_MAX_SMS = 160
+_MARGIN = 1.1
+
+
+def workspace_bytes(num_requests: int, width: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """What a plan for `num_requests` blocks of `width` rows needs under a CUDA graph, where KV is always split.
+
+    Follows `PrefillSplitQOKVIndptr` in FlashInfer's scheduler.cuh: an fp32 partial result of every query tile and head.
+    """
+    rows = num_requests * width * (num_q_heads // num_kv_heads)
+    tiles = -(-rows // _TILE_ROWS) + num_requests - 1
+    tiles = max(tiles, 2 * _MAX_SMS // num_kv_heads)
+    partial_results = num_q_heads * tiles * _TILE_ROWS * (head_dim + 1) * 4
+    return max(_MIN_WORKSPACE_BYTES, int(_MARGIN * partial_results))
+
+
+def set_workspace_size(size: int) -> None:
+    """Have SGLang's backend, which is made later in this process, take a workspace of `size` bytes.
+
+    A size that the user has set stays.
+    """
+    from sglang.srt.environ import envs
+
+    if not envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.is_set():
+        envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.set(size)
+
+
+def share_plans(backend: Any) -> None:
+    """Let all graphs of a batch size use one set of wrappers, so that one plan serves them all.
+
+    SGLang's backend makes new wrappers for every capture and plans for the newest alone: of two graphs of one size,
+    the first would replay with the plan it was captured with. backend: SGLang's `FlashInferAttnBackend`.
+    """
+    from sglang.srt.layers.attention.flashinfer_backend import PrefillMetadata
+
+    stock = backend._prepare_cuda_graph_metadata
+
+    def prepare(bs: int, num_tokens: int, forward_mode: Any, spec_info: Any) -> None:
+        wrappers = backend.prefill_cuda_graph_metadata.get(bs) if forward_mode.is_target_verify() else None
+        if wrappers is None:
+            stock(bs, num_tokens, forward_mode, spec_info)
+        else:
+            backend.forward_metadata = PrefillMetadata(wrappers, False, False)
+
+    backend._prepare_cuda_graph_metadata = prepare
+
+
+def bound_indices(backend: Any) -> None:
+    """Allocate page indices for the requests that a graph can hold, and no mask.
+
+    SGLang's backend allocates for every token of every block a context's worth of indices and of mask: at 128 requests
+    with blocks of 32 and a context of 40k, 0.8 GB.
+    """
+    stock = backend.init_cuda_graph_state
+
+    def init_cuda_graph_state(max_bs: int, max_num_tokens: int, kv_indices_buf: torch.Tensor | None = None) -> None:
+        if kv_indices_buf is None:
+            columns = backend.req_to_token_pool.req_to_token.shape[1]
+            # The planner asks for room for each block twice.
+            size = max_bs * columns + 2 * max_num_tokens
+            kv_indices_buf = torch.zeros(size, dtype=torch.int32, device=backend.workspace_buffer.device)
+        stock(max_bs, 0, kv_indices_buf)
+
+    backend.init_cuda_graph_state = init_cuda_graph_state

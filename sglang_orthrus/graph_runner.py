@@ -1,0 +1,112 @@
+"""CUDA graphs of a round: all of it in one graph, or its two passes in one each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
+
+Forward = Callable[..., LogitsProcessorOutput]
+
+
+class OrthrusGraphRunner(DecodeCudaGraphRunner):
+    """SGLang's decode graph runner with a graph per phase and batch size, over one set of buffers and one plan.
+
+    A block of the trained width has all three phases. If fewer tokens are verified than drafted, two runners of unlike
+    widths hold one phase each, and no graph holds a round.
+
+    Attributes:
+        block: [max_bs, F] int64, after a replayed ROUND the anchors and drafts.
+        predictions: [max_bs, F] int64, after a replayed ROUND the AR view's next token after each of them.
+    """
+
+    block: torch.Tensor
+    predictions: torch.Tensor
+
+    def __init__(self, model_runner: Any, **kwargs: Any) -> None:
+        self._phase = Phase.VERIFY
+        super().__init__(model_runner, **kwargs)  # captures
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What this runner's width can do."""
+        block_size: int = self.model_runner.model.dual_view.block_size
+        width = self.captured_req_width
+        if width < block_size:
+            return (Phase.VERIFY,)
+        verify_width = self.model_runner.decode_num_tokens_per_req()
+        return (Phase.ROUND, Phase.DRAFT, Phase.VERIFY) if width == verify_width else (Phase.DRAFT,)
+
+    def capture(self) -> None:
+        """Capture every batch size; what a round leaves behind lies outside the memory that graphs share."""
+        shape = (self.max_bs, self.captured_req_width)
+        self.block = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.predictions = torch.zeros_like(self.block)
+        super().capture()
+
+    def capture_one_shape(
+        self,
+        size: int,
+        forward: Forward,
+        stream_idx: int | None = None,
+        variant_label: str | None = None,
+        attention_variant: str | None = None,
+    ) -> None:
+        """Capture every phase of a batch size."""
+        for phase in self.phases:
+            self._phase = phase
+            run = self._round(forward) if phase is Phase.ROUND else forward
+            super().capture_one_shape(size, run, stream_idx, phase.value, attention_variant)
+
+    def get_spec_info(self, num_tokens: int) -> OrthrusBlockInput:
+        """The input of the phase that is captured."""
+        return _captured_input(self._phase, self.captured_req_width)
+
+    def can_run_graph(self, forward_batch: ForwardBatch) -> bool:
+        """Whether a graph of the batch's phase covers its size."""
+        block = forward_batch.spec_info
+        is_block = isinstance(block, OrthrusBlockInput) and block.phase in self.phases
+        return is_block and bool(super().can_run_graph(forward_batch))
+
+    def _resolve_lora_variant(self, forward_batch: ForwardBatch) -> str:
+        # SGLang's key of a graph has a place for a variant, and here it asks for the one that a batch replays.
+        phase: Phase = forward_batch.spec_info.phase
+        return phase.value
+
+    def _next_token_logits_buffer_capacity_rows(self, max_num_tokens: int) -> int:
+        # No graph leaves logits behind: see `OrthrusLM.forward`.
+        return 1
+
+    def _round(self, forward: Forward) -> Forward:
+        width = self.captured_req_width
+        best_tokens = self.model_runner.model.best_tokens
+
+        def run(
+            input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch, **kwargs: Any
+        ) -> LogitsProcessorOutput:
+            rows = forward_batch.batch_size
+            block, predictions = self.block[:rows], self.predictions[:rows]
+
+            def hidden_states(phase: Phase) -> torch.Tensor:
+                forward_batch.spec_info = _captured_input(phase, width)
+                output = forward(input_ids, positions, forward_batch, **kwargs)
+                return output.hidden_states.unflatten(0, (-1, width))
+
+            block.copy_(input_ids.view_as(block))
+            block[:, 1:].copy_(best_tokens(hidden_states(Phase.DRAFT)[:, :-1]))
+            # The replayed graph finds the mask tokens here again: every batch is copied in before its replay.
+            input_ids.copy_(block.flatten())
+            predictions.copy_(best_tokens(hidden_states(Phase.VERIFY)))
+            return LogitsProcessorOutput(next_token_logits=None)
+
+        return run
+
+
+def _captured_input(phase: Phase, width: int) -> OrthrusBlockInput:
+    return OrthrusBlockInput(draft_token=None, positions=None, draft_token_num=width, phase=phase)
