@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from sglang_orthrus.block import DraftBlock, draft_block
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.flashinfer_plans import bound_indices, share_plans
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
-from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
+from sglang_orthrus.spec_input import OrthrusBlockInput, Phase, bring_lens_to_host
 
 
 class Pass(NamedTuple):
@@ -113,35 +114,42 @@ class DualViewRunner:
         with self._wide_draft():
             return self._forward(batch, block, Phase.DRAFT)
 
-    def verify(self, batch: ScheduleBatch, block: DraftBlock, tokens: torch.Tensor) -> Pass:
-        """AR view over the anchor and the drafts. Overwrites the first Q slots with AR K/V. tokens: [bs, Q]."""
+    def verify(self, batch: ScheduleBatch, block: DraftBlock, tokens: torch.Tensor, draft: Pass) -> Pass:
+        """AR view over the anchor and the drafts. Overwrites the first Q slots with AR K/V.
+
+        tokens: [bs, Q]; draft: the pass that made them, on this batch and block.
+        """
         width = self._verify_width
         narrowed = DraftBlock(tokens, block.positions[:, :width], block.slots[:, :width])
-        return self._forward(batch, narrowed, Phase.VERIFY)
+        # A plan knows nothing of causality: the draft's graph left buffers and plan as verify's graph wants them.
+        is_planned = draft.replayed and self._draft_backend is None
+        return self._forward(batch, narrowed, Phase.VERIFY, is_planned=is_planned)
 
-    def _forward(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase) -> Pass:
-        result = self._run(self._prepare(batch, block, phase))
+    def _forward(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase, *, is_planned: bool = False) -> Pass:
+        forward_batch = self._prepare(batch, block, phase)
+        if is_planned:
+            forward_batch.mark_forward_metadata_ready()
+        result = self._run(forward_batch)
         hidden_states = result.logits_output.hidden_states.unflatten(0, block.ids.shape)
         return Pass(hidden_states, result.can_run_cuda_graph)
 
     def _prepare(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase) -> ForwardBatch:
-        width = block.ids.shape[1]
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = block.ids.flatten()
         batch.out_cache_loc = block.slots.flatten()
         batch.spec_info = OrthrusBlockInput(
             draft_token=batch.input_ids,
             positions=block.positions.flatten(),
-            draft_token_num=width,
+            draft_token_num=block.ids.shape[1],
             phase=phase,
+            host_lens=_host_lens(batch),
         )
-        with _host_lens_including_block(batch, width):
-            return ForwardBatch.init_new(
-                batch,
-                self._model_runner,
-                capture_hidden_mode=batch.spec_info.capture_hidden_mode,
-                return_hidden_states_before_norm=False,
-            )
+        return ForwardBatch.init_new(
+            batch,
+            self._model_runner,
+            capture_hidden_mode=batch.spec_info.capture_hidden_mode,
+            return_hidden_states_before_norm=False,
+        )
 
     @contextmanager
     def _wide_draft(self) -> Iterator[None]:
@@ -158,17 +166,16 @@ class DualViewRunner:
             runner.attn_backend, runner.decode_cuda_graph_runner = backend, graphs
 
     def _run(self, forward_batch: ForwardBatch) -> Any:
+        graphs = self._model_runner.decode_cuda_graph_runner
+        if graphs is None or not graphs.can_run_graph(forward_batch):
+            bring_lens_to_host(forward_batch)
         return self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
 
-@contextmanager
-def _host_lens_including_block(batch: ScheduleBatch, width: int) -> Iterator[None]:
-    """Attention planners want the host lengths with the block, the device lengths without (as DFLASH gives them)."""
-    lens, total = batch.seq_lens_cpu, batch.seq_lens_sum
+def _host_lens(batch: ScheduleBatch) -> Callable[[], torch.Tensor] | None:
+    """How to get committed lengths on the host: the batch has them, or the overlap scheduler's relay brings them."""
+    lens = batch.seq_lens_cpu
     if lens is not None:
-        batch.seq_lens_cpu = lens + width
-        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
-    try:
-        yield
-    finally:
-        batch.seq_lens_cpu, batch.seq_lens_sum = lens, total
+        return lambda: lens
+    relay = batch.spec_algorithm.relay
+    return partial(relay.host_lens, batch.req_pool_indices_cpu) if relay.plans_on_host else None

@@ -166,7 +166,7 @@ class OrthrusWorker(BaseSpecWorker):
         # The copy to the host has to start before verify is launched.
         tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
 
-        verify = self._runner.verify(batch, layout, block)
+        verify = self._runner.verify(batch, layout, block, draft)
         mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
         predictions = model.best_tokens(verify.hidden_states, mask)
         return block, predictions, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER

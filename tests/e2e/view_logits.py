@@ -71,8 +71,9 @@ def run_round(worker: OrthrusWorker, batch: ScheduleBatch, blocks: torch.Tensor)
     batch.spec_info = OrthrusState(blocks[:, 0], batch.seq_lens)
     layout: DraftBlock = worker._runner.layout(batch)
     model = worker.model_runner.model
-    draft = model.logits(worker._runner.draft(batch, layout).hidden_states[:, :-1])
-    verify = model.logits(worker._runner.verify(batch, layout, blocks).hidden_states)
+    drafted = worker._runner.draft(batch, layout)
+    draft = model.logits(drafted.hidden_states[:, :-1])
+    verify = model.logits(worker._runner.verify(batch, layout, blocks, drafted).hidden_states)
     return {"draft": draft.view(bs, width - 1, -1), "verify": verify.view(bs, width, -1)}
 
 
