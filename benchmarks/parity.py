@@ -1,6 +1,6 @@
 """Greedy parity: ORTHRUS against plain SGLang on the AR-only export, and against the plain-PyTorch round loop.
 
-    python -m benchmarks.parity [cpu | triton-fp32 | flashinfer-bf16] [--prompts 200]
+    python -m benchmarks.parity [cpu | triton-fp32 | flashinfer-bf16 | fa3-bf16] [--prompts 200]
 
 For held-out prompts of every family, at batch sizes 1 and 8, with the overlap scheduler on and off:
 
@@ -92,11 +92,14 @@ SETUPS = {
         ("--dtype", "float32", "--attention-backend", "triton", *_GPU_ARGS),
         {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch", "TRITON_F32_DEFAULT": "ieee"},
     ),
-    "flashinfer-bf16": Setup(
-        ("--dtype", "bfloat16", "--attention-backend", "flashinfer", *_GPU_ARGS),
-        tie_below=BF16_NEAR_TIE,
-        prompts_per_excuse=None,
-    ),
+    **{
+        f"{backend}-bf16": Setup(
+            ("--dtype", "bfloat16", "--attention-backend", backend, *_GPU_ARGS),
+            tie_below=BF16_NEAR_TIE,
+            prompts_per_excuse=None,
+        )
+        for backend in ("flashinfer", "fa3")
+    },
 }
 
 

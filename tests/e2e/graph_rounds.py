@@ -1,8 +1,8 @@
 """Run rounds as graphs, split graphs and eagerly through SGLang's own worker, and save what they say.
 
 A script, since SGLang's runtime is set up once per process: python -m tests.e2e.graph_rounds MODEL CASES OUT [FLAGS].
-CASES is a JSON list of batches, each a list of prefixes (token ids); a batch's last token of each is its anchor. On a
-CPU a graph is the recorded call, run again on the same buffers: everything is checked but the recording of kernels.
+CASES is a JSON list of batches, each a list of prefixes (token ids), whose last tokens are the anchors. On a CPU a
+graph is the recorded call, run again on the same buffers: everything is checked but the recording of kernels.
 """
 
 from __future__ import annotations
@@ -101,36 +101,55 @@ def start_round(batch: ScheduleBatch, anchors: torch.Tensor, width: int) -> None
     batch.spec_info = OrthrusState(anchors, batch.seq_lens)
 
 
+@contextmanager
+def eagerly(worker: OrthrusWorker) -> Iterator[None]:
+    """No graph is used, though there are some."""
+    with (
+        mock.patch.object(worker.model_runner, "decode_cuda_graph_runner", None),
+        mock.patch.object(worker._runner, "_draft_graphs", None),
+    ):
+        yield
+
+
+def gaps(worker: OrthrusWorker, hidden_states: torch.Tensor) -> list[list[float]]:
+    """Distance of the two best logits in every row of every request: [bs, rows, hidden] -> [bs, rows]."""
+    bs, rows, _ = hidden_states.shape
+    best = worker.model_runner.model.logits(hidden_states).topk(2).values
+    result: list[list[float]] = (best[:, 0] - best[:, 1]).view(bs, rows).tolist()
+    return result
+
+
 def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
-    """The same round in each way: block and predictions, [bs, Q]."""
+    """The same round in each way: block and predictions, [bs, Q]; and how undecided the eager one was."""
     layout = worker._runner.layout(batch)
     found: dict[str, Any] = {}
     fused = worker._runner.round(batch, layout)
     found["graph"] = None if fused is None else [part.tolist() for part in fused]
-    for name in ("split", "eager"):
-        with ExitStack() as stack:
-            if name == "eager":
-                stack.enter_context(mock.patch.object(worker.model_runner, "decode_cuda_graph_runner", None))
-                stack.enter_context(mock.patch.object(worker._runner, "_draft_graphs", None))
-            block, predictions, path = worker._two_passes(batch, layout, None)
-        found[name] = [block.tolist(), predictions.tolist()]
-        found[f"{name} path"] = path.value
+    block, predictions, path = worker._two_passes(batch, layout, None)
+    found |= {"split": [block.tolist(), predictions.tolist()], "split path": path.value}
+    with eagerly(worker):
+        block, predictions, path = worker._two_passes(batch, layout, None)
+        found |= {"eager": [block.tolist(), predictions.tolist()], "eager path": path.value}
+        draft = worker._runner.draft(batch, layout)
+        found["draft gaps"] = gaps(worker, draft.hidden_states[:, : block.shape[1] - 1])
+        found["gaps"] = gaps(worker, worker._runner.verify(batch, layout, block, draft).hidden_states)
     return found
 
 
 def main(model: str, cases_file: str, out: str, *flags: str) -> None:
     batches: list[list[list[int]]] = json.loads(Path(cases_file).read_text())
     found = []
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as stack:
         worker = start_worker(model, *flags)
         width = worker.model_runner.model.dual_view.block_size
-        with recorded_calls(worker):
+        if worker.device == "cpu":
+            stack.enter_context(recorded_calls(worker))
             capture(worker)
-            for prefixes in batches:
-                batch, _ = prefill(worker, [prefix[:-1] for prefix in prefixes])
-                batch.has_grammar = False
-                start_round(batch, torch.tensor([prefix[-1] for prefix in prefixes]), width)
-                found.append(rounds(worker, batch))
+        for prefixes in batches:
+            batch, _ = prefill(worker, [prefix[:-1] for prefix in prefixes])
+            batch.has_grammar = False
+            start_round(batch, torch.tensor([prefix[-1] for prefix in prefixes], device=worker.device), width)
+            found.append(rounds(worker, batch))
     Path(out).write_text(json.dumps(found))
 
 

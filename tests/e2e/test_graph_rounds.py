@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.parity import load_prompts
 from sglang_orthrus.demo import NANO
 from tests.e2e.graph_rounds import CAPTURED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_gpu_graphs.py has the real graphs"),
+]
 
 BATCH_SIZES = (1, 2, 3, 4, 5)
+CPU = ("--device", "cpu", "--dtype", "float32")
 
 
-def _rounds(folder: Path, *flags: str) -> list[dict[str, Any]]:
-    """One round of held-out prompts at every batch size. fp32, so equal means equal."""
+def run_rounds(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """One round of held-out prompts at every batch size."""
     prompts = iter(load_prompts(NANO, sum(BATCH_SIZES)))
     batches = [[list(next(prompts).ids) for _ in range(size)] for size in BATCH_SIZES]
     (folder / "cases.json").write_text(json.dumps(batches))
@@ -42,7 +47,7 @@ def _accepted(block: list[list[int]], predictions: list[list[int]]) -> int:
 
 
 def test_a_round_is_the_same_in_one_graph_in_two_and_in_none(tmp_path: Path) -> None:
-    found = _rounds(tmp_path)
+    found = run_rounds(tmp_path)
     for size, said in zip(BATCH_SIZES, found, strict=True):
         is_covered = size <= max(CAPTURED)
         assert said["split path"] == ("split" if is_covered else "eager")
@@ -55,7 +60,7 @@ def test_a_round_is_the_same_in_one_graph_in_two_and_in_none(tmp_path: Path) -> 
 
 def test_a_narrower_verify_has_graphs_of_its_own_and_drafts_whole_blocks(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
-    whole, narrow = _rounds(tmp_path / "whole"), _rounds(tmp_path, "--speculative-num-draft-tokens", "12")
+    whole, narrow = run_rounds(tmp_path / "whole"), run_rounds(tmp_path, *CPU, "--speculative-num-draft-tokens", "12")
     for size, said, expected in zip(BATCH_SIZES, narrow, whole, strict=True):
         assert said["graph"] is None
         assert said["split path"] == ("split" if size <= max(CAPTURED) else "eager")

@@ -26,16 +26,16 @@ from sglang_orthrus.worker import OrthrusWorker
 
 
 def start_worker(model: str, *flags: str) -> OrthrusWorker:
-    """The workers of a scheduler process, set up in its order."""
+    """The workers of a scheduler process, set up in its order; on the CPU in fp32 unless flags say otherwise."""
     load_plugins()
-    common = ["--model-path", model, "--speculative-algorithm", "ORTHRUS", "--device", "cpu", "--dtype", "float32"]
-    args = prepare_server_args([*common, *flags])
+    flags = flags or ("--device", "cpu", "--dtype", "float32")
+    args = prepare_server_args(["--model-path", model, "--speculative-algorithm", "ORTHRUS", *flags])
     ports = PortArgs.init_new(args)
     ranks = one_batch.SpawnRanks(world_rank=0, gpu_id=0)
     one_batch.publish(args, role="scheduler", ranks=ranks)
     one_batch._init_process_global_configs()
     config = one_batch.ModelConfig.from_server_args(args)
-    one_batch.bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=ports.nccl_port)
+    one_batch.bootstrap.init_parallel_runtime(server_args=args, device=args.device, dist_port=ports.nccl_port)
     one_batch.bootstrap.init_layer_runtime(model_config=config)
 
     target = TpModelWorker(server_args=args, gpu_id=0, nccl_port=ports.nccl_port)
@@ -44,6 +44,7 @@ def start_worker(model: str, *flags: str) -> OrthrusWorker:
     target.init_attention_backends()
     worker.init_attention_backends()
     target.init_cuda_graphs()
+    worker.init_cuda_graphs()
     return worker
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 COUNT = 27
 
 
-@pytest.mark.parametrize("setup", ["flashinfer-bf16", "triton-fp32"])
+@pytest.mark.parametrize("setup", ["flashinfer-bf16", "fa3-bf16", "triton-fp32"])
 def test_greedy_parity(setup: str) -> None:
     result = run(NANO, SETUPS[setup], COUNT)
     assert result["passed"], result
