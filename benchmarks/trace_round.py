@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from benchmarks.parity import RESULTS
 from benchmarks.provenance import provenance
 from benchmarks.sweep import GPU, ORTHRUS, PLAIN
@@ -91,17 +93,15 @@ def trace(server: Server, prompts: Sequence[Any], folder: Path) -> list[dict[str
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = [pool.submit(ask, prompt) for prompt in prompts]
         time.sleep(1.0)  # all prompts are prefilled by then, and the answers are far from their ends
-        # Kernels of a step or two more are under way when the profiler stops: they are in the trace as well.
-        server.post(
-            "/start_profile",
-            {"output_dir": str(folder), "num_steps": PASSES, "activities": ["CPU", "GPU"], "with_stack": False},
-        )
+        wanted = {"output_dir": str(folder), "num_steps": PASSES, "activities": ["CPU", "GPU"], "with_stack": False}
+        requests.post(f"{server.url}/start_profile", json=wanted, timeout=120).raise_for_status()
         deadline = time.monotonic() + 120
         while not (found := list(folder.rglob("*.trace.json.gz"))) and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(2.0)
-        server.post("/abort_request", {"abort_all": True})
-        del answers
+        requests.post(f"{server.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
+        for answer in answers:
+            answer.result()
     with gzip.open(found[0]) as stream:
         events: list[dict[str, Any]] = json.load(stream)["traceEvents"]
     return events

@@ -83,9 +83,9 @@ LEDGER: tuple[Touch, ...] = (
     Touch(
         "sglang.srt.managers.overlap_utils:FutureMap",
         ("device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
-        "constructed by OrthrusAlgorithm.create_future_map",
-        "CustomSpecAlgo lacks the method that the scheduler calls (patches/0001)",
-        "CustomSpecAlgo has create_future_map",
+        "subclassed; its stream, event and buffers bring lengths to the host when they are needed",
+        "CustomSpecAlgo lacks create_future_map (patches/0001), and lengths are waited for before a round is prepared",
+        "CustomSpecAlgo has create_future_map, and planners ask for host lengths themselves",
     ),
     Touch(
         "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
@@ -113,6 +113,13 @@ LEDGER: tuple[Touch, ...] = (
         ("batch", "model_runner", "return_hidden_states_before_norm"),
         "called for every pass",
         "there is no public way to run one more forward over a batch",
+        "never: speculative workers share it",
+    ),
+    Touch(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.mark_forward_metadata_ready",
+        (),
+        "called for a verify pass whose graph replays on the draft's plan",
+        "as the DFLASH worker does",
         "never: speculative workers share it",
     ),
     Touch(
@@ -154,8 +161,8 @@ LEDGER: tuple[Touch, ...] = (
     Touch(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
         ("model_runner", "attn_backend", "speculative_num_draft_tokens"),
-        "subclassed; capture_one_shape, get_spec_info, can_run_graph, _resolve_lora_variant and "
-        "_next_token_logits_buffer_capacity_rows are overridden",
+        "subclassed; capture, capture_one_shape, get_spec_info, can_run_graph, _init_replay_attn_metadata, "
+        "_resolve_lora_variant and _next_token_logits_buffer_capacity_rows are overridden",
         "it has no spec input for custom algorithms, and one graph per batch size",
         "it asks the algorithm for spec inputs and graph variants",
     ),

@@ -12,7 +12,7 @@ from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.runtime_context import get_spec
+from sglang.srt.runtime_context import get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
@@ -54,13 +54,13 @@ class OrthrusWorker(BaseSpecWorker):
 
         config = DualViewConfig.from_hf(self.model_runner.model_config.hf_config)
         self._runner = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
-        self._paths = RoundPaths(log_interval=server_args.decode_log_interval, with_metrics=server_args.enable_metrics)
+        self._paths = RoundPaths(get_observability().decode_log_interval, get_observability().enable_metrics)
         # The pools and graphs are made after this, and requests arrive later still.
         compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
         if self.device != "cpu":
             model = self.model_runner.model_config
             size = flashinfer_plans.workspace_bytes(
-                server_args.max_running_requests,
+                get_schedule().max_running_requests,
                 config.block_size,
                 model.num_attention_heads,
                 model.num_key_value_heads,

@@ -1,0 +1,68 @@
+"""The wrapping of SGLang's FlashInfer backend, on a backend that only keeps account."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sglang_orthrus.flashinfer_plans import bound_indices, set_workspace_size, share_plans, workspace_bytes
+
+
+class _Backend:
+    """As much of `FlashInferAttnBackend` as is wrapped."""
+
+    def __init__(self) -> None:
+        self.prefill_cuda_graph_metadata: dict[int, list[object]] = {}
+        self.forward_metadata: Any = None
+        self.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(9, 1000))
+        self.workspace_buffer = torch.zeros(1)
+        self.allocated: Any = None
+
+    def _prepare_cuda_graph_metadata(self, bs: int, num_tokens: int, forward_mode: Any, spec_info: Any) -> None:
+        self.prefill_cuda_graph_metadata[bs] = [object()]
+        self.forward_metadata = "new"
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, kv_indices_buf: Any = None) -> None:
+        self.allocated = (max_bs, max_num_tokens, kv_indices_buf)
+
+
+def test_the_graphs_of_a_batch_size_share_wrappers() -> None:
+    """Stock, the second capture of a size makes new ones, and the first graph replays with a stale plan."""
+    backend = _Backend()
+    share_plans(backend)
+    backend._prepare_cuda_graph_metadata(4, 128, ForwardMode.TARGET_VERIFY, None)
+    first = backend.prefill_cuda_graph_metadata[4]
+    backend._prepare_cuda_graph_metadata(2, 64, ForwardMode.TARGET_VERIFY, None)
+    backend._prepare_cuda_graph_metadata(4, 128, ForwardMode.TARGET_VERIFY, None)
+    assert backend.prefill_cuda_graph_metadata[4] is first
+    assert backend.forward_metadata.prefill_wrappers is first
+    assert not backend.forward_metadata.use_ragged
+
+
+def test_indices_are_bounded_by_the_requests_and_no_mask_is_allocated() -> None:
+    backend = _Backend()
+    bound_indices(backend)
+    backend.init_cuda_graph_state(8, 256)
+    max_bs, mask_tokens, indices = backend.allocated
+    assert (max_bs, mask_tokens) == (8, 0)
+    assert indices.dtype is torch.int32
+    # Stock: 256 rows of 1000. A block appears twice in what the planner asks for.
+    assert indices.numel() == 8 * 1000 + 2 * 256
+
+
+def test_the_workspace_grows_with_the_rows_of_a_batch() -> None:
+    small = workspace_bytes(1, 32, 32, 8, 128)
+    large = workspace_bytes(128, 32, 32, 8, 128)
+    assert small == 512 * 1024**2
+    # 128 query tiles at least, each 128 rows of fp32 partial results and a log-sum for 32 heads.
+    assert large > 128 * 128 * 32 * (128 + 1) * 4
+
+
+def test_a_workspace_size_that_the_user_set_stays() -> None:
+    with envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.override(123):
+        set_workspace_size(456)
+        assert envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get() == 123
