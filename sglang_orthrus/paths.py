@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 class Path(Enum):
     """How a round was run.
 
-    GRAPH: draft and verify in one CUDA graph. SPLIT: a CUDA graph each, because the host works in between (grammars).
+    GRAPH: draft and verify in one CUDA graph. SPLIT: a CUDA graph each, because something has to happen in between.
     EAGER: no graph for this batch size, or none at all.
     """
 
@@ -27,7 +27,7 @@ class RoundPaths:
 
     Args:
         log_interval: a log line every so many rounds, as SGLang's `--decode-log-interval` does for its own.
-        with_metrics: whether to export `sglang:orthrus_rounds_total{path=...}` beside SGLang's metrics.
+        with_metrics: whether to export `sglang_orthrus:rounds_total{path=...}` beside SGLang's metrics.
     """
 
     def __init__(self, log_interval: int, with_metrics: bool) -> None:
@@ -38,9 +38,7 @@ class RoundPaths:
             # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
             from prometheus_client import Counter as PrometheusCounter
 
-            self._metric = PrometheusCounter(
-                "sglang:orthrus_rounds_total", "ORTHRUS rounds by the way they were run.", ("path",)
-            )
+            self._metric = PrometheusCounter("sglang_orthrus:rounds", "Rounds by the way they were run.", ("path",))
 
     def count(self, path: Path) -> None:
         """Count one round."""
@@ -48,5 +46,6 @@ class RoundPaths:
         if self._metric is not None:
             self._metric.labels(path=path.value).inc()
         if self._since_log.total() >= self._log_interval:
-            logger.info("ORTHRUS rounds: %s", ", ".join(f"{n} {path.value}" for path, n in self._since_log.items()))
+            counts = (self._since_log[path] for path in Path)
+            logger.info("ORTHRUS rounds: %d in one CUDA graph, %d in two, %d eager", *counts)
             self._since_log.clear()

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.parity import BF16_NEAR_TIE, SETUPS
+from benchmarks.parity import BF16_NEAR_TIE, SETUPS, load_prompts
 from benchmarks.parity_rules import NEAR_TIE
-from tests.e2e.test_graph_rounds import BATCH_SIZES, run_rounds
+from sglang_orthrus.demo import NANO
 
 pytestmark = pytest.mark.gpu
 
+BATCH_SIZES = (1, 2, 3, 4, 5)
 CAPTURED = ("--cuda-graph-bs-decode", "1", "2", "4")
 COMMON = ("--device", "cuda", "--max-total-tokens", "32768", "--mem-fraction-static", "0.3")
+
+
+def _run_rounds(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """One round of held-out prompts at every batch size."""
+    prompts = iter(load_prompts(NANO, sum(BATCH_SIZES)))
+    batches = [[list(next(prompts).ids) for _ in range(size)] for size in BATCH_SIZES]
+    (folder / "cases.json").write_text(json.dumps(batches))
+    command = [sys.executable, "-m", "tests.e2e.graph_rounds", NANO, folder / "cases.json", folder / "out.json", *flags]
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    found: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
+    return found
 
 
 def _differences(way: list[Any], said: dict[str, Any]) -> list[float]:
@@ -43,7 +58,7 @@ def test_graphs_say_what_eager_passes_say(
     for name, value in SETUPS[setup].env.items():
         monkeypatch.setenv(name, value)
     precision = SETUPS[setup].args[:4]  # data type and attention backend
-    found = run_rounds(tmp_path, *COMMON, *CAPTURED, *precision, "--speculative-num-draft-tokens", width)
+    found = _run_rounds(tmp_path, *COMMON, *CAPTURED, *precision, "--speculative-num-draft-tokens", width)
     limit = NEAR_TIE if setup == "triton-fp32" else BF16_NEAR_TIE
     for size, said in zip(BATCH_SIZES, found, strict=True):
         is_covered = size <= 4

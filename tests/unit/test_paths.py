@@ -14,7 +14,7 @@ def test_a_log_line_sums_up_every_interval(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO):
         for path in (Path.GRAPH, Path.EAGER, Path.GRAPH, Path.SPLIT):
             paths.count(path)
-    assert [record.message for record in caplog.records] == ["ORTHRUS rounds: 2 graph, 1 eager"]
+    assert [record.message for record in caplog.records] == ["ORTHRUS rounds: 2 in one CUDA graph, 0 in two, 1 eager"]
 
 
 def test_the_metric_counts_by_path() -> None:
@@ -23,6 +23,6 @@ def test_the_metric_counts_by_path() -> None:
     paths = RoundPaths(log_interval=100, with_metrics=True)
     for path in (Path.SPLIT, Path.SPLIT, Path.GRAPH):
         paths.count(path)
-    name = "sglang:orthrus_rounds_total"
+    name = "sglang_orthrus:rounds_total"
     assert REGISTRY.get_sample_value(name, {"path": "split"}) == 2
     assert REGISTRY.get_sample_value(name, {"path": "graph"}) == 1
