@@ -135,9 +135,7 @@ def run(count: int, max_new_tokens: int) -> dict[str, Any]:
     are_near = all(d["margin"] is not None and d["margin"] < NEAR_TIE for d in differences)
     # Of a greedy request the answer is known by heart: of how many sampled ones is it another?
     greedy = {case.prompt.name: answer for case, answer in zip(requests, plain, strict=True) if case.label == "greedy"}
-    others = sum(
-        answer.tokens != greedy[case.prompt.name].tokens for case, answer in zip(requests, plain, strict=True)
-    )
+    others = sum(answer.tokens != greedy[case.prompt.name].tokens for case, answer in zip(requests, plain, strict=True))
     return {
         "passed": are_near and len(differences) * ANSWERS_PER_EXCUSE <= len(requests),
         "answers": len(requests),

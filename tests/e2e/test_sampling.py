@@ -135,7 +135,7 @@ def test_rounds_of_the_tiny_model_end_everywhere(sampled: dict[str, list[Reply]]
 
 
 def expected_token(logits: torch.Tensor, options: dict[str, Any], position: int) -> int:
-    """Plain SGLang's seeded choice for a request that is alone: noise by token id, or by rank where there are filters."""
+    """Plain SGLang alone: noise goes by token id, or by rank where there are filters."""
     if options["temperature"] == 0:
         return int(logits.argmax())
     probs = torch.softmax(logits[None] / options["temperature"], dim=-1)
@@ -150,7 +150,7 @@ def expected_token(logits: torch.Tensor, options: dict[str, Any], position: int)
 
 def test_seeded_answers_do_not_depend_on_the_batch(seeded: Server, reference: Reference) -> None:
     """Hot enough that most answers are nobody's greedy ones; eight requests of different kinds in flight."""
-    chosen = [prompt for prompt in prompts() if prompt.name in ("story/0", "chat/1")]
+    chosen = [prompt for prompt in prompts() if prompt.name in ("prose/0", "chat/1")]
     requests_ = [
         Case(case.prompt, case.label, case.options | {"temperature": 2.5 * case.options["temperature"]})
         for case in cases(chosen, seeds=(3,))
