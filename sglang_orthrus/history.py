@@ -33,6 +33,23 @@ class History:
         """What the options of a decode batch do to logits."""
         return Adjustments(batch, self._counts, self._outputs)
 
+    def resume(self, batch: ScheduleBatch) -> None:
+        """Before prefill: penalise what requests said before they were retracted, which SGLang's penalizers forget."""
+        info = batch.sampling_info
+        for row, req in enumerate(batch.reqs):
+            said = list(req.output_ids)
+            if not said or info.acc_additive_penalties is None:
+                continue
+            params = req.sampling_params
+            counts = async_h2d(said, dtype=torch.int64, device=self._device).bincount(minlength=info.vocab_size)
+            occurs = counts > 0
+            additive = info.acc_additive_penalties[row]
+            if len(said) >= params.min_new_tokens:
+                additive.zero_()  # it may stop now
+            additive -= params.frequency_penalty * counts + params.presence_penalty * occurs
+            if info.acc_scaling_penalties is not None:
+                info.acc_scaling_penalties[row].masked_fill_(occurs, params.repetition_penalty)
+
     def start(self, batch: ScheduleBatch, first_tokens: torch.Tensor) -> None:
         """Prefill emits the first token, or the next one of a request that was retracted. first_tokens: [bs]"""
         penalised = [row for row, req in enumerate(batch.reqs) if is_penalised(req)]

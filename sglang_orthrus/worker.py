@@ -123,6 +123,7 @@ class OrthrusWorker(BaseSpecWorker):
         return self._round(batch, on_publish, grammar_barrier)
 
     def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
+        self._history.resume(batch)
         result = self._target_worker.forward_batch_generation(batch)
         self._history.start(batch, result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
