@@ -7,6 +7,9 @@ Plain SGLang penalises one token late under overlap scheduling, so the truth for
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +38,7 @@ pytestmark = pytest.mark.e2e
 slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make adjustments")
 
 MAX_NEW_TOKENS = 48
+PATCHES = Path(__file__).parents[2] / "patches"
 STOPS = {4088, 4090}  # <|endoftext|> and <|im_end|>, which end nano's texts
 PENALTIES: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": 0.6},
@@ -257,6 +261,34 @@ def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ..
                 assert_follows(reference, ids, options, reply)
                 near_ties += 1
         assert near_ties * 200 <= len(asked)
+
+
+@slow
+@pytest.mark.timeout(1800)
+def test_plain_sglang_penalises_late_under_overlap_until_it_is_patched(tmp_path: Path) -> None:
+    """patches/0005: without overlap, with it, and with it on a copy of SGLang that has the patch."""
+    exported = export_ar(NANO, tmp_path / "nano-ar")
+    sglang = Path(sgl.__file__).parent
+    overlay = tmp_path / "overlay" / "sglang"
+    shutil.copytree(sglang, overlay, copy_function=os.symlink)
+    patch = (PATCHES / "0005-penalties-under-overlap.patch").read_text()
+    for name in re.findall(r"^\+\+\+ b/python/sglang/(\S+)$", patch, flags=re.MULTILINE):
+        (overlay / name).unlink()
+        shutil.copyfile(sglang / name, overlay / name)
+    subprocess.run(["git", "apply", "-p2"], cwd=overlay.parent, input=patch, text=True, check=True)
+
+    def answers(args: Sequence[str], env: dict[str, str]) -> list[list[int]]:
+        with Server(exported, *TEST_ARGS, *args, env={**SETUP.env, **plain_env(), **env}) as server:
+            return [
+                ask(server, prompt.ids, PENALTIES[name])["output_ids"]
+                for prompt in load_prompts(NANO, 9)
+                for name in ("frequency", "presence", "repetition")
+            ]
+
+    path = os.pathsep.join((str(overlay.parent), os.environ.get("PYTHONPATH", "")))
+    wanted = answers(("--disable-overlap-schedule",), {})
+    assert answers((), {}) != wanted, "SGLang has closed the gap: drop the patch"
+    assert answers((), {"PYTHONPATH": path}) == wanted
 
 
 def _all(function: Callable[[Any], Reply], items: Sequence[Any], in_flight: int) -> list[Reply]:

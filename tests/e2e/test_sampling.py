@@ -16,6 +16,7 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
+from tokenizers import pre_tokenizers
 
 from benchmarks.parity_rules import NEAR_TIE
 from benchmarks.seeded_parity import FILTERS, Case, cases
@@ -35,10 +36,12 @@ SAMPLES = 400
 AT_ONCE = 20
 LENGTH = 4
 PROMPT = (5, 17, 40, 3)
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the tiny tokenizer's ids
 OPTIONS: dict[str, dict[str, Any]] = {
     "temperature and top_k": {"temperature": 1.6, "top_k": 3},
     "top_p": {"temperature": 0.8, "top_p": 0.6},
     "min_p": {"temperature": 1.2, "min_p": 0.2},
+    "grammar": {"temperature": 2.0, "top_p": 0.95, "regex": "[a-f]{4}"},
     "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
 }
 
@@ -68,8 +71,12 @@ def seeded() -> Iterator[Server]:
 
 
 def next_tokens(reference: Reference, ids: Sequence[int], options: dict[str, Any]) -> dict[int, float]:
-    """What may follow, as plain SGLang filters it."""
+    """What may follow, as plain SGLang masks and filters it."""
     logits = reference.ar_logits(ids)[-1:]
+    if "regex" in options:
+        allowed = torch.zeros(logits.shape[1], dtype=torch.bool)
+        allowed[[LETTERS.index(letter) for letter in "abcdef"]] = True
+        logits = logits.masked_fill(~allowed, float("-inf"))
     probs = torch.softmax(logits / options["temperature"], dim=-1)
     top_k = torch.tensor([options.get("top_k", 1 << 30)])
     top_p, min_p = torch.tensor([options.get("top_p", 1.0)]), torch.tensor([options.get("min_p", 0.0)])
