@@ -143,13 +143,13 @@ class OrthrusWorker(BaseSpecWorker):
             prefix_lens.record_stream(torch.cuda.current_stream())
 
         layout = self._runner.layout(batch)
-        logits_output = LogitsProcessorOutput(next_token_logits=None)
         fused = self._runner.round(batch, layout) if _is_plain(batch) else None
         if fused is not None:
             path = Path.GRAPH
             verdict = accept_greedy(*fused, prefix_lens)
+            logits_output = LogitsProcessorOutput(next_token_logits=None)
         else:
-            verdict, path = self._two_passes(batch, layout, grammar_barrier, logits_output)
+            verdict, logits_output, path = self._two_passes(batch, layout, grammar_barrier)
         self._paths.count(path)
 
         _publish(on_publish, verdict.new_seq_lens)
@@ -164,12 +164,8 @@ class OrthrusWorker(BaseSpecWorker):
         )
 
     def _two_passes(
-        self,
-        batch: ScheduleBatch,
-        layout: DraftBlock,
-        grammar_barrier: Callable[[], None] | None,
-        logits_output: LogitsProcessorOutput,
-    ) -> tuple[Verdict, Path]:
+        self, batch: ScheduleBatch, layout: DraftBlock, grammar_barrier: Callable[[], None] | None
+    ) -> tuple[Verdict, LogitsProcessorOutput, Path]:
         """Draft, then verify, for whatever is not in one graph: grammars, sampling and other options, large batches."""
         width = self.speculative_num_draft_tokens
         anchors = layout.ids[:, :1]
@@ -187,10 +183,11 @@ class OrthrusWorker(BaseSpecWorker):
         mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
         logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
         verdict = choice.judge(block, drafts, verify.hidden_states, mask, logprobs)
+        logits_output = LogitsProcessorOutput(next_token_logits=None)
         if logprobs is not None:
             logprobs.write_to(logits_output)
         self._history.extend(batch, adjustments, block, verdict)
-        return verdict, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
+        return verdict, logits_output, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
 
     def _grammar_mask(
         self, batch: ScheduleBatch, tree: GrammarTree, grammar_barrier: Callable[[], None] | None

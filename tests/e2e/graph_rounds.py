@@ -23,8 +23,10 @@ from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner import decode_cuda_graph_runner
 from sglang.srt.runtime_context import get_exec
 
+from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.spec_input import OrthrusState
+from sglang_orthrus.verify import Verdict
 from sglang_orthrus.worker import OrthrusWorker
 from tests.e2e.view_logits import prefill, start_worker
 
@@ -101,6 +103,22 @@ def start_round(batch: ScheduleBatch, anchors: torch.Tensor, width: int) -> None
     batch.spec_info = OrthrusState(anchors, batch.seq_lens)
 
 
+@contextmanager
+def watched_choice(worker: OrthrusWorker) -> Iterator[list[torch.Tensor]]:
+    """Block and predictions of the round that is run meanwhile."""
+    judge = TokenChoice.judge
+    seen: list[torch.Tensor] = []
+
+    def watched(
+        choice: TokenChoice, block: torch.Tensor, drafts: Drafts, hidden_states: torch.Tensor, *rest: Any
+    ) -> Verdict:
+        seen.extend((block, worker.model_runner.model.best_tokens(hidden_states)))
+        return judge(choice, block, drafts, hidden_states, *rest)
+
+    with mock.patch.object(TokenChoice, "judge", watched):
+        yield seen
+
+
 def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
     """The same round in each way: block and predictions, [bs, Q]."""
     layout = worker._runner.layout(batch)
@@ -112,8 +130,9 @@ def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
             if name == "eager":
                 stack.enter_context(mock.patch.object(worker.model_runner, "decode_cuda_graph_runner", None))
                 stack.enter_context(mock.patch.object(worker._runner, "_draft_graphs", None))
-            block, predictions, path = worker._two_passes(batch, layout, None)
-        found[name] = [block.tolist(), predictions.tolist()]
+            seen = stack.enter_context(watched_choice(worker))
+            *_, path = worker._two_passes(batch, layout, None)
+        found[name] = [part.tolist() for part in seen]
         found[f"{name} path"] = path.value
     return found
 
