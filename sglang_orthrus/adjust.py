@@ -6,7 +6,7 @@ The order is plain SGLang's: additive penalties, scaling, grammar mask, bias, cu
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
-from sglang_orthrus.rows import Piece
+from sglang_orthrus.rows import Piece, rows_index
 
 REQUEST_KEY = "__req__"  # where SGLang puts the request for custom processors
 
@@ -38,6 +38,18 @@ class Place(NamedTuple):
     sees: torch.Tensor
     offsets: torch.Tensor
     host_tokens: list[list[int]] | None = None
+
+
+class RowMasks(NamedTuple):
+    """What grammars allow in a block.
+
+    Attributes:
+        mask: [R * W, ...], W rows for every constrained request.
+        requests: [R] their places in the batch, ascending.
+    """
+
+    mask: GrammarMask
+    requests: Sequence[int]
 
 
 def is_penalised(req: Any) -> bool:
@@ -83,8 +95,8 @@ class Adjustments:
         """Whether the custom processor of any request may."""
         return self._info.has_custom_logit_processor and any(map(reads_output, self._batch.reqs))
 
-    def apply_inplace(self, logits: torch.Tensor, piece: Piece, place: Place, mask: GrammarMask | None = None) -> None:
-        """Change the logits of a piece's rows. logits: [r, W, V] fp32; mask: of all rows of the batch, [bs * W, ...]"""
+    def apply_inplace(self, logits: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None) -> None:
+        """Change the logits of a piece's rows. logits: [r, W, V] fp32"""
         index = piece.index
         if self._min_new is not None:
             num_before = self._min_new.num_before(self._prefix_lens, place)
@@ -93,9 +105,8 @@ class Adjustments:
             assert self._counts is not None, "prefill makes the table"
             counts = self._counts.of(self._batch.req_pool_indices[index].long())
             penalise_inplace(logits, counts, place.tokens[index], place.sees, self._penalties.at(index))
-        if mask is not None:
-            rows = mask.vocab_mask.unflatten(0, (-1, logits.shape[1]))[index]
-            mask._replace(vocab_mask=rows.flatten(0, 1)).apply(logits.flatten(0, 1))
+        if masks is not None:
+            _mask_inplace(logits, piece, masks)
         if self._info.logit_bias is not None:
             logits.add_(self._info.logit_bias[index][:, None, :])
         if self._info.has_custom_logit_processor:
@@ -128,6 +139,19 @@ class Adjustments:
         # Of the block the anchor is the first token, which the outputs have already.
         said = place.host_tokens[request][1 : min(row + 1, place.sees.shape[1])]
         return params | {REQUEST_KEY: _RequestAt(req, array("q", [*self._outputs[req], *said]))}
+
+
+def _mask_inplace(logits: torch.Tensor, piece: Piece, masks: RowMasks) -> None:
+    slots = {request: slot for slot, request in enumerate(masks.requests)}
+    own = [(number, slots[request]) for number, request in enumerate(piece.requests) if request in slots]
+    if not own:
+        return
+    numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
+    allowed = masks.mask.vocab_mask.unflatten(0, (-1, logits.shape[1]))[rows]
+    constrained = logits[numbers]
+    masks.mask._replace(vocab_mask=allowed.flatten(0, 1)).apply(constrained.flatten(0, 1))
+    if isinstance(numbers, torch.Tensor):  # a slice is a view
+        logits[numbers] = constrained
 
 
 @dataclass(frozen=True, slots=True)

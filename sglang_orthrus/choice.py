@@ -7,18 +7,18 @@ autoregressive view would have chosen it, too. For the third, drafts are accepte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from sglang.kernels.ops.sampling import softmax
-from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_orthrus.adjust import Adjustments, Place
+from sglang_orthrus.adjust import Adjustments, Place, RowMasks
 from sglang_orthrus.logprobs import RoundLogprobs
-from sglang_orthrus.rows import Piece, pieces
+from sglang_orthrus.rows import Piece, pieces, rows_index
 from sglang_orthrus.sampling import (
     Support,
     draw,
@@ -46,6 +46,8 @@ class Drafts:
         is_certain: [bs, Q-1] bool, where a token was proposed without drawing lots: q is one-hot there.
         hidden_states: [bs, Q-1, hidden] of the diffusion view, to compute q again.
         supports: the distributions of the rows of some pieces, by the piece's requests.
+        candidates: [R, Q-1, K] int64, of the requests that were asked for, their best tokens in every place, best
+            first; where a seed acts, its choice is the first.
     """
 
     tokens: torch.Tensor
@@ -53,12 +55,13 @@ class Drafts:
     is_certain: torch.Tensor
     hidden_states: torch.Tensor | None
     supports: dict[tuple[int, ...], Support]
+    candidates: torch.Tensor | None = None
 
     def propose(self, tokens: torch.Tensor, where: torch.Tensor) -> Drafts:
-        """The same with other tokens in some places, chosen without drawing lots (say, by a grammar).
+        """The same with other tokens in some places, chosen by a rule (say, by a grammar).
 
-        What is chosen may depend on the drafts before it and on the logits, not on the draft that was drawn there.
-        tokens: [bs, Q-1] int64; where: [bs, Q-1] bool.
+        NOTE: `where` must not depend on what was drawn: a rule that replaces some draws and lets others be would
+        need the distribution of the draws that it lets be. tokens: [bs, Q-1] int64; where: [bs, Q-1] bool.
         """
         return replace(
             self,
@@ -66,6 +69,12 @@ class Drafts:
             q=self.q.masked_fill(where, 1.0),
             is_certain=self.is_certain | where,
         )
+
+    def propose_for(self, requests: torch.Tensor, tokens: torch.Tensor) -> Drafts:
+        """The same with all drafts of some requests chosen by a rule. requests: [R] int64; tokens: [R, Q-1] int64."""
+        where = torch.zeros_like(self.is_certain)
+        where[requests] = True
+        return self.propose(self.tokens.index_copy(0, requests, tokens), where)
 
 
 class TokenChoice:
@@ -98,9 +107,17 @@ class TokenChoice:
         self._sampling_backend = sampling_backend
         self._pieces = tuple(pieces([req.sampling_params for req in batch.reqs], width, anchors.device))
 
-    def draft(self, hidden_states: torch.Tensor) -> Drafts:
-        """Fill the block. hidden_states: [bs, Q-1, hidden], rows 0..Q-2 of the diffusion view."""
+    def draft(self, hidden_states: torch.Tensor, candidates_of: Sequence[int] = (), num_candidates: int = 1) -> Drafts:
+        """Fill the block.
+
+        Args:
+            hidden_states: [bs, Q-1, hidden], rows 0..Q-2 of the diffusion view.
+            candidates_of: [R] requests for which candidates are wanted, ascending.
+            num_candidates: K.
+        """
         shape = hidden_states.shape[:2]
+        slots = {request: slot for slot, request in enumerate(candidates_of)}
+        candidates = self._anchors.new_empty(len(slots), shape[1], num_candidates) if slots else None
         tokens = self._anchors.new_empty(shape)
         q = torch.ones(shape, device=tokens.device)
         is_certain = torch.ones(shape, dtype=torch.bool, device=tokens.device)
@@ -109,8 +126,15 @@ class TokenChoice:
         is_lost = False
         for piece in self._pieces:
             logits = self._logits(hidden_states, piece, place)
+            own = [(number, slots[request]) for number, request in enumerate(piece.requests) if request in slots]
+            if candidates is not None and own:
+                numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
+                candidates[rows] = logits[numbers].topk(num_candidates, dim=-1).indices
             if self._is_function_of_logits(piece):
-                tokens[piece.index] = self._chosen(logits, piece)
+                chosen = self._chosen(logits, piece)
+                tokens[piece.index] = chosen
+                if candidates is not None and own:
+                    candidates[rows, :, 0] = chosen[numbers]
                 continue
             support = self._support(self._scaled(logits, piece), piece)
             drawn = support.draw()
@@ -122,14 +146,14 @@ class TokenChoice:
             else:
                 is_lost = True
         # Verify overwrites hidden states where it replays a graph.
-        return Drafts(tokens, q, is_certain, hidden_states.clone() if is_lost else None, supports)
+        return Drafts(tokens, q, is_certain, hidden_states.clone() if is_lost else None, supports, candidates)
 
     def judge(
         self,
         block: torch.Tensor,
         drafts: Drafts,
         hidden_states: torch.Tensor,
-        mask: GrammarMask | None = None,
+        masks: RowMasks | None = None,
         logprobs: RoundLogprobs | None = None,
     ) -> Verdict:
         """Decide what the round emits.
@@ -138,7 +162,7 @@ class TokenChoice:
             block: [bs, Q] int64, the anchors and the drafts.
             drafts: how the block came about.
             hidden_states: [bs, Q, hidden] of the autoregressive view.
-            mask: what grammars allow after each row, [bs * Q, ...].
+            masks: what grammars allow after each row.
             logprobs: takes the log probabilities of what is emitted.
         """
         num_accepted = torch.empty_like(self._anchors)
@@ -147,7 +171,7 @@ class TokenChoice:
         host = block.tolist() if self._adjustments.read_outputs else None
         place = Place(block, offsets[:, None] >= offsets, offsets, host)
         for piece in self._pieces:
-            logits = self._logits(hidden_states, piece, place, mask)
+            logits = self._logits(hidden_states, piece, place, masks)
             if self._is_function_of_logits(piece):
                 predictions = self._chosen(logits, piece)
                 accepted = leading(block[piece.index][:, 1:] == predictions[:, :-1])
@@ -207,12 +231,12 @@ class TokenChoice:
         return Place(self._anchors[:, None], sees, offsets, host)
 
     def _logits(
-        self, hidden_states: torch.Tensor, piece: Piece, place: Place, mask: GrammarMask | None = None
+        self, hidden_states: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None
     ) -> torch.Tensor:
         """[r, W, V] fp32, adjusted."""
         states = hidden_states[piece.index]
         logits: torch.Tensor = self._model.logits(states).unflatten(0, states.shape[:2])
-        self._adjustments.apply_inplace(logits, piece, place, mask)
+        self._adjustments.apply_inplace(logits, piece, place, masks)
         return logits
 
     def _is_function_of_logits(self, piece: Piece) -> bool:

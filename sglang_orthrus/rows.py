@@ -72,12 +72,12 @@ def pieces(params: Sequence[Any], width: int, device: torch.device | str) -> Ite
         for start in range(0, len(members), step):
             requests = tuple(members[start : start + step])
             max_top_k = max(params[request].top_k for request in requests) if way.has_top_k else None
-            yield Piece(way, requests, _index(requests, device), max_top_k)
+            yield Piece(way, requests, rows_index(requests, device), max_top_k)
 
 
-def _index(requests: tuple[int, ...], device: torch.device | str) -> torch.Tensor | slice:
-    """A slice if it can be one: that copies nothing."""
-    first, last = requests[0], requests[-1]
-    if last - first + 1 == len(requests):
+def rows_index(rows: Sequence[int], device: torch.device | str) -> torch.Tensor | slice:
+    """Ascending row numbers to index device tensors with: a slice if it can be one, as that copies nothing."""
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows):
         return slice(first, last + 1)
-    return async_h2d(list(requests), dtype=torch.int64, device=device)
+    return async_h2d(list(rows), dtype=torch.int64, device=device)

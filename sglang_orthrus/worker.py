@@ -17,6 +17,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from sglang_orthrus import compat, flashinfer_plans
+from sglang_orthrus.adjust import RowMasks
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
@@ -181,8 +182,9 @@ class OrthrusWorker(BaseSpecWorker):
 
         verify = self._runner.verify(batch, layout, block)
         mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
+        masks = RowMasks(mask, range(len(batch.reqs))) if mask is not None else None
         logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
-        verdict = choice.judge(block, drafts, verify.hidden_states, mask, logprobs)
+        verdict = choice.judge(block, drafts, verify.hidden_states, masks, logprobs)
         logits_output = LogitsProcessorOutput(next_token_logits=None)
         if logprobs is not None:
             logprobs.write_to(logits_output)

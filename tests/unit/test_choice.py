@@ -7,7 +7,7 @@ one, by position. Chi-square tests have fixed seeds; a correct implementation fa
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from sglang_orthrus import choice
-from sglang_orthrus.adjust import Adjustments
+from sglang_orthrus.adjust import Adjustments, RowMasks
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.cpu import kernels
 from sglang_orthrus.verify import Verdict
@@ -177,6 +177,49 @@ def test_drafts_that_were_not_drawn_change_nothing() -> None:
         return drafts.propose(torch.full_like(drafts.tokens, 1), where)
 
     assert _misfit(_texts(FILTERS["top_p"], 6000, 3, propose), FILTERS["top_p"]) > FALSE_ALARM
+
+
+class Allow(NamedTuple):
+    """A grammar's mask, as SGLang's: what is False may not be chosen."""
+
+    vocab_mask: torch.Tensor
+
+    def apply(self, logits: torch.Tensor) -> None:
+        logits.masked_fill_(~self.vocab_mask, float("-inf"))
+
+
+def test_masks_of_some_requests_hold_for_them_alone_and_drafts_may_come_from_their_candidates() -> None:
+    """Every third request may say even tokens only; its drafts are its best candidates that are even."""
+    torch.manual_seed(0)
+    count = 90
+    kinds = [{"top_k": 1}, {"temperature": 1.3}]
+    params = [kinds[row % 2] for row in range(count)]
+    constrained = list(range(0, count, 3))
+    ar, diffusion = _tables()
+    batch = _batch(params, torch.zeros(count).long())
+    anchors = torch.zeros(count).long()
+    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
+    drafts = chooser.draft(diffusion.expand(count, -1, -1), constrained, VOCAB)
+    assert drafts.candidates is not None
+    assert torch.equal(drafts.candidates[0], diffusion.argsort(dim=-1, descending=True))
+    is_even = drafts.candidates % 2 == 0
+    best_even = drafts.candidates.gather(2, is_even.int().argmax(dim=2, keepdim=True)).squeeze(2)
+    drafts = drafts.propose_for(torch.tensor(constrained), best_even)
+    block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
+    even = (torch.arange(VOCAB) % 2 == 0).expand(len(constrained) * WIDTH, -1)
+    verdict = chooser.judge(block, drafts, ar[block], RowMasks(Allow(even), constrained))
+    odd = 0
+    for row in range(count):
+        last = 0
+        for token in verdict.tokens[row, : int(verdict.accept_lens[row])].tolist():
+            allowed = ar[last].clone()
+            if row in constrained:
+                allowed[1::2] = float("-inf")
+            assert allowed[token] > float("-inf")
+            assert row % 2 or token == int(allowed.argmax())
+            odd += token % 2
+            last = token
+    assert odd, "others may say what they like"
 
 
 def test_distributions_that_were_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
