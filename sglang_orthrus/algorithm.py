@@ -138,6 +138,15 @@ _RULES = (
         "use xgrammar or llguidance",
         "it can't roll back rejected drafts",
     ),
+    # Two of SGLang's own are those of devices that are refused.
+    _Rule(
+        "sampling_backend",
+        (None, "flashinfer", "pytorch", "ascend", "intel_xpu"),
+        "use flashinfer or pytorch",
+        "rounds sample as SGLang's own sampler does",
+    ),
+    _Rule("rl_on_policy_target", (None,), _REMOVE),
+    _Rule("enable_watermark", (False,), _REMOVE),
     _Rule("model_impl", ("auto", "sglang"), "use --model-impl sglang", "only SGLang's own model has the two views"),
     _Rule("speculative_draft_model_path", (None,), _REMOVE, _NO_DRAFT_MODEL),
     _Rule("speculative_draft_model_quantization", (None,), _REMOVE, _NO_DRAFT_MODEL),

@@ -291,6 +291,13 @@ def use_graph_runner(model_runner: Any, runner: type) -> None:
     model_runner.max_shared_logits_buffer_rows = max_shared_logits_buffer_rows
 
 
+def choose_as_if_alone(model_runner: Any) -> None:
+    """Have prefill choose every request's first token as if the request were alone in its batch."""
+    from sglang_orthrus.sampler import LoneSampler
+
+    model_runner.sampler = LoneSampler()
+
+
 def refuse_requests(reason: Callable[[Any], str | None]) -> None:
     """Answer 400 to every generation request for which `reason(req)` returns a sentence.
 

@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 class Path(Enum):
     """How a round was run.
 
-    GRAPH: draft and verify in one CUDA graph. SPLIT: a CUDA graph each, because something has to happen in between.
+    GRAPH: draft and verify in one CUDA graph. SPLIT: a CUDA graph each, because tokens are chosen in between
+    (grammars, sampling, penalties and the like).
     EAGER: no graph for this batch size, or none at all.
     """
 

@@ -35,13 +35,34 @@ def accept_greedy(block: torch.Tensor, predictions: torch.Tensor, prefix_lens: t
         predictions: [bs, Q] the AR view's next token after each of them.
         prefix_lens: [bs] committed lengths C before the round.
     """
-    agrees = block[:, 1:] == predictions[:, :-1]
-    num_accepted = agrees.cumprod(dim=1).sum(dim=1)
-    bonus = predictions.gather(1, num_accepted[:, None])
+    num_accepted = leading(block[:, 1:] == predictions[:, :-1])
+    bonus = predictions.gather(1, num_accepted[:, None]).squeeze(1)
     # Accepted drafts equal the predictions in their places, and so does the bonus: the prediction row is the output.
-    return Verdict(
-        accept_lens=(num_accepted + 1).int(),
-        tokens=predictions,
-        bonus=bonus.squeeze(1),
-        new_seq_lens=prefix_lens + (num_accepted + 1).to(prefix_lens.dtype),
-    )
+    return Verdict(*_lens(num_accepted, prefix_lens, predictions, bonus))
+
+
+def accept_drafts(
+    block: torch.Tensor, num_accepted: torch.Tensor, bonus: torch.Tensor, prefix_lens: torch.Tensor
+) -> Verdict:
+    """Commit drafts and the token that follows them, however they were judged.
+
+    Args:
+        block: [bs, Q] as above.
+        num_accepted: [bs] int64, leading drafts that count, in 0..Q-1.
+        bonus: [bs] int64, the token after them.
+        prefix_lens: [bs] as above.
+    """
+    tokens = block.roll(-1, dims=1).scatter_(1, num_accepted[:, None], bonus[:, None])
+    return Verdict(*_lens(num_accepted, prefix_lens, tokens, bonus))
+
+
+def leading(agrees: torch.Tensor) -> torch.Tensor:
+    """How many of the first entries hold: [n, drafts] bool -> [n] int64."""
+    return agrees.cumprod(dim=1).sum(dim=1)
+
+
+def _lens(
+    num_accepted: torch.Tensor, prefix_lens: torch.Tensor, tokens: torch.Tensor, bonus: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    emitted = num_accepted + 1
+    return emitted.int(), tokens, bonus, prefix_lens + emitted.to(prefix_lens.dtype)

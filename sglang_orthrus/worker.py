@@ -12,20 +12,24 @@ from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.runtime_context import get_observability, get_schedule, get_spec
+from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from sglang_orthrus import compat, flashinfer_plans
+from sglang_orthrus.adjust import RowMasks
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
+from sglang_orthrus.choice import TokenChoice
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
+from sglang_orthrus.history import History
+from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.model_runner import DualViewRunner
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.spec_input import OrthrusState
-from sglang_orthrus.verify import accept_greedy
+from sglang_orthrus.verify import Verdict, accept_greedy
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,9 @@ class OrthrusWorker(BaseSpecWorker):
 
         config = DualViewConfig.from_hf(self.model_runner.model_config.hf_config)
         self._runner = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
+        self._history = History(self.device)
+        self._sampling_backend = get_exec().kernel.sampling_backend
+        compat.choose_as_if_alone(self.model_runner)
         self._paths = RoundPaths(get_observability().decode_log_interval, get_observability().enable_metrics)
         # The pools and graphs are made after this, and requests arrive later still.
         compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
@@ -68,7 +75,7 @@ class OrthrusWorker(BaseSpecWorker):
             )
             flashinfer_plans.set_workspace_size(size)
         compat.widen_req_to_token_rows(config.block_size)
-        compat.refuse_requests(refusal)
+        compat.refuse_requests(partial(refusal, are_seeded=get_exec().deterministic.enable_deterministic_inference))
         compat.stop_at_first_match()
         compat.continue_sessions_at_the_end()
         layers = self.model_runner.model_config.hf_config.num_hidden_layers
@@ -117,7 +124,9 @@ class OrthrusWorker(BaseSpecWorker):
         return self._round(batch, on_publish, grammar_barrier)
 
     def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
+        self._history.resume(batch)
         result = self._target_worker.forward_batch_generation(batch)
+        self._history.start(batch, result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = OrthrusState(result.next_token_ids, batch.seq_lens)
         _publish(on_publish, batch.seq_lens)
@@ -135,41 +144,52 @@ class OrthrusWorker(BaseSpecWorker):
             prefix_lens.record_stream(torch.cuda.current_stream())
 
         layout = self._runner.layout(batch)
-        fused = None if batch.has_grammar else self._runner.round(batch, layout)
+        fused = self._runner.round(batch, layout) if _is_plain(batch) else None
         if fused is not None:
-            block, predictions = fused
             path = Path.GRAPH
+            verdict = accept_greedy(*fused, prefix_lens)
+            logits_output = LogitsProcessorOutput(next_token_logits=None)
         else:
-            block, predictions, path = self._two_passes(batch, layout, grammar_barrier)
+            verdict, logits_output, path = self._two_passes(batch, layout, grammar_barrier)
         self._paths.count(path)
 
-        verdict = accept_greedy(block, predictions, prefix_lens)
         _publish(on_publish, verdict.new_seq_lens)
         return GenerationBatchResult(
-            logits_output=LogitsProcessorOutput(next_token_logits=None),
+            logits_output=logits_output,
             next_token_ids=verdict.tokens.flatten(),
             accept_lens=verdict.accept_lens,
             next_draft_input=OrthrusState(verdict.bonus, verdict.new_seq_lens),
             new_seq_lens=verdict.new_seq_lens,
-            speculative_num_draft_tokens=block.shape[1],
+            speculative_num_draft_tokens=verdict.tokens.shape[1],
             can_run_cuda_graph=path is not Path.EAGER,
         )
 
     def _two_passes(
         self, batch: ScheduleBatch, layout: DraftBlock, grammar_barrier: Callable[[], None] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Path]:
-        """Draft, then verify, with what needs the host in between: the block and the AR view's next tokens, [bs, Q]."""
+    ) -> tuple[Verdict, LogitsProcessorOutput, Path]:
+        """Draft, then verify, for whatever is not in one graph: grammars, sampling and other options, large batches."""
+        width = self.speculative_num_draft_tokens
+        anchors = layout.ids[:, :1]
+        adjustments = self._history.adjustments(batch)
         model = self.model_runner.model
+        choice = TokenChoice(model, batch, anchors.squeeze(1), adjustments, width, self._sampling_backend)
+
         draft = self._runner.draft(batch, layout)
-        drafts = model.best_tokens(draft.hidden_states[:, : self.speculative_num_draft_tokens - 1])
-        block = torch.cat((layout.ids[:, :1], drafts), dim=1)
+        drafts = choice.draft(draft.hidden_states[:, : width - 1])
+        block = torch.cat((anchors, drafts.tokens), dim=1)
         # The copy to the host has to start before verify is launched.
         tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
 
         verify = self._runner.verify(batch, layout, block, draft)
         mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
-        predictions = model.best_tokens(verify.hidden_states, mask)
-        return block, predictions, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
+        masks = RowMasks(mask, range(len(batch.reqs))) if mask is not None else None
+        logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
+        verdict = choice.judge(block, drafts, verify.hidden_states, masks, logprobs)
+        logits_output = LogitsProcessorOutput(next_token_logits=None)
+        if logprobs is not None:
+            logprobs.write_to(logits_output)
+        self._history.extend(batch, adjustments, block, verdict)
+        return verdict, logits_output, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
 
     def _grammar_mask(
         self, batch: ScheduleBatch, tree: GrammarTree, grammar_barrier: Callable[[], None] | None
@@ -182,6 +202,20 @@ class OrthrusWorker(BaseSpecWorker):
             device=self.device,
             barrier=grammar_barrier,
         )
+
+
+def _is_plain(batch: ScheduleBatch) -> bool:
+    """Greedy requests without options, whose rounds fit one CUDA graph."""
+    info = batch.sampling_info
+    has_options = (
+        batch.has_grammar
+        or batch.return_logprob
+        or info.has_custom_logit_processor
+        or info.logit_bias is not None
+        or info.acc_additive_penalties is not None
+        or info.acc_scaling_penalties is not None
+    )
+    return info.is_all_greedy and not has_options
 
 
 def _publish(on_publish: Publish | None, new_seq_lens: torch.Tensor) -> None:

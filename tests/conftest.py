@@ -17,7 +17,10 @@ from tests.reference import Reference
 CONTEXT_LENGTH = 2048
 # fp32 on either device, so that outputs can be compared token by token.
 SETUP = SETUPS["triton-fp32" if torch.cuda.is_available() else "cpu"]
-TEST_ARGS = (*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH), "--enable-metrics")
+TEST_ARGS = (
+    *(*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH)),
+    *("--enable-metrics", "--enable-custom-logit-processor"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -108,6 +108,7 @@ def test_a_narrower_verify_width_still_reserves_a_whole_block(checkpoint: Path) 
         ("--enable-lora", "merge the adapter"),
         ("--lora-paths adapter=/nowhere", "merge the adapter"),
         ("--grammar-backend outlines", "use xgrammar or llguidance"),
+        ("--rl-on-policy-target fsdp", "remove the flag"),
         ("--model-impl transformers", "use --model-impl sglang"),
         ("--speculative-num-draft-tokens 9", "leave the flag out"),
         ("--speculative-num-draft-tokens 1", "leave the flag out"),

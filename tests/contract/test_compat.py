@@ -13,9 +13,10 @@ import pytest
 
 from sglang_orthrus import compat
 from sglang_orthrus.cpu.patches import CPU_TOUCHES
+from sglang_orthrus.sampling_touches import SAMPLING_TOUCHES
 from sglang_orthrus.touch import Touch
 
-TOUCHES = (*compat.LEDGER, *CPU_TOUCHES)
+TOUCHES = (*compat.LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES)
 pytestmark = pytest.mark.contract
 
 

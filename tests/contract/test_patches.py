@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
+import torch
+
+from sglang_orthrus.cpu.kernels import murmur_hash32
 
 pytestmark = pytest.mark.contract
 
@@ -72,3 +75,77 @@ def test_custom_algorithms_get_what_the_scheduler_calls(tmp_path: Path) -> None:
     assert algorithm.carries_draft_hidden_states() is False
     assert algorithm.need_topk() is False
     assert algorithm.get_platform_worker_cls() is None
+
+
+def test_min_p_with_a_seed_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shipped, the assertion ends the scheduler."""
+    from sglang.srt.layers import sampler
+
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).repeat(64, 1)
+    rows = torch.ones(64)
+    arguments = probs, (rows * 4).int(), rows, rows * 0.25, True, torch.arange(64), torch.arange(64)
+    with pytest.raises(AssertionError, match="wrong results"):
+        sampler.top_k_top_p_min_p_sampling_from_probs_torch(*arguments)
+
+    patched = load("patched_sampler", apply(PATCHES / "0004-min-p-with-a-seed.patch", tmp_path)[0])
+    monkeypatch.setattr(patched, "murmur_hash32", murmur_hash32)
+    tokens = patched.top_k_top_p_min_p_sampling_from_probs_torch(*arguments)
+    assert set(tokens.tolist()) == {0, 1, 2}, "0.05 is below a quarter of 0.5"
+    # Weights need not sum to 1: twice as large, they give the same tokens.
+    doubled = torch.where(probs < 0.1, 0, 2 * probs).log()
+    seeds, positions = arguments[-2:]
+    assert torch.equal(tokens, patched.multinomial_with_seed(doubled, seeds, positions).view(-1).int())
+
+
+def test_penalizers_are_fed_at_forward_entry_under_overlap(tmp_path: Path) -> None:
+    """`test_adjustments.py` shows the lag of plain SGLang, and the patched one without it, on servers."""
+    apply(PATCHES / "0005-penalties-under-overlap.patch", tmp_path)
+    schedule_batch = load("patched_schedule_batch", tmp_path / "sglang/srt/managers/schedule_batch.py")
+
+    class Reached(Exception):
+        pass
+
+    def prepare(**options: bool) -> int:
+        fed: list[int] = []
+
+        def allocate(*args: object, **kwargs: object) -> None:
+            raise Reached
+
+        schedule_batch.alloc_for_decode = allocate
+        batch = SimpleNamespace(
+            spec_algorithm=SimpleNamespace(is_none=lambda: True),
+            sampling_info=SimpleNamespace(penalizer_orchestrator=SimpleNamespace(is_required=True)),
+            cumulate_penalty_output_tokens=lambda: fed.append(1),
+            model_config=SimpleNamespace(is_encoder_decoder=False),
+            reqs=[],
+        )
+        schedule_batch.strip_beam_tail = schedule_batch.append_beam_tail = lambda batch: None
+        with pytest.raises(Reached):
+            schedule_batch.ScheduleBatch.prepare_for_decode(batch, **options)
+        return len(fed)
+
+    assert prepare() == 1
+    assert prepare(penalize_at_forward=True) == 0
+
+
+def test_dflash_penalties_do_something(tmp_path: Path) -> None:
+    from sglang.srt.speculative import dflash_utils
+
+    patched = load("patched_dflash_utils", apply(PATCHES / "0006-dflash-penalties.patch", tmp_path)[0])
+
+    class Info:
+        has_custom_logit_processor = False
+        penalizer_orchestrator = grammar_mask = logit_bias = None
+        acc_additive_penalties = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, -2.0]])
+        acc_scaling_penalties = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+
+        def __len__(self) -> int:
+            return 2
+
+    def adjusted(module: ModuleType) -> list[list[float]]:
+        logits = torch.full((4, 3), 4.0)
+        module.apply_dflash_verify_logits_adjustments(next_token_logits=logits, sampling_info=Info(), draft_token_num=2)
+        return logits.tolist()
+
+    assert adjusted(dflash_utils) == [[4.0, 4.0, 4.0]] * 4, "SGLang has closed the gap: drop the patch"
+    assert adjusted(patched) == [[2.0, 3.0, 4.0]] * 2 + [[4.0, 4.0, 2.0]] * 2

@@ -19,6 +19,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.plugins import load_plugins
 
+from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.worker import OrthrusWorker
 from tests.e2e import graph_replay
@@ -52,17 +53,28 @@ def gaps(worker: OrthrusWorker, hidden_states: torch.Tensor) -> list[list[float]
     return result
 
 
+def two_passes(worker: OrthrusWorker, batch: ScheduleBatch, layout: DraftBlock) -> tuple[list[Any], str]:
+    """A greedy round without a graph for all of it: block and predictions, and how it ran."""
+    model = worker.model_runner.model
+    draft = worker._runner.draft(batch, layout)
+    drafts = model.best_tokens(draft.hidden_states[:, : worker.speculative_num_draft_tokens - 1])
+    block = torch.cat((layout.ids[:, :1], drafts), dim=1)
+    verify = worker._runner.verify(batch, layout, block, draft)
+    predictions = model.best_tokens(verify.hidden_states)
+    path = "split" if draft.replayed and verify.replayed else "eager"
+    return [block.tolist(), predictions.tolist()], path
+
+
 def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
     """The same round in each way: block and predictions, [bs, Q]; and how undecided the eager one was."""
     layout = worker._runner.layout(batch)
     found: dict[str, Any] = {}
     fused = worker._runner.round(batch, layout)
     found["graph"] = None if fused is None else [part.tolist() for part in fused]
-    block, predictions, path = worker._two_passes(batch, layout, None)
-    found |= {"split": [block.tolist(), predictions.tolist()], "split path": path.value}
+    found["split"], found["split path"] = two_passes(worker, batch, layout)
     with eagerly(worker):
-        block, predictions, path = worker._two_passes(batch, layout, None)
-        found |= {"eager": [block.tolist(), predictions.tolist()], "eager path": path.value}
+        found["eager"], found["eager path"] = two_passes(worker, batch, layout)
+        block = torch.tensor(found["eager"][0], device=layout.ids.device)
         draft = worker._runner.draft(batch, layout)
         found["draft gaps"] = gaps(worker, draft.hidden_states[:, : block.shape[1] - 1])
         found["gaps"] = gaps(worker, worker._runner.verify(batch, layout, block, draft).hidden_states)

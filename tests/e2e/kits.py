@@ -30,12 +30,11 @@ SCHEMA = json.dumps(
 )
 """The kits' schemas with bounded strings and numbers: nano does not end an unbounded one within 128 tokens."""
 
-LOGPROBS = "asks for logprobs, which are refused"
-PENALTIES = "asks for penalties and logprobs, which are refused"
-SAMPLING_MASKS = "asks for sampling masks at temperature 1, which are refused"
+SAMPLING_MASKS = "asks for sampling masks, which are refused"
 HIDDEN_STATES = "asks for hidden states, which are refused"
 DATASET = "scores a language model on a data set that it downloads; nano knows nothing of the kind"
 IMAGES = "needs a vision model"
+VOCABULARY = "draws token ids up to 30000 and scores a language model on a data set"
 CUDA = "measures or needs CUDA kernels"
 
 
@@ -99,11 +98,10 @@ RUN: Mapping[str, Kit] = MappingProxyType(
         "spec_server_kits.SpecFeatureKit": Kit(slow=None),
         "spec_server_kits.SpecGrammarKit": Kit(
             overrides={"grammar_json_schema": SCHEMA},
-            refused={"test_grammar_logprob_count_matches_completion_tokens": LOGPROBS},
         ),
-        "streaming_session_kit.StreamingSessionKitMixin": Kit(
-            "endless", refused={"test_leak_logprob_concurrent": LOGPROBS}
-        ),
+        "spec_server_kits.SpecLogprobKit": Kit("hot", overrides={"logprob_match_delta": 1e-3}),
+        "spec_server_kits.SpecPenaltyKit": Kit("hot"),
+        "streaming_session_kit.StreamingSessionKitMixin": Kit("endless"),
         "streaming_session_kit.AbortLeakReproKitMixin": Kit("short"),
     }
 )
@@ -118,17 +116,15 @@ NOT_RUN: Mapping[str, str] = MappingProxyType(
         "eval_accuracy_kit.MGSMEnMixin": DATASET,
         "lm_eval_kit.LMEvalMixin": DATASET,
         "fwd_occupancy_kit.FwdOccupancyMixin": CUDA,
-        "kl_divergence_kit.KLDivergenceMixin": LOGPROBS,
+        "kl_divergence_kit.KLDivergenceMixin": DATASET,
         "mmmu_vlm_kit.MMMUMixin": IMAGES,
         "pd_parity_kit.PDLogprobParityMixin": "needs prefill-decode disaggregation, which is refused",
         "spec_server_kits.SpecAccuracyKit": DATASET,
         "spec_server_kits.SpecPerfKit": DATASET,
         "spec_server_kits.SpecParityKit": "starts servers itself, for CUDA; test_parity.py compares more",
-        "spec_server_kits.SpecLogprobKit": LOGPROBS,
-        "spec_server_kits.SpecPenaltyKit": PENALTIES,
         "spec_server_kits.SpecHiddenStatesKit": HIDDEN_STATES,
         "spec_server_kits.SpecSamplingMaskKit": SAMPLING_MASKS,
-        "unified_radix_cache_kit.UnifiedRadixTreeTestMixin": LOGPROBS,
+        "unified_radix_cache_kit.UnifiedRadixTreeTestMixin": VOCABULARY,
         "unified_radix_cache_kit.AccuracyTwoPassMixin": DATASET,
     }
 )

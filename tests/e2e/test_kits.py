@@ -81,6 +81,8 @@ LAUNCHES = {
         STRICT,
         think,
     ),
+    # Requests are drawn at random here unless they say otherwise.
+    "hot": Launch(("--dtype", "float32", "--chunked-prefill-size", "256"), STRICT, think),
     "narrow": Launch(
         ("--dtype", "float32", "--max-running-requests", "1"), {"SGLANG_REQ_WAITING_TIMEOUT": "0.2"}, never_end
     ),
@@ -151,6 +153,7 @@ class KitCase(unittest.TestCase):
 
     api_key = "none"
     timeout = 120
+    run_decode = SpecEagleServerBase.run_decode
     send_request = SpecEagleServerBase.send_request
     send_requests_abort = SpecEagleServerBase.send_requests_abort
 

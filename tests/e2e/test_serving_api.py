@@ -320,8 +320,7 @@ def test_responses(orthrus: Server, plain: Server) -> None:
 
 # -- refusals
 
-LOGPROB_ROUTES: dict[str, dict[str, Any]] = {
-    "/v1/score": {"model": "default", "query": "Hello", "items": ["a", "b"], "label_token_ids": [5, 6]},
+REFUSED_ROUTES: dict[str, dict[str, Any]] = {
     "/v1/rerank": {"query": "Hello", "documents": ["a", "b"]},
     "/v1/decisions": {
         "model": "default",
@@ -332,22 +331,21 @@ LOGPROB_ROUTES: dict[str, dict[str, Any]] = {
     "/v1/classify": {"model": "default", "input": "Hello"},
     "/classify": {"text": "Hello"},
     "/encode": {"text": "Hello"},
-    "/v1/completions": {"model": "default", "prompt": STEPS, "temperature": 0, "logprobs": 1},
 }
 
 
-@pytest.mark.parametrize("path", LOGPROB_ROUTES)
-def test_routes_that_need_logprobs_or_embeddings_are_refused(orthrus: Server, path: str) -> None:
-    response = requests.post(orthrus.url + path, json=LOGPROB_ROUTES[path], timeout=60)
+@pytest.mark.parametrize("path", REFUSED_ROUTES)
+def test_routes_that_need_another_model_are_refused(orthrus: Server, path: str) -> None:
+    response = requests.post(orthrus.url + path, json=REFUSED_ROUTES[path], timeout=60)
     assert response.status_code == 400, response.text
     assert response.text
     assert generate(orthrus, prompt_of("arith"), 8)["meta_info"]["completion_tokens"] == 8
 
 
 def test_a_refusal_ends_a_stream_with_an_error(orthrus: Server) -> None:
-    body = {"model": "default", "prompt": STEPS, "temperature": 0.5, "stream": True}
-    response = requests.post(orthrus.url + COMPLETIONS, json=body, timeout=60)
-    assert "temperature" in response.text and "ORTHRUS" in response.text
+    body = {"text": STEPS, "stream": True, "return_routed_experts": True}
+    response = requests.post(f"{orthrus.url}/generate", json=body, timeout=60)
+    assert "return_routed_experts" in response.text and "ORTHRUS" in response.text
 
 
 def turns(server: Server, **options: Any) -> list[Any]:

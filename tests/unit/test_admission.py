@@ -28,23 +28,33 @@ def test_a_request_for_no_token_is_served_at_any_temperature() -> None:
     assert refusal(_request({"temperature": 1.0, "max_new_tokens": 0})) is None
 
 
-@pytest.mark.parametrize("sampling", [{"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 1, "temperature": 0.8}])
-def test_filters_that_leave_the_top_token_change_nothing(sampling: dict[str, Any]) -> None:
-    assert refusal(_request(sampling)) is None
+@pytest.mark.parametrize(
+    ("sampling", "options"),
+    [
+        ({"temperature": 0.7, "top_p": 0.5, "top_k": 20}, {}),
+        ({"temperature": 1.0, "min_p": 0.1}, {}),
+        ({"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2}, {}),
+        ({"min_new_tokens": 2, "logit_bias": {"5": 1.0}}, {}),
+        ({}, {"custom_logit_processor": "{}"}),
+        ({}, {"return_logprob": True}),
+    ],
+)
+def test_what_plain_sglang_honours_is_served(sampling: dict[str, Any], options: dict[str, Any]) -> None:
+    assert refusal(_request(sampling, **options)) is None
+
+
+def test_min_p_is_refused_where_seeds_act() -> None:
+    """Plain SGLang's scheduler dies of it."""
+    message = refusal(_request({"temperature": 1.0, "min_p": 0.1}), are_seeded=True)
+    assert message is not None and "min_p" in message and "--enable-deterministic-inference" in message
+    assert refusal(_request({"temperature": 0.0, "min_p": 0.1}), are_seeded=True) is None
+    assert refusal(_request({"temperature": 1.0, "top_p": 0.1}), are_seeded=True) is None
 
 
 @pytest.mark.parametrize(
     ("sampling", "options", "named"),
     [
-        ({"temperature": 0.7}, {}, "temperature"),
-        ({"frequency_penalty": 0.5}, {}, "frequency_penalty"),
-        ({"presence_penalty": 0.5}, {}, "presence_penalty"),
-        ({"repetition_penalty": 1.2}, {}, "repetition_penalty"),
-        ({"min_new_tokens": 2}, {}, "min_new_tokens"),
-        ({"logit_bias": {"5": 1.0}}, {}, "logit_bias"),
         ({"beam_width": 2}, {}, "beam_width"),
-        ({}, {"custom_logit_processor": "{}"}, "custom_logit_processor"),
-        ({}, {"return_logprob": True}, "return_logprob"),
         ({}, {"return_hidden_states": True}, "return_hidden_states"),
         ({}, {"return_routed_experts": True}, "return_routed_experts"),
         ({}, {"return_sampling_mask": True}, "return_sampling_mask"),
@@ -60,7 +70,7 @@ def test_an_option_that_is_not_exact_yet_is_named(
 
 
 def test_every_offending_option_is_named_at_once() -> None:
-    message = refusal(_request({"temperature": 0.7, "presence_penalty": 1.0}, return_logprob=True))
+    message = refusal(_request({"beam_width": 2}, return_hidden_states=True, lora_id="adapter"))
     assert message is not None
-    for option in ("temperature", "presence_penalty", "return_logprob"):
+    for option in ("beam_width", "return_hidden_states", "lora_path"):
         assert option in message

@@ -1,0 +1,288 @@
+"""How the tokens of a round are chosen: drafts, then what the autoregressive view makes of them.
+
+Every request chooses as plain SGLang would if it served that request alone: the largest logit, a draw with the noise of
+its seed, or a draw at random. The first two are functions of the logits and the position, so a draft counts if the
+autoregressive view would have chosen it, too. For the third, drafts are accepted by rejection sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sglang.kernels.ops.sampling import softmax
+from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+from sglang_orthrus.adjust import Adjustments, Place, RowMasks
+from sglang_orthrus.logprobs import RoundLogprobs
+from sglang_orthrus.rows import Piece, pieces, rows_index
+from sglang_orthrus.sampling import (
+    Support,
+    draw,
+    is_accepted,
+    joint_support,
+    residual,
+    sequential_support,
+    sorted_support,
+)
+from sglang_orthrus.verify import Verdict, accept_drafts, leading
+
+# Distributions of drafts are kept until they are verified if they are no larger than this (fp32, or fp32 and int64 with
+# top-k). A larger one is computed again from the hidden state, and only where a draft was rejected.
+KEPT_COLUMNS = 1024
+KEPT_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """What a round's block was filled with, and how likely that was.
+
+    Attributes:
+        tokens: [bs, Q-1] int64.
+        q: [bs, Q-1] fp32, the probability with which each was drawn; 1 where it was not drawn at random.
+        is_certain: [bs, Q-1] bool, where a token was proposed without drawing lots: q is one-hot there.
+        hidden_states: [bs, Q-1, hidden] of the diffusion view, to compute q again.
+        supports: the distributions of the rows of some pieces, by the piece's requests.
+        candidates: [R, Q-1, K] int64, of the requests that were asked for, their best tokens in every place, best
+            first; where a seed acts, its choice is the first.
+    """
+
+    tokens: torch.Tensor
+    q: torch.Tensor
+    is_certain: torch.Tensor
+    hidden_states: torch.Tensor | None
+    supports: dict[tuple[int, ...], Support]
+    candidates: torch.Tensor | None = None
+
+    def propose(self, tokens: torch.Tensor, where: torch.Tensor) -> Drafts:
+        """The same with other tokens in some places, chosen by a rule (say, by a grammar).
+
+        NOTE: `where` must not depend on what was drawn: a rule that replaces some draws and lets others be would
+        need the distribution of the draws that it lets be. tokens: [bs, Q-1] int64; where: [bs, Q-1] bool.
+        """
+        return replace(
+            self,
+            tokens=torch.where(where, tokens, self.tokens),
+            q=self.q.masked_fill(where, 1.0),
+            is_certain=self.is_certain | where,
+        )
+
+    def propose_for(self, requests: torch.Tensor, tokens: torch.Tensor) -> Drafts:
+        """The same with all drafts of some requests chosen by a rule. requests: [R] int64; tokens: [R, Q-1] int64."""
+        where = torch.zeros_like(self.is_certain)
+        where[requests] = True
+        return self.propose(self.tokens.index_copy(0, requests, tokens), where)
+
+
+class TokenChoice:
+    """Chooses the tokens of one round.
+
+    Args:
+        model: an `OrthrusLM`, for its head.
+        batch: in a decode round; its `spec_info` is not read.
+        anchors: [bs] int64.
+        adjustments: what the requests' options do to logits.
+        width: Q, tokens verified per request.
+        sampling_backend: SGLang's, which decides what filters leave.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: ScheduleBatch,
+        anchors: torch.Tensor,
+        adjustments: Adjustments,
+        width: int,
+        sampling_backend: str,
+    ) -> None:
+        self._model = model
+        self._info = batch.sampling_info
+        self._prefix_lens = batch.seq_lens
+        self._anchors = anchors.long()
+        self._adjustments = adjustments
+        self._width = width
+        self._sampling_backend = sampling_backend
+        self._pieces = tuple(pieces([req.sampling_params for req in batch.reqs], width, anchors.device))
+
+    def draft(self, hidden_states: torch.Tensor, candidates_of: Sequence[int] = (), num_candidates: int = 1) -> Drafts:
+        """Fill the block.
+
+        Args:
+            hidden_states: [bs, Q-1, hidden], rows 0..Q-2 of the diffusion view.
+            candidates_of: [R] requests for which candidates are wanted, ascending.
+            num_candidates: K.
+        """
+        shape = hidden_states.shape[:2]
+        slots = {request: slot for slot, request in enumerate(candidates_of)}
+        candidates = self._anchors.new_empty(len(slots), shape[1], num_candidates) if slots else None
+        tokens = self._anchors.new_empty(shape)
+        q = torch.ones(shape, device=tokens.device)
+        is_certain = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        place = self._draft_place(torch.arange(shape[1], device=tokens.device))
+        supports = {}
+        is_lost = False
+        for piece in self._pieces:
+            logits = self._logits(hidden_states, piece, place)
+            own = [(number, slots[request]) for number, request in enumerate(piece.requests) if request in slots]
+            if candidates is not None and own:
+                numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
+                candidates[rows] = logits[numbers].topk(num_candidates, dim=-1).indices
+            if self._is_function_of_logits(piece):
+                chosen = self._chosen(logits, piece)
+                tokens[piece.index] = chosen
+                if candidates is not None and own:
+                    candidates[rows, :, 0] = chosen[numbers]
+                continue
+            support = self._support(self._scaled(logits, piece), piece)
+            drawn = support.draw()
+            tokens[piece.index] = drawn.view(-1, shape[1])
+            q[piece.index] = support.probability_of(drawn).view(-1, shape[1])
+            is_certain[piece.index] = False
+            if support.weights.shape[1] <= KEPT_COLUMNS or tokens.numel() <= KEPT_ROWS:
+                supports[piece.requests] = support
+            else:
+                is_lost = True
+        # Verify overwrites hidden states where it replays a graph.
+        return Drafts(tokens, q, is_certain, hidden_states.clone() if is_lost else None, supports, candidates)
+
+    def judge(
+        self,
+        block: torch.Tensor,
+        drafts: Drafts,
+        hidden_states: torch.Tensor,
+        masks: RowMasks | None = None,
+        logprobs: RoundLogprobs | None = None,
+    ) -> Verdict:
+        """Decide what the round emits.
+
+        Args:
+            block: [bs, Q] int64, the anchors and the drafts.
+            drafts: how the block came about.
+            hidden_states: [bs, Q, hidden] of the autoregressive view.
+            masks: what grammars allow after each row.
+            logprobs: takes the log probabilities of what is emitted.
+        """
+        num_accepted = torch.empty_like(self._anchors)
+        bonus = torch.empty_like(self._anchors)
+        offsets = torch.arange(self._width, device=block.device)
+        host = block.tolist() if self._adjustments.read_outputs else None
+        place = Place(block, offsets[:, None] >= offsets, offsets, host)
+        for piece in self._pieces:
+            logits = self._logits(hidden_states, piece, place, masks)
+            if self._is_function_of_logits(piece):
+                predictions = self._chosen(logits, piece)
+                accepted = leading(block[piece.index][:, 1:] == predictions[:, :-1])
+                num_accepted[piece.index] = accepted
+                bonus[piece.index] = predictions.gather(1, accepted[:, None]).squeeze(1)
+            else:
+                num_accepted[piece.index], bonus[piece.index] = self._reject(logits, piece, block, drafts)
+            if logprobs is not None and logprobs.wants(piece):
+                emitted = block[piece.index].roll(-1, dims=1)
+                emitted.scatter_(1, num_accepted[piece.index][:, None], bonus[piece.index][:, None])
+                rows = logits.flatten(0, 1)
+                is_greedy = piece.way.is_greedy
+                temperatures = None if is_greedy else self._per_row(self._info.temperatures, piece, rows.shape[0])
+                logprobs.add(piece, rows, temperatures, emitted)
+        return accept_drafts(block, num_accepted, bonus, self._prefix_lens)
+
+    def _reject(
+        self, logits: torch.Tensor, piece: Piece, block: torch.Tensor, drafts: Drafts
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rejection sampling over a piece's rows: accepted drafts and the token after them, both [r]."""
+        requests, width, vocab_size = logits.shape
+        p = self._support(self._scaled(logits, piece), piece)
+        p_of_draft = p.probability_of(block[piece.index].roll(-1, dims=1).flatten()).view(requests, width)[:, :-1]
+        accepted = leading(is_accepted(p_of_draft, drafts.q[piece.index], torch.rand_like(p_of_draft)))
+        first = torch.arange(requests, device=block.device)
+        p_after = p.at(first * width + accepted).probabilities(vocab_size)
+        q_after = self._q_after(piece, drafts, accepted, vocab_size)
+        return accepted, draw(residual(p_after, q_after))
+
+    def _q_after(self, piece: Piece, drafts: Drafts, accepted: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """The distribution of every request's first rejected draft, 0 where there is none. accepted: [r] -> [r, V]"""
+        num_drafts = drafts.tokens.shape[1]
+        row = accepted.clamp(max=num_drafts - 1)[:, None]
+        support = drafts.supports.get(piece.requests)
+        if support is not None:
+            first = torch.arange(row.shape[0], device=row.device)
+            q = support.at(first * num_drafts + row.squeeze(1)).probabilities(vocab_size)
+        else:
+            assert drafts.hidden_states is not None, "kept whenever a distribution was not"
+            states = drafts.hidden_states[piece.index]
+            states = states.gather(1, row[:, :, None].expand(-1, -1, states.shape[2]))
+            logits = self._model.logits(states).unflatten(0, (-1, 1))
+            offsets = self._anchors.new_zeros(self._anchors.shape[0], 1)
+            offsets[piece.index] = row
+            self._adjustments.apply_inplace(logits, piece, self._draft_place(offsets))
+            q = self._support(self._scaled(logits, piece), piece).probabilities(vocab_size)
+        is_certain = drafts.is_certain[piece.index].gather(1, row)
+        one_hot = torch.zeros_like(q).scatter_(1, drafts.tokens[piece.index].gather(1, row), 1.0)
+        q = torch.where(is_certain, one_hot, q)
+        return torch.where(accepted[:, None] < num_drafts, q, 0)
+
+    def _draft_place(self, offsets: torch.Tensor) -> Place:
+        """All that a draft row knows of the block is the anchor. offsets: [W] or [bs, W]."""
+        width = offsets.shape[-1]
+        sees = torch.ones(width, 1, dtype=torch.bool, device=offsets.device)
+        host = self._anchors[:, None].tolist() if self._adjustments.read_outputs else None
+        return Place(self._anchors[:, None], sees, offsets, host)
+
+    def _logits(
+        self, hidden_states: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None
+    ) -> torch.Tensor:
+        """[r, W, V] fp32, adjusted."""
+        states = hidden_states[piece.index]
+        logits: torch.Tensor = self._model.logits(states).unflatten(0, states.shape[:2])
+        self._adjustments.apply_inplace(logits, piece, place, masks)
+        return logits
+
+    def _is_function_of_logits(self, piece: Piece) -> bool:
+        return piece.way.is_greedy or self._info.sampling_seed is not None
+
+    def _chosen(self, logits: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """Greedy and seeded choices: [r, W, V] -> [r, W] int64."""
+        if piece.way.is_greedy:
+            return logits.argmax(dim=-1)
+        positions = self._prefix_lens[piece.index][:, None] + torch.arange(logits.shape[1], device=logits.device)
+        # A seed acts on the very function that plain SGLang takes, with its deterministic softmax.
+        probs = torch.softmax(self._scaled(logits, piece), dim=-1)
+        seeds = self._per_row(self._info.sampling_seed, piece, probs.shape[0])
+        if piece.way.is_filtered:
+            top_ks, top_ps, min_ps = self._filters(piece, probs.shape[0])
+            tokens = top_k_top_p_min_p_sampling_from_probs_torch(
+                probs, top_ks, top_ps, min_ps, False, seeds, positions.flatten()
+            )
+        else:
+            tokens = sampling_from_probs_torch(probs, seeds, positions.flatten())
+        return tokens.long().view(logits.shape[:2])
+
+    def _scaled(self, logits: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """[r, W, V] -> [r * W, V], divided by temperatures."""
+        rows = logits.flatten(0, 1)
+        return rows / self._per_row(self._info.temperatures, piece, rows.shape[0])
+
+    def _support(self, scaled: torch.Tensor, piece: Piece) -> Support:
+        """What rows choose from: [r * W, V] scaled logits -> [r * W, K]."""
+        probs = softmax(scaled)
+        if not piece.way.is_filtered:
+            return Support(probs)
+        top_ks, top_ps, min_ps = self._filters(piece, scaled.shape[0])
+        if self._sampling_backend == "pytorch":
+            return sorted_support(probs, top_ks, top_ps, min_ps, piece.max_top_k)
+        from sglang.srt.layers.sampler import top_k_renorm_prob, top_p_renorm_prob
+
+        if piece.way.has_min_p:
+            return sequential_support(probs, top_ks, top_ps, min_ps, top_k_renorm_prob, top_p_renorm_prob)
+        return joint_support(probs, top_ks, top_ps, top_k_renorm_prob, top_p_renorm_prob)
+
+    def _filters(self, piece: Piece, num_rows: int) -> list[torch.Tensor]:
+        """top_ks, top_ps and min_ps, [r * W] each."""
+        return [self._per_row(x, piece, num_rows) for x in (self._info.top_ks, self._info.top_ps, self._info.min_ps)]
+
+    def _per_row(self, parameter: torch.Tensor, piece: Piece, num_rows: int) -> torch.Tensor:
+        """A parameter of requests, [bs, ...] -> [r * W, ...]."""
+        width = num_rows // len(piece.requests)
+        return parameter[piece.index].repeat_interleave(width, dim=0, output_size=num_rows)

@@ -1,0 +1,85 @@
+"""What running requests have said, as far as their options depend on it.
+
+The scheduler's own record lacks the last round under overlap scheduling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.utils.common import async_h2d
+
+from sglang_orthrus.adjust import Adjustments, is_penalised, reads_output
+from sglang_orthrus.penalties import TokenCounts
+from sglang_orthrus.verify import Verdict
+
+
+class History:
+    """Keeps it from round to round.
+
+    Token counts of penalised requests are on the device. Requests whose custom logit processors may read their output
+    need it on the host, so a batch with such a request waits for every round's result.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._counts: TokenCounts | None = None
+        self._outputs: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+
+    def adjustments(self, batch: ScheduleBatch) -> Adjustments:
+        """What the options of a decode batch do to logits."""
+        return Adjustments(batch, self._counts, self._outputs)
+
+    def resume(self, batch: ScheduleBatch) -> None:
+        """Before prefill: penalise what requests said before they were retracted, which SGLang's penalizers forget."""
+        info = batch.sampling_info
+        for row, req in enumerate(batch.reqs):
+            said = list(req.output_ids)
+            if not said or info.acc_additive_penalties is None:
+                continue
+            params = req.sampling_params
+            counts = async_h2d(said, dtype=torch.int64, device=self._device).bincount(minlength=info.vocab_size)
+            occurs = counts > 0
+            additive = info.acc_additive_penalties[row]
+            if len(said) >= params.min_new_tokens:
+                additive.zero_()  # it may stop now
+            additive -= params.frequency_penalty * counts + params.presence_penalty * occurs
+            if info.acc_scaling_penalties is not None:
+                info.acc_scaling_penalties[row].masked_fill_(occurs, params.repetition_penalty)
+
+    def start(self, batch: ScheduleBatch, first_tokens: torch.Tensor) -> None:
+        """Prefill emits the first token, or the next one of a request that was retracted. first_tokens: [bs]"""
+        penalised = [row for row, req in enumerate(batch.reqs) if is_penalised(req)]
+        if penalised:
+            counts = self._counts = self._counts or self._make_counts(batch)
+            rows = batch.req_pool_indices[async_h2d(penalised, dtype=torch.int64, device=self._device)].long()
+            counts.reset(rows)
+            for row, request in zip(rows.split(1), penalised, strict=True):
+                said = list(batch.reqs[request].output_ids)
+                if said:
+                    lens = torch.full_like(row, len(said))
+                    counts.add(row, async_h2d([said], dtype=torch.int64, device=self._device), lens)
+        readers = [row for row, req in enumerate(batch.reqs) if reads_output(req)]
+        if readers:
+            tokens = first_tokens.tolist()
+            for row in readers:
+                self._outputs[batch.reqs[row]] = [*batch.reqs[row].output_ids, tokens[row]]
+
+    def extend(self, batch: ScheduleBatch, adjustments: Adjustments, block: torch.Tensor, verdict: Verdict) -> None:
+        """A round ends. block: [bs, Q] int64"""
+        if adjustments.are_penalised:
+            assert self._counts is not None, "prefill makes the table"
+            # The anchor and the accepted drafts come before the next anchor.
+            self._counts.add(batch.req_pool_indices.long(), block, verdict.accept_lens)
+        if adjustments.read_outputs:
+            emitted = zip(batch.reqs, verdict.tokens.tolist(), verdict.accept_lens.tolist(), strict=True)
+            for req, tokens, length in emitted:
+                if reads_output(req):
+                    self._outputs[req].extend(tokens[:length])
+
+    def _make_counts(self, batch: ScheduleBatch) -> TokenCounts:
+        num_rows = batch.req_to_token_pool.req_to_token.shape[0]
+        return TokenCounts(num_rows, batch.sampling_info.vocab_size, self._device)

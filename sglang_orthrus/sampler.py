@@ -1,0 +1,39 @@
+"""The first token of every request comes from prefill, and is chosen as if the request had been prefilled alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sglang.srt.layers.sampler import Sampler
+from sglang.srt.runtime_context import get_exec
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
+
+
+class LoneSampler(Sampler):
+    """SGLang's sampler, in which a request's filters do not change what its neighbours are given.
+
+    SGLang picks a path for the whole batch. With seeds a filter anywhere in it changes the noise of every row, and with
+    FlashInfer min-p anywhere changes the order of filters. The paths that the batch needs all run here, which prefill
+    can afford, and every row takes the result of its own.
+    """
+
+    def _sample_from_probs(
+        self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
+    ) -> tuple[torch.Tensor, Any]:
+        stock = super()._sample_from_probs
+        if len(sampling_info) == 1 or simple_sampling_case or sampling_info.sampling_mask_batch_indices is not None:
+            return stock(probs, sampling_info, positions, simple_sampling_case)
+        info = sampling_info
+        if info.sampling_seed is not None:
+            # min-p of a greedy request, as no other has it: SGLang's seeded path asserts that nobody asks.
+            filtered, _ = stock(probs, replace(info, need_min_p_sampling=False), positions, False)
+            simple, _ = stock(probs, info, positions, True)
+            is_filtered = (info.top_ks != TOP_K_ALL) | (info.top_ps != 1.0)
+            return torch.where(is_filtered, filtered, simple), None
+        if info.need_min_p_sampling and get_exec().kernel.sampling_backend == "flashinfer":
+            joint, _ = stock(probs.clone(), replace(info, need_min_p_sampling=False), positions, False)
+            sequential, _ = stock(probs, info, positions, False)
+            return torch.where(info.min_ps > 0, sequential, joint), None
+        return stock(probs, info, positions, False)

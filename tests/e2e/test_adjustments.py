@@ -1,0 +1,296 @@
+"""Options that change logits, and log probabilities, against the plain-PyTorch reference and plain SGLang.
+
+Plain SGLang penalises one token late under overlap scheduling, so the truth for penalties is the rule itself, and
+`make adjustments` compares with a plain server that runs without overlap.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+import sglang as sgl
+import torch
+from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+from torch import Tensor
+
+from benchmarks.parity import load_prompts
+from benchmarks.parity_rules import NEAR_TIE, find_divergence
+from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.demo import NANO
+from sglang_orthrus.server import Server, plain_env
+from tests.conftest import SETUP, TEST_ARGS
+from tests.e2e.helpers import Reply, prompt_of
+from tests.reference import Reference, top2_gap
+
+pytestmark = pytest.mark.e2e
+
+slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make adjustments")
+
+MAX_NEW_TOKENS = 48
+PATCHES = Path(__file__).parents[2] / "patches"
+STOPS = {4088, 4090}  # <|endoftext|> and <|im_end|>, which end nano's texts
+PENALTIES: dict[str, dict[str, Any]] = {
+    "frequency": {"frequency_penalty": 0.6},
+    "presence": {"presence_penalty": 0.9},
+    "repetition": {"repetition_penalty": 1.3},
+    "min_new_tokens": {"min_new_tokens": 40},
+    "bias": {"logit_bias": {"300": 4.0, "12": -3.0, "220": 1.5}},
+    "all": {
+        "frequency_penalty": 0.4,
+        "presence_penalty": -0.3,
+        "repetition_penalty": 1.2,
+        "min_new_tokens": 24,
+        "logit_bias": {"300": 2.0},
+    },
+}
+
+
+CUSTOM: dict[str, tuple[dict[str, Any], str]] = {
+    "disallowed": (
+        {"custom_params": {"token_ids": [220, 300, 12]}},
+        DisallowedTokensLogitsProcessor().to_str(),
+    ),
+    # It reads the request's output: no pair of tokens twice.
+    "reads the output": (
+        {"custom_params": {"ngram_size": 2, "window_size": 12}, "frequency_penalty": 0.2},
+        NoRepeat().to_str(),
+    ),
+}
+
+
+def ask(server: Server, ids: Sequence[int], options: dict[str, Any], **top_level: Any) -> Reply:
+    sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, **options}
+    return server.post("/generate", {"input_ids": list(ids), "sampling_params": sampling, **top_level})
+
+
+def adjusted(logits: Tensor, ids: Sequence[int], said: Sequence[int], options: dict[str, Any]) -> Tensor:
+    """What SGLang's documentation of the options says of one row of logits. logits: [V]"""
+    logits = logits.clone()
+    if len(said) < options.get("min_new_tokens", 0):
+        logits[list(STOPS)] = float("-inf")
+    for token in set(said):
+        times = list(said).count(token)
+        logits[token] -= options.get("frequency_penalty", 0.0) * times + options.get("presence_penalty", 0.0)
+        scale = options.get("repetition_penalty", 1.0)
+        logits[token] = logits[token] * scale if logits[token] < 0 else logits[token] / scale
+    for key, bias in options.get("logit_bias", {}).items():
+        logits[int(key)] += bias
+    params = options.get("custom_params", {})
+    if "token_ids" in params:
+        logits[params["token_ids"]] = float("-inf")
+    if "ngram_size" in params:
+        request = SimpleNamespace(origin_input_ids=list(ids), output_ids=list(said))
+        logits = NoRepeat()(logits[None], [params | {"__req__": request}])[0]
+    return logits
+
+
+def assert_follows(reference: Reference, ids: Sequence[int], options: dict[str, Any], reply: Reply) -> None:
+    """Every token is the best one after adjustment, up to a near tie."""
+    tokens = reply["output_ids"]
+    rows = reference.ar_logits([*ids, *tokens])
+    for index, token in enumerate(tokens):
+        logits = adjusted(rows[len(ids) + index - 1], ids, tokens[:index], options)
+        if int(logits.argmax()) != token:
+            assert float(top2_gap(logits)) < NEAR_TIE, (index, token, int(logits.argmax()), float(top2_gap(logits)))
+            return
+
+
+@pytest.fixture(scope="module", params=["orthrus", "orthrus_without_overlap"])
+def served(request: pytest.FixtureRequest) -> Server:
+    server: Server = request.getfixturevalue(request.param)
+    return server
+
+
+def chosen() -> list[tuple[int, ...]]:
+    return [prompt_of("prose"), prompt_of("json")]
+
+
+def test_penalties_and_biases_hold_at_every_position(served: Server, reference: Reference) -> None:
+    """Options of all kinds in one batch; some blocks hold a token twice."""
+    requests = [(ids, options) for options in PENALTIES.values() for ids in chosen()]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda request: ask(served, *request), requests))
+    for (ids, options), reply in zip(requests, replies, strict=True):
+        assert_follows(reference, ids, options, reply)
+    assert any(len(set(reply["output_ids"])) < len(reply["output_ids"]) for reply in replies)
+    assert any(reply["meta_info"]["spec_verify_ct"] < len(reply["output_ids"]) / 2 for reply in replies)
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_custom_processors_hold_at_every_position(served: Server, reference: Reference, name: str) -> None:
+    options, processor = CUSTOM[name]
+    with ThreadPoolExecutor(4) as pool:
+        other = pool.submit(ask, served, prompt_of("chat"), {})
+        replies = list(pool.map(lambda ids: ask(served, ids, options, custom_logit_processor=processor), chosen()))
+    for ids, reply in zip(chosen(), replies, strict=True):
+        assert_follows(reference, ids, options, reply)
+    assert_follows(reference, prompt_of("chat"), {}, other.result())
+
+
+LOGPROBS: dict[str, dict[str, Any]] = {
+    "output": {"return_logprob": True},
+    "top": {"return_logprob": True, "top_logprobs_num": 3},
+    "ids": {"return_logprob": True, "token_ids_logprob": [5, 300, 12]},
+    "input": {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, "token_ids_logprob": [7]},
+}
+LISTS = ("token_logprobs", "top_logprobs", "token_ids_logprobs")
+
+
+def flat(meta: dict[str, Any]) -> Iterator[tuple[str, float | None, int]]:
+    """Every log probability with its name and token."""
+    for side in ("input", "output"):
+        for kind in LISTS:
+            for index, place in enumerate(meta.get(f"{side}_{kind}") or ()):
+                entries = [place] if kind == "token_logprobs" else place or ()
+                for value, token, _ in entries:
+                    yield f"{side} {kind} {index}", value, token
+
+
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_log_probabilities_are_plain_sglangs(served: Server, plain: Server, name: str) -> None:
+    for server in (served, plain):
+        server.get("/flush_cache?timeout=30")
+    with ThreadPoolExecutor(4) as pool:
+        without = pool.submit(ask, served, prompt_of("arith"), {})
+        ours = list(pool.map(lambda ids: ask(served, ids, {}, **LOGPROBS[name]), chosen()))
+    assert "output_token_logprobs" not in without.result()["meta_info"]
+    for ids, reply in zip(chosen(), ours, strict=True):
+        expected = ask(plain, ids, {}, **LOGPROBS[name])
+        assert reply["output_ids"] == expected["output_ids"]
+        found, wanted = list(flat(reply["meta_info"])), list(flat(expected["meta_info"]))
+        assert len(found) == len(wanted) >= len(reply["output_ids"])
+        for (place, value, token), (other_place, other_value, other_token) in zip(found, wanted, strict=True):
+            assert place == other_place
+            if value is None or other_value is None:
+                assert value is other_value
+                continue
+            assert abs(value - other_value) < 1e-4 or abs(value - other_value) < 1e-5 * abs(other_value), place
+            # Of equals either may come first.
+            assert token == other_token or "top_" in place
+
+
+def test_log_probabilities_of_sampled_tokens_are_those_before_filters(served: Server, reference: Reference) -> None:
+    ids, options = prompt_of("prose"), {"temperature": 0.8, "top_k": 20, "frequency_penalty": 0.3}
+    reply = ask(served, ids, options, return_logprob=True)
+    tokens = reply["output_ids"]
+    rows = reference.ar_logits([*ids, *tokens])
+    for index, (value, token, _) in enumerate(reply["meta_info"]["output_token_logprobs"]):
+        logits = adjusted(rows[len(ids) + index - 1], ids, tokens[:index], options)
+        assert token == tokens[index]
+        assert abs(value - float(torch.log_softmax(logits / 0.8, dim=-1)[token])) < 1e-4
+
+
+def test_openai_logprobs(served: Server, plain: Server) -> None:
+    found = []
+    for server in (served, plain):
+        client = openai.Client(api_key="none", base_url=f"{server.url}/v1")
+        chat = client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": "Hello"}],
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
+            max_tokens=12,
+        )
+        content = chat.choices[0].logprobs.content
+        text = client.completions.create(model="default", prompt="Step 1:", temperature=0, logprobs=2, max_tokens=8)
+        found.append(([(c.token, c.logprob) for c in content], text.choices[0].logprobs.token_logprobs))
+    (ours, text), (theirs, other_text) = found
+    assert [token for token, _ in ours] == [token for token, _ in theirs]
+    assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
+    assert text == pytest.approx(other_text, abs=1e-4)
+
+
+def test_select_rests_on_log_probabilities(served: Server, plain: Server) -> None:
+    @sgl.function
+    def pick(s: Any, question: str) -> Any:
+        s += sgl.user(question)
+        s += sgl.assistant(sgl.select("answer", choices=["Hello", "Goodbye", "42"]))
+
+    answers = [
+        pick.run("Bye", backend=sgl.RuntimeEndpoint(server.url, chat_template_name="qwen"))["answer"]
+        for server in (served, plain)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_scores_are_plain_sglangs(served: Server, plain: Server) -> None:
+    body = {"model": "default", "query": "Hello", "items": ["a", "b"], "label_token_ids": [5, 6]}
+    ours, theirs = (server.post("/v1/score", body)["scores"] for server in (served, plain))
+    assert [p for row in ours for p in row] == pytest.approx([p for row in theirs for p in row], rel=1e-3)
+
+
+def test_several_samples_of_a_request(served: Server) -> None:
+    sampling = {"temperature": 1.5, "max_new_tokens": 24, "n": 4}
+    replies = served.post("/generate", {"input_ids": list(prompt_of("prose")), "sampling_params": sampling})
+    assert len(replies) == 4
+    assert len({tuple(reply["output_ids"]) for reply in replies}) > 1
+
+
+@slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("overlap", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no overlap"])
+def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ...]) -> None:
+    """100 prompts, every option alone and all together, batch sizes 1 and 8."""
+    asked = [(prompt.ids, options) for prompt in load_prompts(NANO, 100)[:100] for options in PENALTIES.values()]
+    exported = export_ar(NANO, tmp_path / "nano-ar")
+
+    def collect(model: Path, args: Sequence[str], env: dict[str, str], sizes: Sequence[int]) -> list[list[Reply]]:
+        with Server(model, *TEST_ARGS, *args, env={**SETUP.env, **env}) as server:
+            return [_all(lambda request: ask(server, *request), asked, size) for size in sizes]
+
+    (expected,) = collect(exported, ("--disable-overlap-schedule",), plain_env(), (1,))
+    ours = collect(NANO, ("--speculative-algorithm", "ORTHRUS", *overlap), {}, (1, 8))
+    reference = Reference(NANO)
+    for replies in ours:
+        near_ties = 0
+        for (ids, options), reply, wanted in zip(asked, replies, expected, strict=True):
+            divergence = find_divergence(wanted["output_ids"], reply["output_ids"], lambda common: 0.0)
+            if divergence is not None:
+                assert_follows(reference, ids, options, reply)
+                near_ties += 1
+        assert near_ties * 200 <= len(asked)
+
+
+@slow
+@pytest.mark.timeout(1800)
+def test_plain_sglang_penalises_late_under_overlap_until_it_is_patched(tmp_path: Path) -> None:
+    """patches/0005: without overlap, with it, and with it on a copy of SGLang that has the patch."""
+    exported = export_ar(NANO, tmp_path / "nano-ar")
+    sglang = Path(sgl.__file__).parent
+    overlay = tmp_path / "overlay" / "sglang"
+    shutil.copytree(sglang, overlay, copy_function=os.symlink)
+    patch = (PATCHES / "0005-penalties-under-overlap.patch").read_text()
+    for name in re.findall(r"^\+\+\+ b/python/sglang/(\S+)$", patch, flags=re.MULTILINE):
+        (overlay / name).unlink()
+        shutil.copyfile(sglang / name, overlay / name)
+    subprocess.run(["git", "apply", "-p2"], cwd=overlay.parent, input=patch, text=True, check=True)
+
+    def answers(args: Sequence[str], env: dict[str, str]) -> list[list[int]]:
+        with Server(exported, *TEST_ARGS, *args, env={**SETUP.env, **plain_env(), **env}) as server:
+            return [
+                ask(server, prompt.ids, PENALTIES[name])["output_ids"]
+                for prompt in load_prompts(NANO, 9)
+                for name in ("frequency", "presence", "repetition")
+            ]
+
+    path = os.pathsep.join((str(overlay.parent), os.environ.get("PYTHONPATH", "")))
+    wanted = answers(("--disable-overlap-schedule",), {})
+    assert answers((), {}) != wanted, "SGLang has closed the gap: drop the patch"
+    assert answers((), {"PYTHONPATH": path}) == wanted
+
+
+def _all(function: Callable[[Any], Reply], items: Sequence[Any], in_flight: int) -> list[Reply]:
+    with ThreadPoolExecutor(in_flight) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,203 @@
+"""Served requests with temperature: their distribution, their seeds, and their neighbours.
+
+The truth is the plain-PyTorch reference with SGLang's own sampling functions; `make seeded` compares with a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import chi2
+from tokenizers import pre_tokenizers
+
+from benchmarks.parity_rules import NEAR_TIE
+from benchmarks.seeded_parity import FILTERS, Case, cases
+from benchmarks.seeded_rules import margin, noise
+from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
+from sglang_orthrus.sampling import sorted_support
+from sglang_orthrus.server import Server
+from tests.conftest import SETUP, TEST_ARGS
+from tests.e2e.helpers import Reply, generate, prompts, tokens_per_cycle
+from tests.fixtures import Shape, write_checkpoint
+from tests.reference import Reference
+
+pytestmark = pytest.mark.e2e
+
+FALSE_ALARM = 1e-6
+SAMPLES = 400
+AT_ONCE = 20
+LENGTH = 4
+PROMPT = (5, 17, 40, 3)
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the tiny tokenizer's ids
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperature and top_k": {"temperature": 1.6, "top_k": 3},
+    "top_p": {"temperature": 0.8, "top_p": 0.6},
+    "min_p": {"temperature": 1.2, "min_p": 0.2},
+    "grammar": {"temperature": 2.0, "top_p": 0.95, "regex": "[a-f]{4}"},
+    "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, blocks of four, and views so much alike that drafts are sometimes right."""
+    shape = Shape(block=4)
+    folder = write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", shape)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "_diff." in name]:
+        weights[name] = 0.2 * weights[name] + 0.8 * weights[name.replace("_diff.", ".")]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny: Path) -> Iterator[Server]:
+    with Server(tiny, *ORTHRUS_ARGS, *SETUP.args, env=SETUP.env) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def seeded() -> Iterator[Server]:
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--enable-deterministic-inference", env=SETUP.env) as server:
+        yield server
+
+
+def next_tokens(reference: Reference, ids: Sequence[int], options: dict[str, Any]) -> dict[int, float]:
+    """What may follow, as plain SGLang masks and filters it."""
+    logits = reference.ar_logits(ids)[-1:]
+    if "regex" in options:
+        allowed = torch.zeros(logits.shape[1], dtype=torch.bool)
+        allowed[[LETTERS.index(letter) for letter in "abcdef"]] = True
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    probs = torch.softmax(logits / options["temperature"], dim=-1)
+    top_k = torch.tensor([options.get("top_k", 1 << 30)])
+    top_p, min_p = torch.tensor([options.get("top_p", 1.0)]), torch.tensor([options.get("min_p", 0.0)])
+    filtered = sorted_support(probs, top_k, top_p, min_p, None).probabilities(probs.shape[1])[0]
+    return {int(token): float(filtered[token]) for token in filtered.nonzero().flatten()}
+
+
+def expected_texts(reference: Reference, options: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """Texts and their probabilities; those that are hardly ever seen are left out."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(LENGTH):
+        found = {
+            (*text, token): mass * p
+            for text, mass in found.items()
+            for token, p in next_tokens(reference, [*PROMPT, *text], options).items()
+            if mass * p * SAMPLES > 1
+        }
+    return found
+
+
+def misfit(texts: Sequence[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    """The p-value of chi-square, with rare texts taken together."""
+    common = {text: mass * len(texts) for text, mass in expected.items() if mass * len(texts) >= 5}
+    found = [texts.count(text) for text in common]
+    wanted = list(common.values())
+    rest = len(texts) - sum(wanted)
+    if rest >= 5:
+        found.append(len(texts) - sum(found))
+        wanted.append(rest)
+    statistic = sum((one - other) ** 2 / other for one, other in zip(found, wanted, strict=True))
+    return float(chi2.sf(statistic, len(wanted) - 1))
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_server: Server) -> dict[str, list[Reply]]:
+    """Requests with every kind of option, mixed in every batch, greedy ones among them."""
+
+    def ask(options: dict[str, Any]) -> list[Reply]:
+        sampling = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE, **options}
+        return tiny_server.post("/generate", {"input_ids": list(PROMPT), "sampling_params": sampling})
+
+    kinds = [{"temperature": 0}, *OPTIONS.values()]
+    with ThreadPoolExecutor(2 * len(kinds)) as pool:
+        replies = list(pool.map(ask, kinds * (SAMPLES // AT_ONCE)))
+    greedy, *found = [[reply for asked in replies[kind :: len(kinds)] for reply in asked] for kind in range(len(kinds))]
+    assert len({tuple(reply["output_ids"]) for reply in greedy}) == 1
+    return dict(zip(OPTIONS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_served_texts_follow_the_distribution(sampled: dict[str, list[Reply]], tiny: Path, name: str) -> None:
+    """A correct server fails one of these with probability 1e-6."""
+    texts = [tuple(reply["output_ids"]) for reply in sampled[name]]
+    expected = expected_texts(Reference(tiny), OPTIONS[name])
+    assert len(texts) == SAMPLES and len(set(texts)) > 10
+    assert misfit(texts, expected) > FALSE_ALARM
+
+
+def test_rounds_of_the_tiny_model_end_everywhere(sampled: dict[str, list[Reply]]) -> None:
+    """Blocks of four that are accepted whole, and drafts that are rejected at once, were among the samples."""
+    rounds = {reply["meta_info"]["spec_verify_ct"] for replies in sampled.values() for reply in replies}
+    assert {1, LENGTH - 1} <= rounds
+
+
+def expected_token(logits: torch.Tensor, options: dict[str, Any], position: int) -> int:
+    """Plain SGLang alone: noise goes by token id, or by rank where there are filters."""
+    if options["temperature"] == 0:
+        return int(logits.argmax())
+    probs = torch.softmax(logits[None] / options["temperature"], dim=-1)
+    perturbation = noise(options["sampling_seed"], position, probs.shape[1])
+    if not {"top_k", "top_p"} & set(options):
+        return int((probs[0].log().double() + perturbation).argmax())
+    top_k = torch.tensor([options.get("top_k", 1 << 30)])
+    support = sorted_support(probs, top_k, torch.tensor([options.get("top_p", 1.0)]), torch.zeros(1), None)
+    assert support.ids is not None
+    return int(support.ids[0, (support.weights[0].double().log() + perturbation).argmax()])
+
+
+def test_seeded_answers_do_not_depend_on_the_batch(seeded: Server, reference: Reference) -> None:
+    """Hot enough that most answers are nobody's greedy ones; eight requests of different kinds in flight."""
+    chosen = [prompt for prompt in prompts() if prompt.name in ("prose/0", "chat/1")]
+    requests_ = [
+        Case(case.prompt, case.label, case.options | {"temperature": 2.5 * case.options["temperature"]})
+        for case in cases(chosen, seeds=(3,))
+    ]
+
+    def ask(case: Case) -> Reply:
+        return generate(seeded, case.prompt.ids, 24, **case.options)
+
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(ask, requests_))
+    near_ties = 0
+    for case, reply in zip(requests_, replies, strict=True):
+        tokens = reply["output_ids"]
+        logits = reference.ar_logits([*case.prompt.ids, *tokens])
+        for index, token in enumerate(tokens):
+            position = len(case.prompt.ids) + index - 1
+            wanted = expected_token(logits[position], case.options, position)
+            if token != wanted:
+                distance = margin(logits[position], case.options, position, (wanted, token))
+                assert distance < NEAR_TIE, (case, index, wanted, token, distance)
+                near_ties += 1
+                break
+    assert near_ties <= 1
+    greedy = {c.prompt.name: r["output_ids"] for c, r in zip(requests_, replies, strict=True) if c.label == "greedy"}
+    others = [r["output_ids"] != greedy[c.prompt.name] for c, r in zip(requests_, replies, strict=True)]
+    assert sum(others) > len(others) / 3
+    assert {len(FILTERS) * 2 + 1} == {len(requests_) // len(chosen)}
+
+
+def test_common_noise_keeps_drafts_alike(seeded: Server) -> None:
+    """A drafter with noise of its own would still give the right text, only slower."""
+    ids = next(prompt.ids for prompt in prompts() if prompt.family == "chat")
+    reply = generate(seeded, ids, temperature=1.0, sampling_seed=5)
+    assert tokens_per_cycle(reply) > 1.5
+
+
+def test_min_p_with_a_seed_is_refused(seeded: Server) -> None:
+    body = {"text": "Hello", "sampling_params": {"temperature": 1.0, "min_p": 0.1}}
+    response = requests.post(f"{seeded.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "min_p" in response.text
+    post = partial(generate, seeded, (5, 6, 7), 4)
+    assert post(min_p=0.1)["output_ids"] == post()["output_ids"], "greedy requests may have it"

@@ -1,0 +1,286 @@
+"""Whole rounds on a toy vocabulary: what is emitted follows plain SGLang's distribution, or its seeded choices.
+
+The autoregressive view is a table: the logits after a token depend on that token alone. The diffusion view is another
+one, by position. Chi-square tests have fixed seeds; a correct implementation fails one with probability 1e-6.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from scipy.stats import chi2
+from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
+
+from sglang_orthrus import choice
+from sglang_orthrus.adjust import Adjustments, RowMasks
+from sglang_orthrus.choice import Drafts, TokenChoice
+from sglang_orthrus.cpu import kernels
+from sglang_orthrus.verify import Verdict
+
+VOCAB, WIDTH = 5, 4
+FALSE_ALARM = 1e-6
+FILTERS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.2},
+    "top_k and top_p": {"top_k": 4, "top_p": 0.85, "temperature": 1.3},
+    "all": {"top_k": 4, "top_p": 0.9, "min_p": 0.1, "temperature": 1.2},
+}
+
+
+class Model:
+    """Hidden states are logits."""
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.reshape(-1, VOCAB).clone()
+
+
+@pytest.fixture(autouse=True)
+def _hash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.layers.sampler.murmur_hash32", kernels.murmur_hash32)
+
+
+def _tables(closeness: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the AR view by last token [V, V], and of the diffusion view by row [WIDTH-1, V], not unlike them."""
+    generator = torch.Generator().manual_seed(3)
+    ar = 1.5 * torch.randn(VOCAB, VOCAB, generator=generator)
+    noise = torch.randn(WIDTH - 1, VOCAB, generator=generator)
+    return ar, closeness * ar[:1].expand(WIDTH - 1, -1) + noise
+
+
+def _batch(params: list[dict[str, Any]], prefix_lens: torch.Tensor, seeds: torch.Tensor | None = None) -> Any:
+    defaults = {
+        "temperature": 1.0,
+        "top_k": TOP_K_ALL,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "custom_params": None,
+        "min_new_tokens": 0,
+    }
+    params = [defaults | given for given in params]
+    info = SimpleNamespace(
+        temperatures=torch.tensor([[p["temperature"]] for p in params]),
+        top_ks=torch.tensor([p["top_k"] for p in params], dtype=torch.int32),
+        top_ps=torch.tensor([p["top_p"] for p in params]),
+        min_ps=torch.tensor([p["min_p"] for p in params]),
+        sampling_seed=seeds,
+        acc_additive_penalties=None,
+        acc_scaling_penalties=None,
+        logit_bias=None,
+        has_custom_logit_processor=False,
+        vocab_size=VOCAB,
+    )
+    reqs = [SimpleNamespace(sampling_params=SimpleNamespace(**p), custom_logit_processor=None) for p in params]
+    return SimpleNamespace(reqs=reqs, sampling_info=info, seq_lens=prefix_lens, device="cpu")
+
+
+def _round(
+    batch: Any, anchors: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], propose: Any = None
+) -> tuple[Verdict, Drafts]:
+    ar, diffusion = tables
+    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
+    drafts = chooser.draft(diffusion.expand(len(anchors), -1, -1))
+    if propose is not None:
+        drafts = propose(drafts)
+    block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
+    return chooser.judge(block, drafts, ar[block]), drafts
+
+
+def _texts(options: dict[str, Any], count: int, length: int, propose: Any = None) -> torch.Tensor:
+    """`count` texts of `length` tokens after token 0, over as many rounds as it takes: [count, length]"""
+    tables = _tables()
+    texts = torch.zeros(count, length + WIDTH, dtype=torch.int64)
+    said = torch.zeros(count, dtype=torch.int64)
+    anchors = torch.zeros(count, dtype=torch.int64)
+    while (said < length).any():
+        verdict, _ = _round(_batch([options] * count, said), anchors, tables, propose)
+        for row in range(count):
+            emitted = int(verdict.accept_lens[row])
+            if said[row] < length:
+                texts[row, said[row] : said[row] + emitted] = verdict.tokens[row, :emitted]
+        said = torch.where(said < length, verdict.new_seq_lens, said)
+        anchors = verdict.bonus
+    return texts[:, :length]
+
+
+def _plain_distribution(options: dict[str, Any]) -> torch.Tensor:
+    """The next token's, by last token, as SGLang's own sampler filters it: [V, V]"""
+    values = {"temperature": 1.0, "top_k": TOP_K_ALL, "top_p": 1.0, "min_p": 0.0} | options
+    probs = torch.softmax(_tables()[0] / values["temperature"], dim=-1)
+    rows = torch.ones(VOCAB)
+    _, weights, ids, _ = top_k_top_p_min_p_sampling_from_probs_torch(
+        probs,
+        (rows * min(values["top_k"], VOCAB)).int(),
+        rows * values["top_p"],
+        rows * values["min_p"],
+        True,
+        None,
+        rows,
+        return_filtered_probs=True,
+    )
+    filtered = torch.zeros_like(probs).scatter_(1, ids.long(), weights)
+    return filtered / filtered.sum(dim=1, keepdim=True)
+
+
+def _misfit(texts: torch.Tensor, options: dict[str, Any]) -> float:
+    """The p-value of chi-square over whole texts of three tokens."""
+    chain = _plain_distribution(options)
+    expected = chain[0][:, None, None] * chain[:, :, None] * chain[None, :, :]
+    assert texts.shape[1] == 3
+    index = (texts[:, 0] * VOCAB + texts[:, 1]) * VOCAB + texts[:, 2]
+    counts = index.bincount(minlength=VOCAB**3).float()
+    expected = expected.flatten() * len(texts)
+    if counts[expected == 0].sum() > 0:
+        return 0.0
+    # Rare texts are taken together.
+    is_rare = expected < 10
+    found = torch.cat((counts[~is_rare], counts[is_rare].sum()[None]))
+    wanted = torch.cat((expected[~is_rare], expected[is_rare].sum()[None])).clamp_min(1e-9)
+    statistic = float(((found - wanted) ** 2 / wanted)[wanted > 1e-6].sum())
+    return float(chi2.sf(statistic, int((wanted > 1e-6).sum()) - 1))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_texts_follow_plain_sglangs_distribution(name: str) -> None:
+    torch.manual_seed(0)
+    assert _misfit(_texts(FILTERS[name], 6000, 3), FILTERS[name]) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k and top_p"])
+def test_the_test_notices_a_biased_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepting drafts a little too readily must fail it."""
+    torch.manual_seed(0)
+    exact = choice.is_accepted
+    monkeypatch.setattr(choice, "is_accepted", lambda p, q, coins: exact(p, q, 0.8 * coins))
+    assert _misfit(_texts(FILTERS[name], 6000, 3), FILTERS[name]) < FALSE_ALARM
+
+
+def test_the_test_notices_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing from p in the place of a rejected draft must fail it."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(choice, "residual", lambda p, q: p)
+    assert _misfit(_texts(FILTERS["temperature"], 6000, 3), FILTERS["temperature"]) < FALSE_ALARM
+
+
+def test_drafts_that_were_not_drawn_change_nothing() -> None:
+    """Every other row's second draft is proposed without drawing lots: q is one-hot there."""
+    torch.manual_seed(0)
+
+    def propose(drafts: Drafts) -> Drafts:
+        where = torch.zeros_like(drafts.tokens, dtype=torch.bool)
+        where[::2, 1] = True
+        return drafts.propose(torch.full_like(drafts.tokens, 1), where)
+
+    assert _misfit(_texts(FILTERS["top_p"], 6000, 3, propose), FILTERS["top_p"]) > FALSE_ALARM
+
+
+class Allow(NamedTuple):
+    """A grammar's mask, as SGLang's: what is False may not be chosen."""
+
+    vocab_mask: torch.Tensor
+
+    def apply(self, logits: torch.Tensor) -> None:
+        logits.masked_fill_(~self.vocab_mask, float("-inf"))
+
+
+def test_masks_of_some_requests_hold_for_them_alone_and_drafts_may_come_from_their_candidates() -> None:
+    """Every third request may say even tokens only; its drafts are its best candidates that are even."""
+    torch.manual_seed(0)
+    count = 90
+    kinds = [{"top_k": 1}, {"temperature": 1.3}]
+    params = [kinds[row % 2] for row in range(count)]
+    constrained = list(range(0, count, 3))
+    ar, diffusion = _tables()
+    batch = _batch(params, torch.zeros(count).long())
+    anchors = torch.zeros(count).long()
+    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
+    drafts = chooser.draft(diffusion.expand(count, -1, -1), constrained, VOCAB)
+    assert drafts.candidates is not None
+    assert torch.equal(drafts.candidates[0], diffusion.argsort(dim=-1, descending=True))
+    is_even = drafts.candidates % 2 == 0
+    best_even = drafts.candidates.gather(2, is_even.int().argmax(dim=2, keepdim=True)).squeeze(2)
+    drafts = drafts.propose_for(torch.tensor(constrained), best_even)
+    block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
+    even = (torch.arange(VOCAB) % 2 == 0).expand(len(constrained) * WIDTH, -1)
+    verdict = chooser.judge(block, drafts, ar[block], RowMasks(Allow(even), constrained))
+    odd = 0
+    for row in range(count):
+        last = 0
+        for token in verdict.tokens[row, : int(verdict.accept_lens[row])].tolist():
+            allowed = ar[last].clone()
+            if row in constrained:
+                allowed[1::2] = float("-inf")
+            assert allowed[token] > float("-inf")
+            assert row % 2 or token == int(allowed.argmax())
+            odd += token % 2
+            last = token
+    assert odd, "others may say what they like"
+
+
+def test_distributions_that_were_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(choice, "KEPT_COLUMNS", 0)
+    monkeypatch.setattr(choice, "KEPT_ROWS", 0)
+    assert _misfit(_texts(FILTERS["top_p"], 6000, 3), FILTERS["top_p"]) > FALSE_ALARM
+
+
+def test_a_block_may_be_accepted_whole_and_be_rejected_at_once() -> None:
+    torch.manual_seed(0)
+    count = 500
+    verdict, _ = _round(_batch([{}] * count, torch.zeros(count).long()), torch.zeros(count).long(), _tables())
+    assert {1, WIDTH} <= set(verdict.accept_lens.tolist())
+    verdict, _ = _round(_batch([{}], torch.zeros(1).long()), torch.zeros(1).long(), _tables())
+    assert verdict.tokens.shape == (1, WIDTH)
+
+
+def _alone(options: dict[str, Any], seed: int, position: int, logits: torch.Tensor) -> int:
+    """Plain SGLang's choice for one request in a batch of its own."""
+    values = {"temperature": 1.0, "top_k": TOP_K_ALL, "top_p": 1.0, "min_p": 0.0} | options
+    if values["top_k"] == 1:
+        return int(logits.argmax())
+    probs = torch.softmax(logits[None] / values["temperature"], dim=-1)
+    seeds, positions = torch.tensor([seed]), torch.tensor([position])
+    if values["top_k"] == TOP_K_ALL and values["top_p"] == 1.0:
+        return int(sampling_from_probs_torch(probs, seeds, positions))
+    top_ks = torch.tensor([values["top_k"]], dtype=torch.int32)
+    tokens = top_k_top_p_min_p_sampling_from_probs_torch(
+        probs, top_ks, torch.tensor([values["top_p"]]), torch.zeros(1), False, seeds, positions
+    )
+    return int(tokens)
+
+
+def test_seeded_and_greedy_requests_get_what_they_would_get_alone_whatever_their_neighbours() -> None:
+    options = [{"top_k": 1}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 3}, {"top_k": 4, "top_p": 0.9}]
+    mixed = [options[row % len(options)] for row in range(200)]
+    prefix_lens = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(1))
+    seeds = torch.arange(200) % 7
+    ar, _ = tables = _tables()
+    anchors = torch.arange(200) % VOCAB
+    verdict, _ = _round(_batch(mixed, prefix_lens, seeds), anchors, tables)
+    assert len(set(verdict.accept_lens.tolist())) > 2
+    for row in range(200):
+        last = int(anchors[row])
+        for index in range(int(verdict.accept_lens[row])):
+            position = int(prefix_lens[row]) + index
+            token = _alone(mixed[row], int(seeds[row]), position, ar[last])
+            assert token == int(verdict.tokens[row, index])
+            last = token
+
+
+def test_greedy_and_drawn_requests_share_a_batch() -> None:
+    torch.manual_seed(0)
+    count = 60
+    mixed = [{"top_k": 1} if row % 2 else {"temperature": 1.5} for row in range(count)]
+    ar, _ = tables = _tables()
+    verdict, _ = _round(_batch(mixed, torch.zeros(count).long()), torch.zeros(count).long(), tables)
+    for row in range(1, count, 2):
+        last = 0
+        for token in verdict.tokens[row, : int(verdict.accept_lens[row])].tolist():
+            assert token == int(ar[last].argmax())
+            last = token
+    assert len({tuple(row) for row in verdict.tokens[::2].tolist()}) > 5
