@@ -8,22 +8,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from sglang_orthrus import compat, flashinfer_plans
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
 from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.constrained import BlockGrammars, Proposal
+from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
+from sglang_orthrus.heads import best_allowed, best_and_candidates
 from sglang_orthrus.model_runner import DualViewRunner
 from sglang_orthrus.paths import Path, RoundPaths
+from sglang_orthrus.settings import DraftMode
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.verify import accept_greedy
 
@@ -54,7 +56,15 @@ class OrthrusWorker(BaseSpecWorker):
 
         config = DualViewConfig.from_hf(self.model_runner.model_config.hf_config)
         self._runner = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
-        self._paths = RoundPaths(log_interval=server_args.decode_log_interval, with_metrics=server_args.enable_metrics)
+        reporting = {"log_interval": server_args.decode_log_interval, "with_metrics": server_args.enable_metrics}
+        self._paths = RoundPaths(**reporting)
+        self._grammars = BlockGrammars(
+            DraftMode.from_env(),
+            self.speculative_num_draft_tokens,
+            self.device,
+            target_worker.tokenizer,
+            GrammarStats(**reporting),
+        )
         # The pools and graphs are made after this, and requests arrive later still.
         compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
         if self.device != "cpu":
@@ -160,28 +170,36 @@ class OrthrusWorker(BaseSpecWorker):
     ) -> tuple[torch.Tensor, torch.Tensor, Path]:
         """Draft, then verify, with what needs the host in between: the block and the AR view's next tokens, [bs, Q]."""
         model = self.model_runner.model
+        rows = self._grammars.rows_of(batch.reqs) if batch.has_grammar else []
         draft = self._runner.draft(batch, layout)
-        drafts = model.best_tokens(draft.hidden_states[:, : self.speculative_num_draft_tokens - 1])
-        block = torch.cat((layout.ids[:, :1], drafts), dim=1)
-        # The copy to the host has to start before verify is launched.
-        tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
-
-        verify = self._runner.verify(batch, layout, block)
-        mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
-        predictions = model.best_tokens(verify.hidden_states, mask)
+        hidden_states = draft.hidden_states[:, : self.speculative_num_draft_tokens - 1]
+        if not rows:
+            block = torch.cat((layout.ids[:, :1], model.best_tokens(hidden_states)), dim=1)
+            verify = self._runner.verify(batch, layout, block)
+            predictions = model.best_tokens(verify.hidden_states)
+        else:
+            drafts, candidates = best_and_candidates(model, hidden_states, rows, self._grammars.num_candidates)
+            block = torch.cat((layout.ids[:, :1], drafts), dim=1)
+            constrain = partial(
+                self._grammars.constrain,
+                batch.reqs,
+                rows,
+                Proposal(candidates),
+                batch.sampling_info.vocab_size,
+                grammar_barrier,
+            )
+            if self._grammars.changes_drafts:
+                constrained = constrain()
+                block[constrained.rows, 1:] = constrained.drafts
+                verify = self._runner.verify(batch, layout, block)
+            else:
+                # The walk needs no result of verify, and verify none of the walk: they run at the same time.
+                verify = self._runner.verify(batch, layout, block)
+                constrained = constrain()
+            predictions = best_allowed(model, verify.hidden_states, rows, constrained.mask)
+            # What prefill left there would be applied again by SGLang's sampler.
+            batch.sampling_info.grammar_mask = None
         return block, predictions, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
-
-    def _grammar_mask(
-        self, batch: ScheduleBatch, tree: GrammarTree, grammar_barrier: Callable[[], None] | None
-    ) -> GrammarMask | None:
-        """What the grammars of the batch allow after each row of the block, [bs * Q, vocabulary]; host work."""
-        return build_grammar_vocab_mask(
-            reqs=batch.reqs,
-            tree=tree,
-            sampling_info=batch.sampling_info,
-            device=self.device,
-            barrier=grammar_barrier,
-        )
 
 
 def _publish(on_publish: Publish | None, new_seq_lens: torch.Tensor) -> None:
