@@ -78,7 +78,7 @@ class BlockGrammars:
         self._mode = mode
         self._width = verify_width
         self._device = torch.device(device)
-        self._encode = encoder(tokenizer)
+        self.encode = encoder(tokenizer)
         self._stats = stats
         # The engines work outside the interpreter's lock.
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "orthrus-grammar")
@@ -143,9 +143,10 @@ class BlockGrammars:
         drafts = np.ascontiguousarray(candidates[:, 0])
         done = None
         if is_walkable(grammar) and not leaves_block_alone(grammar, drafts):
-            done = walk(cursor_of(grammar, self._encode), drafts, candidates, masks, self._mode)
+            done = walk(cursor_of(grammar, self.encode), drafts, candidates, masks, self._mode)
         num_filled = 0 if done is None else done.num_masks
-        masks[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
+        # By NumPy: PyTorch would share so small a job among OpenMP threads.
+        masks.numpy()[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
         self._num_filled[slot] = num_filled
         return done
 
