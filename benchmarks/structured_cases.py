@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Any
 
+import jsonschema
 import torch
 from tokenizers import Tokenizer
 from xgrammar import (
@@ -80,6 +83,45 @@ def own_cases(count: int) -> list[Case]:
         Case(f"json/{index}", sample_prompt(sample), {"json_schema": json.dumps(sample.schema)}, sample.schema)
         for index, sample in enumerate(held_out("json", count))
     ]
+
+
+def tool_cases(count: int) -> list[Case]:
+    """Held-out tool calls of nano's, constrained by structural tags, as SGLang does for strict tools."""
+    samples = (sample for sample in held_out("tools", 3 * count) if sample.check == "tools" and sample.tools)
+    cases = []
+    for index, sample in enumerate(islice(samples, count)):
+        functions = [tool["function"] for tool in sample.tools or ()]
+        tags = [
+            {
+                "begin": f'<tool_call>\n{{"name": "{function["name"]}", "arguments": ',
+                "schema": function["parameters"] | {"additionalProperties": False},
+                "end": "}\n</tool_call>",
+            }
+            for function in functions
+        ]
+        tag = {"type": "structural_tag", "structures": tags, "triggers": ["<tool_call>"]}
+        cases.append(Case(f"tools/{index}", sample_prompt(sample), {"structural_tag": json.dumps(tag)}))
+    return cases
+
+
+def is_valid(case: Case, text: str) -> bool:
+    """Whether an answer is what its grammar asks for: JSON that follows the schema, or complete tool calls."""
+    if case.schema is None:
+        calls = re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)
+        return len(calls) == text.count("<tool_call>") > 0 and all(map(_is_json, calls))
+    try:
+        jsonschema.validate(json.loads(text), case.schema)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ CONTEXT_LENGTH = 2048
 # fp32 on either device, so that outputs can be compared token by token.
 SETUP = SETUPS["triton-fp32" if torch.cuda.is_available() else "cpu"]
 TEST_ARGS = (*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH), "--enable-metrics")
+
+slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make test-all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
