@@ -133,7 +133,7 @@ def nano() -> tuple[Tokenizer, Reference]:
 def blocks(cases: Sequence[Case], *, any_whitespace: bool = False, max_new_tokens: int = 120) -> Iterator[Block]:
     """Every draft block that decoding these cases under XGrammar could meet, one per token of the answers."""
     tokenizer, model = nano()
-    info = TokenizerInfo.from_huggingface(_fast(tokenizer), stop_token_ids=[tokenizer.token_to_id(END)])
+    info = TokenizerInfo.from_huggingface(fast(tokenizer), stop_token_ids=[tokenizer.token_to_id(END)])
     compiler = GrammarCompiler(info)
     for case in cases:
         grammar = compiler.compile_json_schema(case.grammar["json_schema"], any_whitespace=any_whitespace)
@@ -152,7 +152,8 @@ def blocks(cases: Sequence[Case], *, any_whitespace: bool = False, max_new_token
             yield Block(case, answer[:length], candidates, answer)
 
 
-def _fast(tokenizer: Tokenizer) -> Any:
+def fast(tokenizer: Tokenizer) -> Any:
+    """As a Transformers tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
