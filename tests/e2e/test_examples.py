@@ -44,7 +44,7 @@ def test_tool_call(orthrus: Server) -> None:
 
 
 def test_regex(orthrus: Server) -> None:
-    output = _output("regex.py", orthrus.url)
+    output = _output("regular_expression.py", orthrus.url)
     assert re.search(r"^\w+day, [0-2]\d:[0-5]\d, room [A-D][1-9]$", output, re.MULTILINE)
 
 
