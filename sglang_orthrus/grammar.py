@@ -52,8 +52,8 @@ class Cursor(Protocol):
     def ends(self, token: int) -> bool:
         """Whether a token that is allowed here ends the text."""
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Move on over tokens that are allowed."""
+    def accept(self, tokens: Sequence[int]) -> bool:
+        """Move on over tokens; False, and no move, if the engine refuses one, which its own mask may have allowed."""
 
     def rollback(self, count: int) -> None:
         """Move back over the last `count` tokens."""
@@ -110,7 +110,9 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
         if reach.ended or at == len(tokens) or is_last:
             num_masks = at + (not reach.ended)
             break
-        cursor.accept(tokens[row:at].tolist())
+        if not cursor.accept(tokens[row:at].tolist()):
+            num_masks = at + 1
+            break
         row = at
         chosen, change = _choose(cursor, candidates[row], bits[row])
         if not chosen:
@@ -123,11 +125,10 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
         if change is Change.FORCED or tokens[row] != drafts[row]:
             changes[place] = change
             num_repairs += change is Change.REPAIRED
-        if cursor.ends(chosen[0]):
+        # Its mask is filled already. The rest of a forced string is drafts like others now.
+        if cursor.ends(chosen[0]) or not cursor.accept(chosen[:1]):
             num_masks = row + 1
             break
-        # Its mask is filled already. The rest of a forced string is drafts like others now.
-        cursor.accept(chosen[:1])
         row += 1
     cursor.rollback(row)
     return Walk(tokens, changes, num_masks)

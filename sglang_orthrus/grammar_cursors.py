@@ -39,11 +39,13 @@ class XGrammarCursor:
         """See `Cursor`."""
         return token in self._stop_ids
 
-    def accept(self, tokens: Sequence[int]) -> None:
+    def accept(self, tokens: Sequence[int]) -> bool:
         """See `Cursor`."""
-        for token in tokens:
-            accepted = self._matcher.accept_token(token)
-            assert accepted, f"the grammar's own mask allows token {token}"
+        for place, token in enumerate(tokens):
+            if not self._matcher.accept_token(token):
+                self.rollback(place)
+                return False
+        return True
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
@@ -79,10 +81,10 @@ class GuidanceCursor:
         """See `Cursor`."""
         return token in self._stop_ids
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        """See `Cursor`."""
-        accepted = self._matcher.consume_tokens(list(tokens))
-        assert accepted, f"the grammar's own masks allow tokens {tokens}"
+    def accept(self, tokens: Sequence[int]) -> bool:
+        """See `Cursor`. Asks first: a token that it refuses leaves llguidance in an error for good."""
+        run = list(tokens)
+        return self._matcher.validate_tokens(run) == len(run) and self._matcher.consume_tokens(run)
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
@@ -111,7 +113,8 @@ class ReasonerCursor:
             self._grammar.fill_vocab_mask(masks, length)
             if length == len(tokens) or not is_allowed(int(tokens[length]), bits[length]):
                 break
-            self._grammar.accept_token(int(tokens[length]))
+            if not self.accept([int(tokens[length])]):
+                break
             length += 1
             ended = self._grammar.is_terminated()
             if ended:
@@ -121,15 +124,28 @@ class ReasonerCursor:
 
     def ends(self, token: int) -> bool:
         """See `Cursor`."""
-        self.accept([token])
+        if not self.accept([token]):
+            return False
         ended: bool = self._grammar.is_terminated()
         self.rollback(1)
         return ended
 
-    def accept(self, tokens: Sequence[int]) -> None:
+    def accept(self, tokens: Sequence[int]) -> bool:
         """See `Cursor`."""
-        for token in tokens:
+        for place, token in enumerate(tokens):
+            if self._is_refused(token):
+                self.rollback(place)
+                return False
             self._grammar.accept_token(token)
+        return True
+
+    def _is_refused(self, token: int) -> bool:
+        """Whether llguidance would fail for good on a token; XGrammar's masks can be relied on."""
+        inner = self._grammar.grammar
+        if not isinstance(inner, GuidanceGrammar) or not self._grammar._grammar_active():
+            return False
+        is_end = inner.ll_matcher.is_stopped() and token in inner.eos_tokens
+        return not is_end and inner.ll_matcher.validate_tokens([token]) != 1
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""

@@ -44,10 +44,13 @@ class Language:
     def ends(self, token: int) -> bool:
         return token == STOP
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            assert token in self._next(self.past)
+    def accept(self, tokens: Sequence[int]) -> bool:
+        for place, token in enumerate(tokens):
+            if token not in self._next(self.past):
+                self.rollback(place)
+                return False
             self.past.append(token)
+        return True
 
     def rollback(self, count: int) -> None:
         del self.past[len(self.past) - count :]
@@ -125,6 +128,24 @@ def test_a_dead_end_leaves_the_rest_as_it_is() -> None:
     tokens, changes, num_masks, masks = run(cursor, [1, 2])
     assert (tokens, set(changes), num_masks) == ([1, 2], {Change.NONE}, 1)
     assert masks[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("draft", [50, 9])
+def test_a_mask_that_allows_what_the_engine_refuses_ends_the_walk(draft: int) -> None:
+    """llguidance does that where a special token spells a forced string."""
+
+    class Liar(Language):
+        def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
+            reach = super().fill(tokens, masks)
+            place = len(self.past) + reach.length
+            if place == 1:
+                masks[reach.length] = mask_of({50})
+                return Reach(reach.length + (tokens[reach.length : reach.length + 1].tolist() == [50]), False)
+            return reach
+
+    tokens, _, num_masks, _ = run(Liar([[1, 2, 3, 4]], forces=False), [1, draft, 3, 9, 9])
+    assert tokens == [1, 50, 3, 9, 9]
+    assert num_masks <= 3
 
 
 def test_off_changes_nothing() -> None:

@@ -130,6 +130,22 @@ def test_a_grammar_that_failed_is_left_alone(backend: BaseGrammarBackend) -> Non
         assert not is_walkable(grammar)
 
 
+def test_a_special_token_that_spells_a_forced_string() -> None:
+    """The mask of llguidance allows `</tool_call>` there, and then it refuses the token for good; not in a walk."""
+    tags = {"begin": "<tool_call>", "schema": {"type": "boolean"}, "end": "\n</tool_call>"}
+    tag = json.dumps({"type": "structural_tag", "structures": [tags], "triggers": ["<tool_call>"]})
+    grammar = GuidanceBackend(TOKENIZER, n_vocab=VOCABULARY, eos_token_ids=[END]).dispatch_structural_tag(tag)
+    for token in ENCODE("<tool_call>true\n"):
+        grammar.accept_token(token)
+    assert is_walkable(grammar)
+    special = TOKENIZER.convert_tokens_to_ids("</tool_call>")
+    candidates = np.full((WIDTH - 1, 2), special)
+    masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
+    for mode in DraftMode:
+        walk(cursor_of(grammar, ENCODE), candidates[:, 0].copy(), candidates, masks, mode)
+        assert is_walkable(grammar), mode
+
+
 def reasoner(grammar: BaseGrammarObject) -> ReasonerGrammarObject:
     waiting = ReasonerGrammarObject(grammar, [THINK_END])
     waiting.maybe_init_reasoning(True)
