@@ -42,7 +42,7 @@ class Way(NamedTuple):
 WAYS = (
     *map(Way, DraftMode),
     *(Way(DraftMode.REPAIR, max_repairs=count) for count in (2, 4, 8, 31)),
-    *(Way(DraftMode.REPAIR, candidates=count) for count in (1, 4, 64)),
+    *(Way(DraftMode.REPAIR, candidates=count) for count in (1, 4, 16)),
 )
 
 
