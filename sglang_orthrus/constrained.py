@@ -21,8 +21,8 @@ from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leave
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
 
-# What a grammar allows may lie deep in a distribution, as white space does where the model wants none: on the schemas of
-# tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).
+# What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
+# of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).
 NUM_CANDIDATES = 64
 MAX_THREADS = 16
 

@@ -112,7 +112,7 @@ def mean_tokens_per_cycle(replies: list[Reply]) -> float:
 
 def test_schemas_without_white_space(strict: Server, reference: Reference) -> None:
     """Of kinds that nano was not trained on. With the drafts left alone they come to 1.3 tokens per cycle."""
-    replies = assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases()[::6])
+    replies = assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases()[::10])
     assert mean_tokens_per_cycle(replies) > 2
 
 
@@ -127,7 +127,7 @@ def test_every_schema_without_white_space(strict: Server, reference: Reference) 
 
 
 def test_schemas_under_llguidance(llguidance: Server, reference: Reference) -> None:
-    cases = [*foreign_cases()[3::10], *own_cases(3)]
+    cases = [*foreign_cases()[3::22], *own_cases(3)]
     assert_as_the_reference(llguidance, reference, llguidance_backend(), cases)
 
 
