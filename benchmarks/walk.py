@@ -4,8 +4,8 @@ No server and no model pass: nano's real draft blocks, and `BlockGrammars` as th
 nano's with made-up words behind its 4,096 tokens, so that blocks mean the same and masks have the size of Qwen3's.
 
 walk_ms: time per round, for all requests of a batch: candidates on the host to drafts and masks ready. Copies to a GPU
-are not in it. cpu_ms: processor time of the same, over all threads; on a busy machine the better figure. masks_cpu_ms: what
-it takes of that to fill the masks of the same blocks, as they are after the walk.
+are not in it. cpu_ms: processor time of the same, over all threads; on a busy machine the better figure. masks_cpu_ms:
+what it takes of that to fill the masks of the same blocks, as they are after the walk.
 """
 
 from __future__ import annotations
