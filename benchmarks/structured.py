@@ -133,7 +133,11 @@ def rows(options: argparse.Namespace) -> Iterator[Answer]:
     """One per server, set of prompts and concurrency."""
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     own = own_cases(options.own)
-    sets = {"own json": own, "own tools": tool_cases(options.own // 3), "tests/data": foreign_cases()}
+    sets = {
+        "own json": own,
+        "own tools": tool_cases(options.own // 3),
+        "tests/data": foreign_cases()[: options.schemas],
+    }
     with tempfile.TemporaryDirectory() as folder:
         exported = export_ar(options.model, Path(folder) / "ar")
         for backend in options.backends:
@@ -165,6 +169,7 @@ def main() -> None:
     parser.add_argument("mode", choices=ARGS)
     parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--own", type=int, default=300, help="held-out JSON prompts; a third as many tool calls")
+    parser.add_argument("--schemas", type=int, help="so many of those in tests/data; all by default")
     parser.add_argument("--backends", nargs="+", default=["xgrammar", "llguidance"])
     parser.add_argument("--whitespace", nargs="+", default=["any", "none"], choices=["any", "none"])
     parser.add_argument("--servers", nargs="+", default=SERVERS, choices=SERVERS)
