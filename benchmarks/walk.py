@@ -133,17 +133,16 @@ def main() -> None:
         "own": list(blocks(own_cases(6))),
         "tests/data": list(blocks(foreign_cases()[::11])),
     }
-    rows = []
+    result: dict[str, Any] = {"provenance": provenance(), "vocabulary": VOCABULARY, "rows": []}
     for name, backend in backends(tokenizer).items():
         for prompts, found in drafted.items():
             for mode in (DraftMode.REPAIR, DraftMode.OFF):
                 for bs in CONCURRENCIES:
-                    row = {"backend": name, "prompts": prompts, "mode": mode.value, "concurrency": bs}
-                    rows.append(row | measure(backend, tokenizer, found, bs, mode))
-                    print(json.dumps(rows[-1]), flush=True)
-    result = {"provenance": provenance(), "vocabulary": VOCABULARY, "rows": rows}
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                    setting = {"backend": name, "prompts": prompts, "mode": mode.value, "concurrency": bs}
+                    result["rows"].append(setting | measure(backend, tokenizer, found, bs, mode))
+                    print(json.dumps(result["rows"][-1]), flush=True)
+                    if len(sys.argv) > 1:
+                        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

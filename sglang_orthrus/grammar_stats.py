@@ -14,7 +14,9 @@ from sglang_orthrus.grammar import Change, Walk
 logger = logging.getLogger(__name__)
 
 # A round of one request takes tenths of a millisecond; a batch on few cores may take tens of them.
-_BUCKETS = tuple(milliseconds / 1e3 for milliseconds in (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50))
+_BUCKETS = tuple(
+    milliseconds / 1e3 for milliseconds in (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 500)
+)
 
 
 class GrammarStats:
