@@ -1,4 +1,5 @@
-# Targets: demo, serve, test, test-all, parity, seeded, adjustments, kits, bench, lint, clean. Everything lives in .venv, made once.
+# Targets: demo, serve, test, test-all, parity, seeded, adjustments, kits, structured, bench, lint, clean.
+# Everything lives in .venv, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -6,7 +7,7 @@ BIN := .venv/bin
 # OpenMP threads that spin for long stall when servers and tests share few cores.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo serve test test-all parity seeded adjustments kits bench lint clean
+.PHONY: demo serve test test-all parity seeded adjustments kits structured bench lint clean
 
 demo: .venv/.installed
 	$(BIN)/python -m sglang_orthrus demo
@@ -31,6 +32,11 @@ adjustments: .venv/.test-extra
 
 kits: .venv/.test-extra
 	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_kits.py
+
+structured: .venv/.test-extra
+	$(BIN)/python -m benchmarks.structured cpu
+	$(BIN)/python -m benchmarks.walk benchmarks/results/walk-cpu.json
+	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
 
 bench: .venv/.bench-extra
 	$(BIN)/python -m benchmarks.sweep cpu

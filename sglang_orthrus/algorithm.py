@@ -11,6 +11,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_orthrus.compat import require_supported_sglang
 from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
+from sglang_orthrus.settings import DraftMode
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,10 @@ def environment_refusals() -> Iterator[str]:
         if variable.get() != served:
             setting = f"{variable.name}={os.environ.get(variable.name)}"
             yield f"{setting}: ORTHRUS does not support it; unset the environment variable."
+    try:
+        DraftMode.from_env()
+    except ValueError as error:
+        yield str(error)
 
 
 def _checkpoint_refusals(args: Any) -> Iterator[str]:

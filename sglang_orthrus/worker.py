@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 from sglang_orthrus import compat, flashinfer_plans
 from sglang_orthrus.adjust import RowMasks
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
-from sglang_orthrus.choice import TokenChoice
+from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.constrained import BlockGrammars, Constrained, Proposal
+from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.model_runner import DualViewRunner
 from sglang_orthrus.paths import Path, RoundPaths
+from sglang_orthrus.rows import rows_index
+from sglang_orthrus.settings import DraftMode
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.verify import Verdict, accept_greedy
 
@@ -61,7 +63,15 @@ class OrthrusWorker(BaseSpecWorker):
         self._history = History(self.device)
         self._sampling_backend = get_exec().kernel.sampling_backend
         compat.choose_as_if_alone(self.model_runner)
-        self._paths = RoundPaths(get_observability().decode_log_interval, get_observability().enable_metrics)
+        reporting = (get_observability().decode_log_interval, get_observability().enable_metrics)
+        self._paths = RoundPaths(*reporting)
+        self._grammars = BlockGrammars(
+            DraftMode.from_env(),
+            self.speculative_num_draft_tokens,
+            self.device,
+            target_worker.tokenizer,
+            GrammarStats(*reporting),
+        )
         # The pools and graphs are made after this, and requests arrive later still.
         compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
         if self.device != "cpu":
@@ -173,16 +183,22 @@ class OrthrusWorker(BaseSpecWorker):
         adjustments = self._history.adjustments(batch)
         model = self.model_runner.model
         choice = TokenChoice(model, batch, anchors.squeeze(1), adjustments, width, self._sampling_backend)
+        constrained = self._grammars.rows_of(batch.reqs) if batch.has_grammar else []
+        guided = constrained if self._grammars.changes_drafts else []
 
         draft = self._runner.draft(batch, layout)
-        drafts = choice.draft(draft.hidden_states[:, : width - 1])
+        drafts = choice.draft(draft.hidden_states[:, : width - 1], guided, self._grammars.num_candidates)
+        walk = self._walk(batch, constrained, drafts, grammar_barrier) if constrained else None
+        walked = walk() if walk is not None and guided else None
+        if walked is not None:
+            drafts = drafts.propose_for(walked.rows, walked.drafts)
         block = torch.cat((anchors, drafts.tokens), dim=1)
-        # The copy to the host has to start before verify is launched.
-        tree = GrammarTree.from_linear_chain(block) if batch.has_grammar else None
-
         verify = self._runner.verify(batch, layout, block, draft)
-        mask = self._grammar_mask(batch, tree, grammar_barrier) if tree is not None else None
-        masks = RowMasks(mask, range(len(batch.reqs))) if mask is not None else None
+        if walk is not None and walked is None:
+            # The walk needs no result of verify, and verify none of the walk: they run at the same time.
+            walked = walk()
+
+        masks = RowMasks(walked.mask, constrained) if walked is not None else None
         logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
         verdict = choice.judge(block, drafts, verify.hidden_states, masks, logprobs)
         logits_output = LogitsProcessorOutput(next_token_logits=None)
@@ -191,17 +207,17 @@ class OrthrusWorker(BaseSpecWorker):
         self._history.extend(batch, adjustments, block, verdict)
         return verdict, logits_output, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
 
-    def _grammar_mask(
-        self, batch: ScheduleBatch, tree: GrammarTree, grammar_barrier: Callable[[], None] | None
-    ) -> GrammarMask | None:
-        """What the grammars of the batch allow after each row of the block, [bs * Q, vocabulary]; host work."""
-        return build_grammar_vocab_mask(
-            reqs=batch.reqs,
-            tree=tree,
-            sampling_info=batch.sampling_info,
-            device=self.device,
-            barrier=grammar_barrier,
-        )
+    def _walk(
+        self, batch: ScheduleBatch, constrained: Sequence[int], drafts: Drafts, barrier: Callable[[], None] | None
+    ) -> Callable[[], Constrained]:
+        """Start the copy that a walk of the constrained requests' grammars needs; to be called is the host's part."""
+        # What prefill left there would be applied again by SGLang's sampler.
+        batch.sampling_info.grammar_mask = None
+        candidates = drafts.candidates
+        if candidates is None:
+            candidates = drafts.tokens[rows_index(constrained, drafts.tokens.device)][:, :, None]
+        vocab_size = batch.sampling_info.vocab_size
+        return partial(self._grammars.constrain, batch.reqs, constrained, Proposal(candidates), vocab_size, barrier)
 
 
 def _is_plain(batch: ScheduleBatch) -> bool:

@@ -159,6 +159,12 @@ def test_an_unsupported_environment_variable_is_named(
         _resolve(checkpoint)
 
 
+def test_a_grammar_draft_mode_that_does_not_exist_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", "on")
+    with pytest.raises(Refused, match=r"ORTHRUS_GRAMMAR_DRAFT=on: use one of repair, full, off"):
+        _resolve(checkpoint)
+
+
 def test_a_gpu_has_other_attention_backends(checkpoint: Path) -> None:
     for backend in ATTENTION_BACKENDS:
         _resolve(checkpoint, "--device", "cuda", "--attention-backend", backend)

@@ -1,0 +1,149 @@
+"""Time of the grammar walk on a vocabulary of 151,936 tokens: python -m benchmarks.walk [OUT.json]
+
+No server and no model pass: nano's real draft blocks, and `BlockGrammars` as the worker calls it. The tokenizer is
+nano's with made-up words behind its 4,096 tokens, so that blocks mean the same and masks have the size of Qwen3's.
+
+walk_ms: time per round, for all requests of a batch: candidates on the host to drafts and masks ready. Copies to a GPU
+are not in it. cpu_ms: processor time of the same, over all threads; on a busy machine the better figure. masks_cpu_ms:
+what it takes of that to fill the masks of the same blocks, as they are after the walk.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
+from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.provenance import provenance
+from benchmarks.structured_cases import END, Block, blocks, foreign_cases, own_cases
+from sglang_orthrus.constrained import NUM_CANDIDATES, BlockGrammars, Proposal
+from sglang_orthrus.demo import NANO
+from sglang_orthrus.grammar_cursors import cursor_of
+from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.settings import DraftMode
+
+VOCABULARY = 151_936
+WIDTH = 32
+CONCURRENCIES = (1, 32)
+ROUNDS = 100
+WARM_UP = 30
+
+
+def wide_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Nano's tokenizer with made-up words up to `size`: text is encoded as before."""
+    data = json.loads((NANO / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, rng = data["model"]["vocab"], random.Random(0)
+    spell = ByteLevel(add_prefix_space=False, use_regex=False)
+    num_tokens = len(vocabulary.keys() | {token["content"] for token in data["added_tokens"]})
+    while num_tokens < size:
+        word = _made_up(rng)
+        spelt = spell.pre_tokenize_str(word)[0][0]
+        if spelt not in vocabulary:
+            vocabulary[spelt] = num_tokens
+            num_tokens += 1
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token=END)
+
+
+def _made_up(rng: random.Random) -> str:
+    """A piece of text as large vocabularies have them: words in several scripts and cases, numbers, punctuation."""
+    letters = rng.choice(("etaoinshrdlucmfwypvbgk",) * 6 + ("абвгдежзиклмнопрст", "的一是不了人我在有他", "éüößçñ"))
+    word = "".join(rng.choices(letters, k=rng.randint(2, 9)))
+    form = rng.random()
+    if form < 0.5:
+        return f" {word}"
+    if form < 0.6:
+        return word.capitalize()
+    if form < 0.65:
+        return "".join(rng.choices('{}[]():;,."<>/=+-*#@_ \n', k=rng.randint(2, 5)))
+    if form < 0.7:
+        return f'{rng.choice(("", " "))}"{word}'
+    return word if form < 0.98 else str(rng.randint(0, 999999))
+
+
+def backends(tokenizer: Any) -> dict[str, BaseGrammarBackend]:
+    """SGLang's, without white space in JSON, so that they allow what nano writes."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    return {
+        "xgrammar": XGrammarGrammarBackend(
+            tokenizer, vocab_size=VOCABULARY, model_eos_token_ids=[end], any_whitespace=False
+        ),
+        "llguidance": GuidanceBackend(
+            tokenizer, any_whitespace=True, whitespace_pattern="[ ]?", n_vocab=VOCABULARY, eos_token_ids=[end]
+        ),
+    }
+
+
+def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block], bs: int, mode: DraftMode) -> Any:
+    """Rounds of `bs` requests at random places of random answers."""
+    rng, templates = random.Random(0), dict[str, Any]()
+    stats = GrammarStats(log_interval=1 << 30, with_metrics=False)
+    grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, stats)
+    walk_ms, cpu_ms, masks_ms = [], [], []
+    for _ in range(WARM_UP + ROUNDS):
+        chosen, reqs = rng.choices(drafted, k=bs), []
+        for block in chosen:
+            schema = block.case.grammar["json_schema"]
+            if schema not in templates:
+                templates[schema] = backend.dispatch_json(schema)
+            grammar = templates[schema].copy()
+            for token in block.committed:
+                grammar.accept_token(token)
+            reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
+        candidates = torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen])
+        start, cpu_start = time.perf_counter(), time.process_time()
+        done = grammars.constrain(reqs, range(bs), Proposal(candidates), VOCABULARY, None)
+        walk_ms.append(1e3 * (time.perf_counter() - start))
+        cpu_ms.append(1e3 * (time.process_time() - cpu_start))
+        masks = done.mask.vocab_mask.clone()
+        cpu_start = time.process_time()
+        for slot, req in enumerate(reqs):
+            own = masks[slot * WIDTH : (slot + 1) * WIDTH]
+            cursor_of(req.grammar, grammars.encode).fill(done.drafts[slot].numpy(), own)
+        masks_ms.append(1e3 * (time.process_time() - cpu_start))
+    walk_ms, cpu_ms, masks_ms = walk_ms[WARM_UP:], cpu_ms[WARM_UP:], masks_ms[WARM_UP:]
+    return {
+        "walk_ms": {"median": _round(statistics.median(walk_ms)), "p99": _round(sorted(walk_ms)[int(0.99 * ROUNDS)])},
+        "cpu_ms": _round(statistics.median(cpu_ms)),
+        "masks_cpu_ms": _round(statistics.median(masks_ms)),
+    }
+
+
+def _round(milliseconds: float) -> float:
+    return round(milliseconds, 3)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tokenizer = wide_tokenizer()
+    drafted = {
+        "own": list(blocks(own_cases(6))),
+        "tests/data": list(blocks(foreign_cases()[::11])),
+    }
+    result: dict[str, Any] = {"provenance": provenance(), "vocabulary": VOCABULARY, "rows": []}
+    for name, backend in backends(tokenizer).items():
+        for prompts, found in drafted.items():
+            for mode in (DraftMode.REPAIR, DraftMode.OFF):
+                for bs in CONCURRENCIES:
+                    setting = {"backend": name, "prompts": prompts, "mode": mode.value, "concurrency": bs}
+                    result["rows"].append(setting | measure(backend, tokenizer, found, bs, mode))
+                    print(json.dumps(result["rows"][-1]), flush=True)
+                    if len(sys.argv) > 1:
+                        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The grammars of a batch: walks its constrained rows between draft and verify, and hands out their masks.
+
+Letters: R constrained requests of a batch of bs, Q verify width, K candidates per position, W words of a mask row.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
+
+from sglang_orthrus.grammar import ALL_ALLOWED, Ids, Walk, walk
+from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
+from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.settings import DraftMode
+
+# What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
+# of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).
+NUM_CANDIDATES = 64
+MAX_THREADS = 16
+
+
+class Constrained(NamedTuple):
+    """What the grammars of a batch say about a round's block.
+
+    Attributes:
+        rows: [R] int64, the constrained requests' places in the batch.
+        drafts: [R, Q-1] int64, their drafts, on the model's device. Chosen by a rule, whatever their probability: for
+            rejection sampling the proposal puts all its weight on each.
+        mask: [R * Q, W], what may follow each token of their blocks, on the model's device.
+    """
+
+    rows: torch.Tensor
+    drafts: torch.Tensor
+    mask: GrammarMask
+
+
+class Proposal:
+    """Candidates of the constrained rows on their way to the host: [R, Q-1, K] int64. Started before verify."""
+
+    def __init__(self, candidates: torch.Tensor) -> None:
+        self._done: Any = None
+        if candidates.device.type == "cpu":
+            self._host = candidates
+            return
+        self._host = torch.empty(candidates.shape, dtype=candidates.dtype, pin_memory=True)
+        self._host.copy_(candidates, non_blocking=True)
+        self._done = torch.get_device_module(candidates.device).Event()
+        self._done.record()
+
+    def wait(self) -> Ids:
+        """The candidates, once the draft pass has run."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.numpy()
+
+
+class BlockGrammars:
+    """Walks of all constrained requests, in parallel, over one buffer of masks.
+
+    Args:
+        mode: see `DraftMode`.
+        verify_width: Q.
+        device: of the model.
+        tokenizer: of the model, Hugging Face's.
+        stats: told of every round.
+    """
+
+    def __init__(
+        self, mode: DraftMode, verify_width: int, device: str | torch.device, tokenizer: Any, stats: GrammarStats
+    ) -> None:
+        self._mode = mode
+        self._width = verify_width
+        self._device = torch.device(device)
+        self.encode = encoder(tokenizer)
+        self._stats = stats
+        # The engines work outside the interpreter's lock.
+        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "orthrus-grammar")
+        # [slots * Q, W]; of slot s the first `_num_filled[s]` rows hold masks of an earlier round, the rest allow all.
+        self._masks: torch.Tensor | None = None
+        self._num_filled: list[int] = []
+
+    @property
+    def changes_drafts(self) -> bool:
+        """Whether drafts have to wait for the grammars before they are verified."""
+        return self._mode is not DraftMode.OFF
+
+    @property
+    def num_candidates(self) -> int:
+        """How many choices per position a walk may need."""
+        return NUM_CANDIDATES if self.changes_drafts else 1
+
+    def rows_of(self, reqs: Sequence[Any]) -> list[int]:
+        """Places of the requests whose grammars matter in this round."""
+        return [row for row, req in enumerate(reqs) if req.grammar is not None and not req.finished()]
+
+    def constrain(
+        self,
+        reqs: Sequence[Any],
+        rows: Sequence[int],
+        proposal: Proposal,
+        vocab_size: int,
+        barrier: Callable[[], None] | None,
+    ) -> Constrained:
+        """Bring the grammars to the committed text and walk the block of every constrained request.
+
+        Host work, while a GPU still drafts. The same buffers serve every round: the former round's copies out of them
+        are done once this round's candidates are here, since all are made on one stream.
+
+        Args:
+            reqs: the batch.
+            rows: its constrained requests, at least one.
+            proposal: their candidates; the first is the draft.
+            vocab_size: of the logits.
+            barrier: advances the grammars over what the former round committed.
+        """
+        if barrier is not None:
+            barrier()
+        candidates = proposal.wait()
+        started = time.perf_counter()
+        grammars = [reqs[row].grammar for row in rows]
+        masks = self._buffer(grammars[0], len(rows), vocab_size)
+        walks = list(self._in_parallel(self._walk, range(len(rows)), grammars, candidates))
+        self._stats.count([done for done in walks if done is not None], time.perf_counter() - started)
+        tokens = np.stack(
+            [raw[:, 0] if done is None else done.tokens for raw, done in zip(candidates, walks, strict=True)]
+        )
+        return Constrained(
+            self._to_device(torch.tensor(rows)),
+            self._to_device(torch.from_numpy(tokens)),
+            GrammarMask(grammars[0], self._to_device(masks[: len(rows) * self._width])),
+        )
+
+    def _walk(self, slot: int, grammar: Any, candidates: Ids) -> Walk | None:
+        assert self._masks is not None
+        masks = self._masks[slot * self._width : (slot + 1) * self._width]
+        drafts = np.ascontiguousarray(candidates[:, 0])
+        done = None
+        if is_walkable(grammar) and not leaves_block_alone(grammar, drafts):
+            done = walk(cursor_of(grammar, self.encode), drafts, candidates, masks, self._mode)
+        num_filled = 0 if done is None else done.num_masks
+        # By NumPy: PyTorch would share so small a job among OpenMP threads.
+        masks.numpy()[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
+        self._num_filled[slot] = num_filled
+        return done
+
+    def _in_parallel(self, function: Callable[..., Walk | None], *args: Any) -> Any:
+        return map(function, *args) if len(args[0]) == 1 else self._pool.map(function, *args)
+
+    def _buffer(self, grammar: Any, num_slots: int, vocab_size: int) -> torch.Tensor:
+        """Mask rows of so many requests, [num_slots * Q, W], pinned where that speeds up copies."""
+        if num_slots > len(self._num_filled):
+            num_slots = max(num_slots, 2 * len(self._num_filled))
+            masks = grammar.allocate_vocab_mask(vocab_size, num_slots * self._width, "cpu")
+            assert masks.shape[1] * 32 >= vocab_size, "an id of the logits may lie beyond the masks"
+            on_cpu = self._device.type == "cpu"
+            self._masks = masks if on_cpu or masks.is_pinned() else masks.pin_memory()
+            self._num_filled = [0] * num_slots
+        assert self._masks is not None
+        return self._masks
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return tensor
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(self._device, non_blocking=True)
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """Text to ids without special tokens, remembered: grammars force the same strings over and over."""
+    # Hugging Face's own `encode` sets options on the tokenizer first, which threads must not do at once.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    @lru_cache(maxsize=65536)
+    def encode(text: str) -> Sequence[int]:
+        if backend is not None:
+            return tuple(backend.encode(text, add_special_tokens=False).ids)
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    return encode

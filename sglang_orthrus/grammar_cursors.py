@@ -1,0 +1,203 @@
+"""A `Cursor` over each kind of SGLang grammar object, by the engines' native calls where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
+from sglang.srt.constrained.llguidance_backend import (
+    GrammarDraftRow,
+    GuidanceGrammar,
+    fill_token_bitmask_with_draft_tokens,
+)
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+
+from sglang_orthrus.grammar import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed, reach_of
+
+Encode = Callable[[str], Sequence[int]]
+
+
+class XGrammarCursor:
+    """XGrammar: a chain is filled by one `traverse_draft_tree`, which runs without the interpreter's lock."""
+
+    def __init__(self, grammar: XGrammarGrammar, encode: Encode) -> None:
+        self._matcher = grammar.matcher
+        self._encode = encode
+        self._stop_ids: list[int] = grammar.matcher.stop_token_ids
+
+    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+        """See `Cursor`."""
+        nodes = torch.zeros(len(tokens) + 1, dtype=torch.int64)  # node 0 stands for the text so far
+        nodes[1:] = torch.from_numpy(tokens)
+        self._matcher.traverse_draft_tree(*_chain(len(nodes)), nodes, masks)
+        return reach_of(tokens, masks.numpy(), self._stop_ids)
+
+    def ends(self, token: int) -> bool:
+        """See `Cursor`."""
+        return token in self._stop_ids
+
+    def accept(self, tokens: Sequence[int]) -> bool:
+        """See `Cursor`."""
+        for place, token in enumerate(tokens):
+            if not self._matcher.accept_token(token):
+                self.rollback(place)
+                return False
+        return True
+
+    def rollback(self, count: int) -> None:
+        """See `Cursor`."""
+        if count:
+            self._matcher.rollback(count)
+
+    def forced(self) -> Sequence[int]:
+        """See `Cursor`. Without the last token, which a model may join with what follows the forced string."""
+        try:
+            text = self._matcher.find_jump_forward_string()
+        except UnicodeDecodeError:  # in the middle of a character
+            return ()
+        return self._encode(text)[:-1] if text else ()
+
+
+class GuidanceCursor:
+    """llguidance: a chain is filled by its executor; its forced tokens stop short of an unsure end by themselves."""
+
+    def __init__(self, grammar: GuidanceGrammar) -> None:
+        self._grammar = grammar
+        self._matcher = grammar.ll_matcher
+        self._stop_ids: set[int] = grammar.eos_tokens
+
+    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+        """See `Cursor`."""
+        if len(tokens):
+            fill_token_bitmask_with_draft_tokens([GrammarDraftRow(0, self._grammar, tokens.tolist())], masks)
+        else:  # the engine refuses an empty chain
+            self._grammar.fill_vocab_mask(masks, 0)
+        return reach_of(tokens, masks.numpy(), self._stop_ids)
+
+    def ends(self, token: int) -> bool:
+        """See `Cursor`."""
+        return token in self._stop_ids
+
+    def accept(self, tokens: Sequence[int]) -> bool:
+        """See `Cursor`. Asks first: a token that it refuses leaves llguidance in an error for good."""
+        run = list(tokens)
+        return self._matcher.validate_tokens(run) == len(run) and self._matcher.consume_tokens(run)
+
+    def rollback(self, count: int) -> None:
+        """See `Cursor`."""
+        if count:
+            self._matcher.rollback(count)
+
+    def forced(self) -> Sequence[int]:
+        """See `Cursor`."""
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        return tokens
+
+
+class ReasonerCursor:
+    """A grammar that waits for the end of a reasoning, token by token: a round in which it may begin."""
+
+    def __init__(self, grammar: ReasonerGrammarObject, encode: Encode) -> None:
+        self._grammar = grammar
+        self._encode = encode
+
+    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+        """See `Cursor`."""
+        bits, length, ended = masks.numpy(), 0, False
+        while True:
+            # A grammar that does not constrain yet leaves the row as it is.
+            bits[length] = ALL_ALLOWED
+            self._grammar.fill_vocab_mask(masks, length)
+            if length == len(tokens) or not is_allowed(int(tokens[length]), bits[length]):
+                break
+            if not self.accept([int(tokens[length])]):
+                break
+            length += 1
+            ended = self._grammar.is_terminated()
+            if ended:
+                break
+        self.rollback(length)
+        return Reach(length, ended)
+
+    def ends(self, token: int) -> bool:
+        """See `Cursor`."""
+        if not self.accept([token]):
+            return False
+        ended: bool = self._grammar.is_terminated()
+        self.rollback(1)
+        return ended
+
+    def accept(self, tokens: Sequence[int]) -> bool:
+        """See `Cursor`."""
+        for place, token in enumerate(tokens):
+            if self._is_refused(token):
+                self.rollback(place)
+                return False
+            self._grammar.accept_token(token)
+        return True
+
+    def _is_refused(self, token: int) -> bool:
+        """Whether llguidance would fail for good on a token; XGrammar's masks can be relied on."""
+        inner = self._grammar.grammar
+        if not isinstance(inner, GuidanceGrammar) or not self._grammar._grammar_active():
+            return False
+        is_end = inner.ll_matcher.is_stopped() and token in inner.eos_tokens
+        return not is_end and inner.ll_matcher.validate_tokens([token]) != 1
+
+    def rollback(self, count: int) -> None:
+        """See `Cursor`."""
+        if count:
+            self._grammar.rollback(count)
+
+    def forced(self) -> Sequence[int]:
+        """See `Cursor`."""
+        if self._grammar.grammar is None or not self._grammar._grammar_active():
+            return ()
+        return cursor_of(self._grammar.grammar, self._encode).forced()
+
+
+def cursor_of(grammar: BaseGrammarObject, encode: Encode) -> Cursor:
+    """The fastest cursor for a grammar object in its present state; not to be kept for the next round.
+
+    Args:
+        grammar: one that `is_walkable`.
+        encode: text to token ids, no special ones added.
+    """
+    if isinstance(grammar, ReasonerGrammarObject):
+        # Past the reasoning it only counts tokens, which a walk that goes back to its start need not tell it.
+        if grammar.grammar is not None and grammar._is_generation() and not grammar.reasoning_in_grammar:
+            return cursor_of(grammar.grammar, encode)
+        return ReasonerCursor(grammar, encode)
+    if isinstance(grammar, XGrammarGrammar):
+        return XGrammarCursor(grammar, encode)
+    assert isinstance(grammar, GuidanceGrammar), "other grammar backends are refused at start-up"
+    return GuidanceCursor(grammar)
+
+
+def is_walkable(grammar: BaseGrammarObject) -> bool:
+    """Whether a grammar has something to say: it has not terminated, nor failed on a token that it did not allow."""
+    inner = grammar.grammar if isinstance(grammar, ReasonerGrammarObject) else grammar
+    has_failed = isinstance(inner, GuidanceGrammar) and inner.ll_matcher.is_error()
+    return not (has_failed or grammar.is_terminated())
+
+
+def leaves_block_alone(grammar: BaseGrammarObject, tokens: Ids) -> bool:
+    """Whether a reasoning goes on through the whole block, so that a grammar behind it does not constrain any of it."""
+    return (
+        isinstance(grammar, ReasonerGrammarObject)
+        and grammar._is_thinking()
+        and not grammar.reasoning_in_grammar
+        and not grammar.enable_token_filter
+        and grammar.think_end_ids[-1] not in tokens
+    )
+
+
+@cache
+def _chain(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Child and sibling of every node of a chain, -1 for none. [length] int64 each."""
+    children = torch.arange(1, length + 1)
+    children[-1] = -1
+    return children, torch.full_like(children, -1)

@@ -1,0 +1,217 @@
+"""The walk of a grammar along a block, on tiny languages: sets of token sequences."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_orthrus import grammar
+from sglang_orthrus.grammar import Change, Reach, best_allowed, is_allowed, num_allowed, walk
+from sglang_orthrus.settings import DraftMode
+
+STOP = 63
+WORDS = 2  # a vocabulary of 64
+UNTOUCHED = 0x55555555
+
+
+class Language:
+    """The cursor of a finite language, ends of text included. It is forced to a string where there is no choice."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], forces: bool = True) -> None:
+        self._texts = [[*text, STOP] for text in texts]
+        self._forces = forces
+        self.past: list[int] = []
+
+    def _next(self, past: Sequence[int]) -> set[int]:
+        return {text[len(past)] for text in self._texts if text[: len(past)] == past and len(text) > len(past)}
+
+    def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
+        past = list(self.past)
+        for row, token in enumerate([*tokens.tolist(), None]):
+            allowed = self._next(past)
+            masks[row] = mask_of(allowed)
+            if token not in allowed:
+                return Reach(row, False)
+            if token == STOP:
+                return Reach(row + 1, True)
+            past.append(token)
+        raise AssertionError("not reached: None is never allowed")
+
+    def ends(self, token: int) -> bool:
+        return token == STOP
+
+    def accept(self, tokens: Sequence[int]) -> bool:
+        for place, token in enumerate(tokens):
+            if token not in self._next(self.past):
+                self.rollback(place)
+                return False
+            self.past.append(token)
+        return True
+
+    def rollback(self, count: int) -> None:
+        del self.past[len(self.past) - count :]
+
+    def forced(self) -> list[int]:
+        past = list(self.past)
+        while self._forces and len(allowed := self._next(past)) == 1 and STOP not in allowed:
+            past += allowed
+        return past[len(self.past) :]
+
+
+def mask_of(allowed: set[int]) -> torch.Tensor:
+    bits = np.zeros(WORDS * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
+
+
+def run(
+    cursor: Language,
+    drafts: Sequence[int],
+    others: Sequence[Sequence[int]] = (),
+    mode: DraftMode = DraftMode.REPAIR,
+) -> tuple[list[int], list[Change], int, torch.Tensor]:
+    """Walk drafts whose candidates are they themselves and, at each position, the others."""
+    columns = [drafts, *others]
+    candidates = np.array(columns, np.int64).T
+    masks = torch.full((len(drafts) + 1, WORDS), UNTOUCHED, dtype=torch.int32)
+    before = list(cursor.past)
+    done = walk(cursor, candidates[:, 0].copy(), candidates, masks, mode)
+    assert cursor.past == before
+    return done.tokens.tolist(), [Change(change) for change in done.changes], done.num_masks, masks
+
+
+@pytest.mark.parametrize("mode", list(DraftMode))
+def test_a_block_that_the_grammar_allows_stays(mode: DraftMode) -> None:
+    tokens, changes, num_masks, masks = run(Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False), [1, 2, 3], mode=mode)
+    assert (tokens, set(changes), num_masks) == ([1, 2, 3], {Change.NONE}, 4)
+    assert [row.tolist() for row in masks] == [mask_of(allowed).tolist() for allowed in ({1}, {2}, {3, 5}, {4})]
+
+
+def test_an_illegal_draft_gives_way_to_the_best_candidate_that_is_allowed() -> None:
+    tokens, changes, num_masks, _ = run(Language([[1, 7, 3], [1, 8, 3]]), [1, 9, 3], [[0, 5, 0], [0, 8, 0], [0, 7, 0]])
+    assert tokens == [1, 8, 3]
+    assert changes == [Change.NONE, Change.REPAIRED, Change.NONE]
+    assert num_masks == 4
+
+
+def test_without_a_candidate_the_lowest_id_is_taken() -> None:
+    assert run(Language([[1, 40], [1, 33], [1, 50]]), [1, 9])[0] == [1, 33]
+
+
+def test_a_forced_string_is_drafted_where_a_draft_is_illegal_and_later_drafts_keep_their_places() -> None:
+    tokens, changes, _, _ = run(Language([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]), [9, 9, 9, 9, 6])
+    assert tokens == [1, 2, 3, 4, 6]
+    assert changes == [Change.FORCED] * 4 + [Change.NONE]
+
+
+def test_a_forced_string_is_cut_at_the_end_of_the_block() -> None:
+    tokens, changes, num_masks, _ = run(Language([[1, 2, 3, 4, 5]]), [9, 9])
+    assert (tokens, changes, num_masks) == ([1, 2], [Change.FORCED] * 2, 3)
+
+
+def test_the_walk_ends_at_the_end_of_the_text() -> None:
+    tokens, _, num_masks, masks = run(Language([[1]]), [1, STOP, 7, 7])
+    assert (tokens, num_masks) == ([1, STOP, 7, 7], 2)
+    assert (masks[2:] == UNTOUCHED).all()
+    tokens, changes, num_masks, masks = run(Language([[1]]), [1, 7, 7])
+    assert (tokens, changes[1], num_masks) == ([1, STOP, 7], Change.REPAIRED, 2)
+    assert (masks[2:] == UNTOUCHED).all()
+
+
+def test_a_dead_end_leaves_the_rest_as_it_is() -> None:
+    cursor = Language([[1, 2]])
+    cursor.past = [9]
+    tokens, changes, num_masks, masks = run(cursor, [1, 2])
+    assert (tokens, set(changes), num_masks) == ([1, 2], {Change.NONE}, 1)
+    assert masks[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("draft", [50, 9])
+def test_a_mask_that_allows_what_the_engine_refuses_ends_the_walk(draft: int) -> None:
+    """llguidance does that where a special token spells a forced string."""
+
+    class Liar(Language):
+        def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
+            reach = super().fill(tokens, masks)
+            place = len(self.past) + reach.length
+            if place == 1:
+                masks[reach.length] = mask_of({50})
+                return Reach(reach.length + (tokens[reach.length : reach.length + 1].tolist() == [50]), False)
+            return reach
+
+    tokens, _, num_masks, _ = run(Liar([[1, 2, 3, 4]], forces=False), [1, draft, 3, 9, 9])
+    assert tokens == [1, 50, 3, 9, 9]
+    assert num_masks <= 3
+
+
+def test_off_changes_nothing() -> None:
+    tokens, changes, num_masks, _ = run(Language([[1, 2, 3]]), [1, 9, 9], mode=DraftMode.OFF)
+    assert (tokens, set(changes), num_masks) == ([1, 9, 9], {Change.NONE}, 2)
+
+
+def test_full_also_replaces_what_is_allowed_but_not_forced() -> None:
+    """The language forces 1 2, two tokens; the single token 12 is another way to write them."""
+
+    class TwoWays(Language):
+        def forced(self) -> list[int]:
+            return [1, 2] if not self.past else []
+
+    texts = [[1, 2, 3], [12, 3]]
+    assert run(TwoWays(texts), [12, 3, STOP])[0] == [12, 3, STOP]
+    assert run(TwoWays(texts), [12, 3, STOP], mode=DraftMode.FULL)[0][:2] == [1, 2]
+
+
+@pytest.mark.parametrize("mode", list(DraftMode))
+@pytest.mark.parametrize("seed", range(40))
+def test_every_draft_that_can_be_accepted_has_its_mask(mode: DraftMode, seed: int) -> None:
+    """Random languages and drafts: up to the first illegal draft, every row says what the language allows there."""
+    rng = random.Random(seed)
+    texts = [[rng.randrange(4) for _ in range(rng.randrange(1, 14))] for _ in range(12)]
+    cursor = Language(texts, forces=rng.random() < 0.5)
+    drafts = [rng.randrange(4) for _ in range(12)]
+    tokens, _, num_masks, masks = run(cursor, drafts, [[rng.randrange(4) for _ in drafts] for _ in range(3)], mode)
+    assert (masks[num_masks:] == UNTOUCHED).all()
+    past: list[int] = []
+    for row, token in enumerate([*tokens, None]):
+        allowed = cursor._next(past)
+        assert masks[row].tolist() == mask_of(allowed).tolist(), f"row {row} of {tokens}"
+        if token not in allowed or token == STOP:
+            break
+        past.append(token)
+
+
+def test_repairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_REPAIRS", 2)
+    texts = [[first] * 6 for first in (1, 2)]
+    tokens, changes, num_masks, _ = run(Language([*texts, [1, 2, 1, 2, 1, 2], [1, 1, 2, 2, 1]], forces=False), [9] * 6)
+    assert changes.count(Change.REPAIRED) == 2
+    assert (tokens[2:], num_masks) == ([9] * 4, 3)
+
+
+def test_bits_of_masks() -> None:
+    masks = torch.stack([mask_of({0, 31}), mask_of({32, 63}), mask_of(set())]).numpy()
+    assert [token for token in range(64) if is_allowed(token, masks[0])] == [0, 31]
+    assert [token for token in range(64) if is_allowed(token, masks[1])] == [32, 63]
+    assert num_allowed(np.array([31, 63, 5]), masks) == 2
+    assert num_allowed(np.array([31, 32]), masks) == 2
+    assert num_allowed(np.array([5, 63]), masks) == 0
+    assert num_allowed(np.array([], np.int64), masks) == 0
+    assert best_allowed(np.array([5, 63, 32]), masks[1]) == 63
+    assert best_allowed(np.array([5]), masks[0]) == 0
+    assert best_allowed(np.array([5]), mask_of({31}).numpy()) == 31
+    assert best_allowed(np.array([5]), masks[2]) is None
+
+
+def test_the_mode_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORTHRUS_GRAMMAR_DRAFT", raising=False)
+    assert DraftMode.from_env() is DraftMode.REPAIR
+    for mode in DraftMode:
+        monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", mode.value)
+        assert DraftMode.from_env() is mode
+    monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", "on")
+    with pytest.raises(ValueError, match=r"ORTHRUS_GRAMMAR_DRAFT=on: use one of repair, full, off"):
+        DraftMode.from_env()

@@ -1,0 +1,217 @@
+"""Both engines under the walk, on nano's tokenizer: the masks are SGLang's own, and the grammar stays where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend, BaseGrammarObject
+from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+from sglang.srt.speculative.spec_utils import GrammarTree, generate_token_bitmask
+from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+from sglang_orthrus.constrained import BlockGrammars, Proposal, encoder
+from sglang_orthrus.demo import NANO
+from sglang_orthrus.grammar import Change, Walk, walk
+from sglang_orthrus.grammar_cursors import cursor_of, is_walkable, leaves_block_alone
+from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.settings import DraftMode
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "größe": {"enum": ["klein", "groß"]},
+            "shipping_method": {"type": "string", "maxLength": 8},
+            "units": {"type": "integer"},
+        },
+        "required": ["größe", "shipping_method", "units"],
+        "additionalProperties": False,
+    }
+)
+VOCABULARY = 4096
+WIDTH = 32
+TOKENIZER = get_tokenizer(str(NANO))
+ENCODE = encoder(TOKENIZER)
+END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+THINK_END = TOKENIZER.convert_tokens_to_ids("</think>")
+
+
+@pytest.fixture(scope="module", params=["xgrammar", "llguidance"])
+def backend(request: pytest.FixtureRequest) -> BaseGrammarBackend:
+    if request.param == "xgrammar":
+        return XGrammarGrammarBackend(TOKENIZER, vocab_size=VOCABULARY, model_eos_token_ids=[END], any_whitespace=False)
+    return GuidanceBackend(TOKENIZER, any_whitespace=False, n_vocab=VOCABULARY, eos_token_ids=[END])
+
+
+def allowed_by_sglang(grammar: BaseGrammarObject, tokens: Sequence[int]) -> torch.Tensor:
+    """SGLang's own masks of a chain, [len(tokens) + 1, W]."""
+    tree = GrammarTree.from_linear_chain(torch.tensor([[0, *tokens]]))
+    masks, _ = generate_token_bitmask([SimpleNamespace(grammar=grammar)], *tree.resolve(), VOCABULARY)
+    assert masks is not None
+    return masks
+
+
+def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = DraftMode.REPAIR) -> Walk:
+    """Walk a block, and check its masks and that the grammar is where it was."""
+    rng = np.random.default_rng(0)
+    candidates = rng.integers(0, VOCABULARY, (WIDTH - 1, 16))
+    candidates[: len(drafts), 0] = drafts[: WIDTH - 1]
+    masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
+    before = allowed_by_sglang(grammar, candidates[:, 0])
+    done = walk(cursor_of(grammar, ENCODE), candidates[:, 0].copy(), candidates, masks, mode)
+    assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
+    assert torch.equal(masks[: done.num_masks], allowed_by_sglang(grammar, done.tokens)[: done.num_masks])
+    assert (masks[done.num_masks + 1 :] == -1).all()
+    return done
+
+
+@pytest.mark.parametrize("mode", list(DraftMode))
+@pytest.mark.parametrize("num_given", [0, 1, 5, 11])
+def test_masks_are_those_of_sglang(backend: BaseGrammarBackend, num_given: int, mode: DraftMode) -> None:
+    """From several states, for a good block, a spoilt one and noise."""
+    separators = (", ", ": ") if isinstance(backend, XGrammarGrammarBackend) else (",", ":")
+    value = {"größe": "groß", "shipping_method": "by sea", "units": 12}
+    good = [*ENCODE(json.dumps(value, ensure_ascii=False, separators=separators)), END]
+    spoilt = [token if place % 5 else 17 for place, token in enumerate(good, start=1)]
+    for drafts in (good, spoilt, []):
+        grammar = backend.dispatch_json(SCHEMA)
+        for token in good[:num_given]:
+            grammar.accept_token(token)
+        walked(grammar, drafts[num_given:], mode)
+
+
+def test_a_forced_key_is_drafted_as_the_model_writes_it(backend: BaseGrammarBackend) -> None:
+    grammar = backend.dispatch_json(SCHEMA)
+    done = walked(grammar, [])
+    num_forced = int((done.changes != Change.FORCED).argmax())
+    forced = done.tokens[:num_forced].tolist()
+    assert num_forced > 1
+    text = '{"größe": "' if isinstance(backend, XGrammarGrammarBackend) else '{"größe":"'
+    assert list(ENCODE(text))[: len(forced)] == forced
+
+
+def test_every_grammar_of_ours_is_walked(backend: BaseGrammarBackend) -> None:
+    """Regular expressions and EBNF, from the start to the end, with drafts that are noise."""
+    ebnf = 'root ::= "SELECT " column " FROM users;"\ncolumn ::= "id" | "name"'
+    for grammar in (backend.dispatch_regex(r"(yes|no), because [a-z]{3,12}\."), backend.dispatch_ebnf(ebnf)):
+        for _ in range(40):
+            if grammar.is_terminated():
+                break
+            done = walked(grammar, [])
+            token = int(done.tokens[0])
+            grammar.accept_token(token)
+            if token == END:
+                break
+        else:
+            raise AssertionError("drafts of a bounded grammar must come to an end")
+
+
+def test_a_terminated_grammar_is_left_alone(backend: BaseGrammarBackend) -> None:
+    grammar = backend.dispatch_regex("a")
+    assert is_walkable(grammar)
+    for token in (*ENCODE("a"), END):
+        grammar.accept_token(token)
+    assert not is_walkable(grammar)
+
+
+def test_a_grammar_that_failed_is_left_alone(backend: BaseGrammarBackend) -> None:
+    grammar = backend.dispatch_regex("a")
+    with pytest.raises(ValueError):
+        grammar.accept_token(ENCODE("b")[0])
+    if not isinstance(backend, XGrammarGrammarBackend):
+        assert not is_walkable(grammar)
+
+
+def test_a_special_token_that_spells_a_forced_string() -> None:
+    """The mask of llguidance allows `</tool_call>` there, and then it refuses the token for good; not in a walk."""
+    tags = {"begin": "<tool_call>", "schema": {"type": "boolean"}, "end": "\n</tool_call>"}
+    tag = json.dumps({"type": "structural_tag", "structures": [tags], "triggers": ["<tool_call>"]})
+    grammar = GuidanceBackend(TOKENIZER, n_vocab=VOCABULARY, eos_token_ids=[END]).dispatch_structural_tag(tag)
+    for token in ENCODE("<tool_call>true\n"):
+        grammar.accept_token(token)
+    assert is_walkable(grammar)
+    special = TOKENIZER.convert_tokens_to_ids("</tool_call>")
+    candidates = np.full((WIDTH - 1, 2), special)
+    masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
+    for mode in DraftMode:
+        walk(cursor_of(grammar, ENCODE), candidates[:, 0].copy(), candidates, masks, mode)
+        assert is_walkable(grammar), mode
+
+
+def reasoner(grammar: BaseGrammarObject) -> ReasonerGrammarObject:
+    waiting = ReasonerGrammarObject(grammar, [THINK_END])
+    waiting.maybe_init_reasoning(True)
+    return waiting
+
+
+@pytest.mark.parametrize("mode", list(DraftMode))
+def test_a_reasoning_ends_inside_the_block(backend: BaseGrammarBackend, mode: DraftMode) -> None:
+    grammar = reasoner(backend.dispatch_json(SCHEMA))
+    thoughts = [*ENCODE("So it is large."), END, THINK_END]
+    done = walked(grammar, thoughts, mode)
+    assert done.tokens[: len(thoughts)].tolist() == thoughts
+    assert done.num_masks > len(thoughts)
+    if mode is not DraftMode.OFF:
+        assert done.changes[len(thoughts)] == Change.FORCED
+        assert TOKENIZER.decode(done.tokens[len(thoughts) : len(thoughts) + 1]).startswith("{")
+
+
+def test_a_reasoning_that_goes_on_costs_no_walk(backend: BaseGrammarBackend) -> None:
+    grammar = reasoner(backend.dispatch_json(SCHEMA))
+    assert leaves_block_alone(grammar, np.array([5, 6, 7]))
+    assert not leaves_block_alone(grammar, np.array([5, THINK_END, 7]))
+    grammar.accept_token(THINK_END)
+    assert not leaves_block_alone(grammar, np.array([5, 6, 7]))
+    walked(grammar, [])
+
+
+def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
+    return SimpleNamespace(grammar=grammar, finished=lambda: finished)
+
+
+def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGrammarBackend) -> None:
+    stats = GrammarStats(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats)
+    ended = backend.dispatch_regex("a")
+    for token in (*ENCODE("a"), END):
+        ended.accept_token(token)
+    json_grammar, regex = backend.dispatch_json(SCHEMA), backend.dispatch_regex("[a-c]{40}")
+    barriers: list[int] = []
+
+    def constrain(reqs: Sequence[Any]) -> Any:
+        rows = grammars.rows_of(reqs)
+        candidates = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, (len(rows), WIDTH - 1, 16)))
+        constrained = grammars.constrain(
+            reqs, rows, Proposal(candidates), VOCABULARY, lambda: barriers.append(len(reqs))
+        )
+        assert constrained.rows.tolist() == rows
+        assert constrained.mask.vocab_mask.shape == (len(rows) * WIDTH, VOCABULARY // 32)
+        for slot, row in enumerate(rows):
+            masks = constrained.mask.vocab_mask[slot * WIDTH : (slot + 1) * WIDTH]
+            grammar = reqs[row].grammar
+            if grammar.is_terminated():
+                assert (masks == -1).all()
+                assert torch.equal(constrained.drafts[slot], candidates[slot, :, 0])
+            else:
+                assert torch.equal(masks, allowed_by_sglang(grammar, constrained.drafts[slot].tolist()))
+        return constrained
+
+    constrain([request(None), request(json_grammar), request(regex), request(json_grammar.copy(), finished=True)])
+    constrain([request(ended), request(json_grammar)])
+    constrain([request(regex), request(json_grammar), request(None), request(ended), request(regex.copy())])
+    assert barriers == [4, 2, 5]
+
+
+def test_no_request_is_constrained_twice_or_past_its_end() -> None:
+    stats = GrammarStats(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.OFF, WIDTH, "cpu", TOKENIZER, stats)
+    assert grammars.rows_of([request(None), request(BaseGrammarObject()), request(BaseGrammarObject(), True)]) == [1]
+    assert (grammars.num_candidates, grammars.changes_drafts) == (1, False)
