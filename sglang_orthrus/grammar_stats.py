@@ -24,8 +24,8 @@ class GrammarStats:
 
     Args:
         log_interval: a log line every so many rounds that have a grammar.
-        with_metrics: whether to export `sglang:orthrus_grammar_drafts_total{change="none"|"repaired"|"forced"}` and
-            the histogram `sglang:orthrus_grammar_walk_seconds` beside SGLang's metrics.
+        with_metrics: whether to export `sglang_orthrus:grammar_drafts_total{change="none"|"repaired"|"forced"}` and
+            the histogram `sglang_orthrus:grammar_walk_seconds` beside SGLang's metrics.
     """
 
     def __init__(self, log_interval: int, with_metrics: bool) -> None:
@@ -39,10 +39,10 @@ class GrammarStats:
             from prometheus_client import Counter, Histogram
 
             self._drafts_metric = Counter(
-                "sglang:orthrus_grammar_drafts_total", "Drafts by what a grammar made of them.", ("change",)
+                "sglang_orthrus:grammar_drafts_total", "Drafts by what a grammar made of them.", ("change",)
             )
             self._seconds_metric = Histogram(
-                "sglang:orthrus_grammar_walk_seconds",
+                "sglang_orthrus:grammar_walk_seconds",
                 "Time per round for the grammars of the batch: walks and masks.",
                 buckets=_BUCKETS,
             )

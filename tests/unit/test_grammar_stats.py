@@ -38,7 +38,7 @@ def test_the_metrics_count_drafts_and_time() -> None:
     stats = GrammarStats(log_interval=100, with_metrics=True)
     for _ in range(2):
         stats.count(WALKS, 0.002)
-    name = "sglang:orthrus_grammar_drafts_total"
+    name = "sglang_orthrus:grammar_drafts_total"
     counts = [REGISTRY.get_sample_value(name, {"change": change}) for change in ("none", "repaired", "forced")]
     assert counts == [10, 2, 4]
-    assert REGISTRY.get_sample_value("sglang:orthrus_grammar_walk_seconds_count") == 2
+    assert REGISTRY.get_sample_value("sglang_orthrus:grammar_walk_seconds_count") == 2

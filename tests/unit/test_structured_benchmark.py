@@ -43,7 +43,7 @@ def test_quantiles_are_taken_from_within_buckets() -> None:
 
 
 def test_metrics_of_a_run_are_differences() -> None:
-    name = "sglang:orthrus_grammar_"
+    name = "sglang_orthrus:grammar_"
 
     def reading(none: float, repaired: float, forced: float, count: float) -> dict[str, float]:
         drafts = {"none": none, "repaired": repaired, "forced": forced}
