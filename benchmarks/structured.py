@@ -57,7 +57,7 @@ def ask(server: Server, tokenizer: Tokenizer, free: bool, case: Case) -> Answer:
 
 def metrics(server: Server) -> dict[str, float]:
     """The server's grammar metrics, by name and label; buckets are cumulative."""
-    lines = (line for line in server.get("/metrics").text.splitlines() if line.startswith("sglang:orthrus_grammar"))
+    lines = (line for line in server.get("/metrics").text.splitlines() if line.startswith("sglang_orthrus:grammar"))
     found: dict[str, float] = {}
     for line in lines:
         name, value = line.rsplit(" ", 1)
