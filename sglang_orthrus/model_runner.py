@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_spec
 from sglang_orthrus.block import DraftBlock, draft_block
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.flashinfer_plans import bound_indices, share_plans
+from sglang_orthrus.graph_plan import plan_in_graphs
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.spec_input import OrthrusBlockInput, Phase, bring_lens_to_host
 
@@ -64,6 +65,7 @@ class DualViewRunner:
             if isinstance(backend, FlashInferAttnBackend):
                 share_plans(backend)
                 bound_indices(backend)
+                plan_in_graphs(backend)
 
     def capture_wide_draft(self) -> None:
         """Capture the draft pass apart if it is wider than verify and CUDA graphs are on."""

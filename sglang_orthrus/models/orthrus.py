@@ -107,7 +107,9 @@ class OrthrusLM(Qwen3ForCausalLM):
         At most `HEAD_ROWS` rows of logits exist at a time: 128 blocks of 32 rows would take 2.5 GB of them.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        best = [self.logits(piece).argmax(dim=-1) for piece in rows.split(HEAD_ROWS)]
+        # Rounded as `logits` rounds them, but not copied to fp32 for it.
+        head, size = self.logits_processor._compute_lm_head, self.config.vocab_size
+        best = [head(piece, self.lm_head)[:, :size].argmax(dim=-1) for piece in rows.split(HEAD_ROWS)]
         return torch.cat(best).view(hidden_states.shape[:-1])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

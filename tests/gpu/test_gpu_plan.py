@@ -1,0 +1,80 @@
+"""The plan made on the GPU against FlashInfer's own, array by array."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_orthrus.graph_plan import PlanLayout, max_split_work, write_plan
+from tests.unit.interpreted_plans import read_plan
+
+pytestmark = pytest.mark.gpu
+
+HEAD_DIM = 128
+
+
+def _wrapper(bs: int, num_pages: int) -> Any:
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    def ints(size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32, device="cuda")
+
+    return BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
+        "NHD",
+        use_cuda_graph=True,
+        backend="fa2",
+        qo_indptr_buf=ints(bs + 1),
+        paged_kv_indptr_buf=ints(bs + 1),
+        paged_kv_indices_buf=ints(num_pages),
+        paged_kv_last_page_len_buf=ints(bs) + 1,
+    )
+
+
+@pytest.mark.parametrize("bs", [1, 2, 3, 8, 33, 128])
+@pytest.mark.parametrize("width", [12, 32])
+def test_the_plan_is_flashinfers(bs: int, width: int) -> None:
+    rng = random.Random(bs * width)
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for num_heads, num_kv_heads, longest in ((32, 8, 400), (16, 8, 5000), (32, 8, 40_000)):
+        prefix_lens = torch.tensor([rng.randrange(1, longest) for _ in range(bs)])
+        lens = prefix_lens + width
+        kv_indptr = torch.zeros(bs + 1, dtype=torch.int32)
+        kv_indptr[1:] = lens.cumsum(0)
+        qo_indptr = torch.arange(0, (bs + 1) * width, width, dtype=torch.int32)
+        num_pages = int(lens.sum())
+        wrapper = _wrapper(bs, num_pages)
+        wrapper.plan(
+            qo_indptr.cuda(),
+            kv_indptr.cuda(),
+            torch.zeros(num_pages, dtype=torch.int32, device="cuda"),
+            torch.ones(bs, dtype=torch.int32, device="cuda"),
+            num_heads,
+            num_kv_heads,
+            HEAD_DIM,
+            1,
+            q_data_type=torch.bfloat16,
+            kv_data_type=torch.bfloat16,
+        )
+        layout, workspace = PlanLayout(*wrapper._plan_info), wrapper._int_workspace_buffer
+        expected = read_plan(workspace, layout, bs, width)
+        constants = workspace[layout.total_rows_offset : layout.total_rows_offset + 4].clone()
+        workspace.fill_(1)
+        ours = torch.zeros(bs, dtype=torch.int32, device="cuda"), torch.zeros_like(kv_indptr, device="cuda")
+        write_plan(
+            workspace,
+            layout,
+            prefix_lens.cuda(),
+            *ours,
+            width=width,
+            group=num_heads // num_kv_heads,
+            max_work=max_split_work(num_sms, num_kv_heads),
+        )
+        assert read_plan(workspace, layout, bs, width) == expected
+        assert ours[0].tolist() == lens.tolist()
+        assert ours[1].tolist() == kv_indptr.tolist()
+        # What no plan of ours touches is the same in every plan of the size.
+        assert constants.view(torch.int32).item() == bs * width

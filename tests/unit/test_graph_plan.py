@@ -1,0 +1,116 @@
+"""The plan that is made on the GPU, by Triton's interpreter, against FlashInfer's rules in plain Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sglang_orthrus import graph_plan
+from sglang_orthrus.graph_plan import GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
+
+SHAPES = ((4, 8, 300), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
+WIDTHS = (5, 12, 32)
+BATCH_SIZES = (1, 2, 3, 8, 40)
+
+
+def layout_for(bs: int, width: int, group: int, max_work: int) -> PlanLayout:
+    """A workspace as `PrefillPlan` divides it, arrays behind each other."""
+    tile_rows = 128 if (bs * width - bs + 1) * group > 64 else 64
+    num_ctas = max(max_work, -(-bs * width * group // tile_rows) + bs - 1)
+    sizes = [num_ctas, num_ctas, num_ctas, bs * width + 1, bs + 1, 1]
+    ends = [16 * (sum(-(-4 * size // 16) for size in sizes[: place + 1])) for place in range(len(sizes))]
+    request, qo_tile, kv_tile, merge, o_indptr, chunk = [0, *ends[:-1]]
+    valid = ends[-1]
+    return PlanLayout(
+        num_ctas, bs * width, 0, tile_rows, request, qo_tile, kv_tile, merge, o_indptr, chunk, 0, 0, valid, 1, 1
+    )
+
+
+def flashinfer_plan(kv_lens: Sequence[int], width: int, group: int, tile_rows: int, max_work: int) -> dict[str, Any]:
+    """`PrefillSplitQOKVIndptr`, step by step."""
+    tiles = -(-width * group // tile_rows)
+    low, high = 128, max(kv_lens)
+    while low < high:
+        middle = (low + high) // 2
+        if sum(tiles * -(-length // middle) for length in kv_lens) > max_work:
+            low = middle + 1
+        else:
+            high = middle
+    work = []
+    o_indptr, merge_indptr = [0], [0]
+    for number, length in enumerate(kv_lens):
+        chunks = -(-length // low)
+        work += [[number, tile, chunk] for tile in range(tiles) for chunk in range(chunks)]
+        for _ in range(width):
+            merge_indptr.append(merge_indptr[-1] + chunks)
+        o_indptr.append(o_indptr[-1] + width * chunks)
+    return {"work": work, "chunk": low, "o_indptr": o_indptr, "merge_indptr": merge_indptr}
+
+
+def cases() -> list[dict[str, Any]]:
+    """Short and long prefixes, split and unsplit, with and without room for all."""
+    found = []
+    for bs in BATCH_SIZES:
+        for width in WIDTHS:
+            rng = random.Random(bs * width)
+            for group, num_kv_heads, longest in SHAPES:
+                max_work = max_split_work(132, num_kv_heads)
+                layout = layout_for(bs, width, group, max_work)
+                prefix_lens = [rng.randrange(1, longest) for _ in range(bs)]
+                sizes = {"width": width, "group": group, "max_work": max_work}
+                found.append({"layout": layout, "prefix_lens": prefix_lens, **sizes})
+    return found
+
+
+def test_the_plan_is_flashinfers() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.unit.interpreted_plans"],
+        input=json.dumps(cases()),
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    for case, actual in zip(cases(), json.loads(run.stdout.splitlines()[-1]), strict=True):
+        width, layout = case["width"], case["layout"]
+        lens = [length + width for length in case["prefix_lens"]]
+        expected = flashinfer_plan(lens, width, case["group"], layout.tile_rows, case["max_work"])
+        places = [sum(lens[:count]) for count in range(len(lens) + 1)]
+        assert actual == expected | {"kv_lens": lens, "kv_indptr": places}
+
+
+def test_a_bound_half_as_large_makes_another_plan() -> None:
+    """The reference of the test above depends on what it is to check."""
+    one, other = (flashinfer_plan([9000, 400], 32, 4, 128, work) for work in (33, 16))
+    assert one["chunk"] < other["chunk"]
+
+
+def test_replays_leave_the_backend_alone_and_captures_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    backend = SimpleNamespace(
+        init_forward_metadata_out_graph=lambda batch, in_capture: calls.append((batch.forward_mode, in_capture)),
+        init_forward_metadata_in_graph=lambda batch: None,
+        indices_updater_prefill=SimpleNamespace(num_qo_heads=32, num_kv_heads=8),
+        workspace_buffer=torch.zeros(1),
+        kv_last_page_len=torch.ones(4, dtype=torch.int32),
+    )
+    assert not plans_in_graphs(backend)
+    graph_plan.plan_in_graphs(backend)
+    assert plans_in_graphs(backend)
+    verify, decode = (SimpleNamespace(forward_mode=mode) for mode in (ForwardMode.TARGET_VERIFY, ForwardMode.DECODE))
+    backend.init_forward_metadata_out_graph(verify, in_capture=True)
+    backend.init_forward_metadata_out_graph(verify)
+    backend.init_forward_metadata_out_graph(decode)
+    assert calls == [(ForwardMode.TARGET_VERIFY, True), (ForwardMode.DECODE, False)]
+    assert isinstance(backend.init_forward_metadata_in_graph.__self__, GraphPlanner)
