@@ -1,7 +1,7 @@
 """Plain SGLang, ORTHRUS and NGRAM speculation on one checkpoint, side by side, with SGLang's own load generator.
 
     python -m benchmarks.sweep cpu
-    python -m benchmarks.sweep gpu --model /tmp/wide-8b [--out FILE] [--resume]
+    python -m benchmarks.sweep gpu --model /tmp/wide-8b [--out FILE] [--resume]     # FlashInfer; gpu-fa3: FA3
 
 One server is resident at a time; plain SGLang is measured first and again last. All get the same prompts, attention
 backend, memory and graph sizes. Before a speculating server is timed, its answers to a few prompts are compared with
@@ -150,7 +150,13 @@ GPU = Mode(
     + by_context((512, 1024, 2048, 4096, 8192, 16384, 32768, 40000), 3, 256),
     check_prompts=20,
 )
-MODES = {mode.name: mode for mode in (CPU, GPU)}
+# SGLang's own choice on Hopper.
+GPU_FA3 = replace(
+    GPU,
+    name="gpu-fa3",
+    setup=replace(SETUPS["fa3-bf16"], args=("--dtype", "bfloat16", "--attention-backend", "fa3")),
+)
+MODES = {mode.name: mode for mode in (CPU, GPU, GPU_FA3)}
 
 
 @dataclass(frozen=True)

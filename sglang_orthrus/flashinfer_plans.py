@@ -20,12 +20,13 @@ _MARGIN = 1.1
 def workspace_bytes(num_requests: int, width: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
     """What a plan for `num_requests` blocks of `width` rows needs under a CUDA graph, where KV is always split.
 
-    Follows `PrefillSplitQOKVIndptr` in FlashInfer's scheduler.cuh: an fp32 partial result of every query tile and head.
+    Follows `PrefillPlan` in FlashInfer's scheduler.cuh: an fp32 partial result of every query row, head and chunk. A
+    tile holds the rows of all query heads of a key-value head.
     """
-    rows = num_requests * width * (num_q_heads // num_kv_heads)
-    tiles = -(-rows // _TILE_ROWS) + num_requests - 1
+    group = num_q_heads // num_kv_heads
+    tiles = -(-num_requests * width * group // _TILE_ROWS) + num_requests - 1
     tiles = max(tiles, 2 * _MAX_SMS // num_kv_heads)
-    partial_results = num_q_heads * tiles * _TILE_ROWS * (head_dim + 1) * 4
+    partial_results = num_q_heads * -(-tiles * _TILE_ROWS // group) * (head_dim + 1) * 4
     return max(_MIN_WORKSPACE_BYTES, int(_MARGIN * partial_results))
 
 

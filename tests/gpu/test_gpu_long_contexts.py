@@ -1,0 +1,59 @@
+"""Contexts of 16k tokens up to the limit, prefilled in chunks while others decode, against plain SGLang."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks.parity import MAX_NEW_TOKENS, SETUPS, Prompt, ask
+from benchmarks.parity_rules import Answer, find_divergence
+from benchmarks.sweep_prompts import PromptPool
+from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
+from sglang_orthrus.server import Server, plain_env
+
+pytestmark = pytest.mark.gpu
+
+CONTEXT = 40_960
+LIMITS = (
+    *("--context-length", str(CONTEXT), "--chunked-prefill-size", "2048", "--max-total-tokens", "163840"),
+    *("--mem-fraction-static", "0.5", "--max-running-requests", "12", "--cuda-graph-max-bs-decode", "8"),
+    *("--cuda-graph-backend-prefill", "disabled"),
+)
+# nano was trained on shorter ones.
+LONGER = ("--json-model-override-args", json.dumps({"max_position_embeddings": CONTEXT}))
+
+
+def _prompts() -> list[Prompt]:
+    """Short ones, and in between long ones; the last fills the context with its answer."""
+    pool = PromptPool(NANO)
+    short = pool.take(9)
+    lengths = (16_384, 32_768, CONTEXT - MAX_NEW_TOKENS)
+    long = [pool.take(5, length)[number] for number, length in enumerate(lengths)]
+    return [prompt for number, one in enumerate(long) for prompt in (*short[3 * number : 3 * number + 3], one)]
+
+
+def _answers(server: Server, prompts: list[Prompt], in_flight: int) -> list[Answer]:
+    with ThreadPoolExecutor(in_flight) as pool:
+        return list(pool.map(partial(ask, server), prompts))
+
+
+@pytest.mark.parametrize("setup", ["flashinfer-bf16", "triton-fp32"])
+def test_long_contexts(setup: str, tmp_path: Path) -> None:
+    prompts = _prompts()
+    args, env = (*SETUPS[setup].args[:4], *LIMITS, *LONGER), SETUPS[setup].env
+    exported = export_ar(NANO, tmp_path / "ar")
+    with Server(exported, *args, env={**plain_env(), **env}) as server:
+        expected = _answers(server, prompts, 1)
+    for overlap in ((), ("--disable-overlap-schedule",)):
+        with Server(NANO, *ORTHRUS_ARGS, *args, *overlap, env=env) as server:
+            for in_flight in (1, len(prompts)):
+                answers = _answers(server, prompts, in_flight)
+                for plain, ours in zip(expected, answers, strict=True):
+                    found = find_divergence(plain.tokens, ours.tokens, plain.gap_after, SETUPS[setup].tie_below)
+                    assert found is None or found.gap < found.tie_below, found
+                assert all(answer.rounds for answer in answers if len(answer.tokens) > 1)
