@@ -1,6 +1,7 @@
 """Seeded parity: ORTHRUS, in mixed batches, against plain SGLang serving every request alone; and what seeds cost.
 
-    python -m benchmarks.seeded_parity [--prompts 200] [--max-new-tokens 64]
+    python -m benchmarks.seeded_parity [--prompts 200] [--max-new-tokens 64] [--slice I/N] [--out FILE]
+    python -m benchmarks.seeded_parity --merge FILE... [--out FILE]
 
 Under `--enable-deterministic-inference`, held-out prompts x 3 seeds x temperatures 0.6 and 1.0 x filters (none, top_p,
 top_k, both), with greedy requests among them. ORTHRUS has eight requests of different kinds in flight; plain SGLang
@@ -9,6 +10,8 @@ difference where rounding decides (`seeded_rules.margin` below 1e-4), at most on
 
 Then the same requests without seeds: tokens per cycle of rejection sampling beside those of the common noise.
 Tokens per cycle = (tokens - 1) / rounds, as the first token comes from the prefill; the bonus token is included.
+
+On two cores a prompt takes half a minute, so a run can be made in slices, on as many cores as there are, and merged.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parity import RESULTS, SETUPS, Prompt, load_prompts, progress
-from benchmarks.parity_rules import NEAR_TIE
 from benchmarks.provenance import provenance
+from benchmarks.seeded_merge import ROUNDS, conclude, merge
 from benchmarks.seeded_rules import margin
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
@@ -44,7 +47,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "both": {"top_k": 20, "top_p": 0.95},
 }
 IN_FLIGHT = 8
-ANSWERS_PER_EXCUSE = 200
+REJECTION = "rejection sampling"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,26 @@ class Answer:
 
     tokens: tuple[int, ...]
     rounds: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Every n-th prompt of a run, from the given number on."""
+
+    number: int
+    of_slices: int
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """From "I/N"."""
+        number, of_slices = map(int, text.split("/"))
+        if not 0 <= number < of_slices:
+            raise argparse.ArgumentTypeError(f"{text}: I/N with I from 0 to N - 1 is wanted")
+        return cls(number, of_slices)
+
+    def of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Its prompts."""
+        return prompts[self.number :: self.of_slices]
 
 
 def cases(prompts: Sequence[Prompt], seeds: Sequence[int] = SEEDS) -> list[Case]:
@@ -107,55 +130,82 @@ def first_difference(reference: Reference, case: Case, expected: Answer, actual:
     return {"case": case.label, "prompt": case.prompt.name, "index": index, "tokens": tokens, "margin": distance}
 
 
-def tokens_per_cycle(requests: Sequence[Case], answers: Sequence[Answer]) -> dict[str, float]:
-    """By kind of request, weighted by rounds."""
-    result = {}
-    for label in sorted({case.label for case in requests}):
-        chosen = [answer for case, answer in zip(requests, answers, strict=True) if case.label == label]
-        rounds = sum(answer.rounds for answer in chosen)
-        result[label] = round(sum(len(answer.tokens) - 1 for answer in chosen) / max(rounds, 1), 3)
+def tokens_and_rounds(requests: Sequence[Case], answers: Sequence[Answer]) -> dict[str, list[int]]:
+    """By kind of request: tokens that rounds gave, and the rounds."""
+    result: dict[str, list[int]] = {}
+    for case, answer in zip(requests, answers, strict=True):
+        found = result.setdefault(case.label, [0, 0])
+        found[0] += len(answer.tokens) - 1
+        found[1] += answer.rounds
     return result
 
 
-def run(count: int, max_new_tokens: int) -> dict[str, Any]:
-    """Both servers, and the comparison."""
-    requests = cases(load_prompts(NANO, count)[:count])
+def answer_all(requests: Sequence[Case], max_new_tokens: int, first_port: int | None) -> dict[str, list[Answer]]:
+    """What every server says. They run at the same time: a server that has one request at a time leaves cores idle."""
     setup = SETUPS["cpu"]
-    answers = {}
-    for name, extra in (("seeded", SEEDED), ("rejection", ())):
-        with Server(NANO, *ORTHRUS_ARGS, *setup.args, *extra) as server:
-            answers[name] = collect(server, requests, IN_FLIGHT, max_new_tokens, name)
-    with tempfile.TemporaryDirectory() as folder:
-        exported = export_ar(NANO, Path(folder) / "ar")
-        with Server(exported, *setup.args, *SEEDED, env=plain_env()) as server:
-            plain = collect(server, requests, 1, max_new_tokens, "plain")
+    ports = iter(range(first_port, first_port + 6)) if first_port is not None else None
+
+    def collect_from(name: str, model: Path, in_flight: int, args: Sequence[str], env: dict[str, str]) -> list[Answer]:
+        # Ports are drawn at random otherwise, and dozens of servers that start together would draw one twice.
+        nccl = ("--nccl-port", str(next(ports))) if ports is not None else ()
+        port = next(ports) if ports is not None else None
+        with Server(model, *args, *setup.args, *nccl, port=port, env=env) as server:
+            return collect(server, requests, in_flight, max_new_tokens, name)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        plain = export_ar(NANO, Path(folder) / "ar")
+        futures = {
+            "plain": pool.submit(collect_from, "plain", plain, 1, SEEDED, plain_env()),
+            "seeded": pool.submit(collect_from, "seeded", NANO, IN_FLIGHT, (*ORTHRUS_ARGS, *SEEDED), {}),
+            REJECTION: pool.submit(collect_from, REJECTION, NANO, IN_FLIGHT, ORTHRUS_ARGS, {}),
+        }
+        return {name: future.result() for name, future in futures.items()}
+
+
+def run(count: int, max_new_tokens: int, part: Slice, first_port: int | None) -> dict[str, Any]:
+    """All servers, and the comparison."""
+    prompts = part.of(load_prompts(NANO, count)[:count])
+    requests = cases(prompts)
+    answers = answer_all(requests, max_new_tokens, first_port)
+    plain = answers["plain"]
     reference = Reference(NANO)
     pairs = zip(requests, plain, answers["seeded"], strict=True)
-    differences = [found for pair in pairs if (found := first_difference(reference, *pair)) is not None]
-    are_near = all(d["margin"] is not None and d["margin"] < NEAR_TIE for d in differences)
     # Of a greedy request the answer is known by heart: of how many sampled ones is it another?
     greedy = {case.prompt.name: answer for case, answer in zip(requests, plain, strict=True) if case.label == "greedy"}
     others = sum(answer.tokens != greedy[case.prompt.name].tokens for case, answer in zip(requests, plain, strict=True))
-    return {
-        "passed": are_near and len(differences) * ANSWERS_PER_EXCUSE <= len(requests),
-        "answers": len(requests),
-        "answers that are not the greedy one": others,
-        "tokens": sum(len(answer.tokens) for answer in plain),
-        "differences": differences,
-        "tokens per cycle, seeded": tokens_per_cycle(requests, answers["seeded"]),
-        "tokens per cycle, rejection sampling": tokens_per_cycle(requests, answers["rejection"]),
-        "provenance": provenance(),
-    }
+    return conclude(
+        {
+            "prompts of the whole run": count,
+            "max new tokens": max_new_tokens,
+            "slices": part.of_slices,
+            "slice": part.number,
+            "prompts": len(prompts),
+            "answers": len(requests),
+            "answers that are not the greedy one": others,
+            "tokens": sum(len(answer.tokens) for answer in plain),
+            "differences": [found for pair in pairs if (found := first_difference(reference, *pair)) is not None],
+            ROUNDS: {name: tokens_and_rounds(requests, answers[name]) for name in ("seeded", REJECTION)},
+            "provenance": provenance(),
+        }
+    )
 
 
 def main() -> int:
-    """Run, print, write the JSON; exit status 1 if parity does not hold."""
+    """Run or merge, print, write the JSON; exit status 1 if parity does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=200, help="of the whole run")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--slice", type=Slice.parse, default=Slice(0, 1), metavar="I/N", help="every N-th prompt from I"
+    )
+    parser.add_argument("--first-port", type=int, help="of six in a row; free ones are drawn by default")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="results of all slices; runs nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "seeded-parity-cpu.json")
     arguments = parser.parse_args()
-    result = run(arguments.prompts, arguments.max_new_tokens)
+    if arguments.merge:
+        result = merge([json.loads(path.read_text()) for path in arguments.merge])
+    else:
+        result = run(arguments.prompts, arguments.max_new_tokens, arguments.slice, arguments.first_port)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0 if result["passed"] else 1
