@@ -6,7 +6,7 @@ one, by position. Chi-square tests have fixed seeds; a correct implementation fa
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +20,7 @@ from sglang_orthrus.adjust import Adjustments, RowMasks
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.cpu import kernels
 from sglang_orthrus.verify import Verdict
+from tests.sampling import decode_batch
 
 VOCAB, WIDTH = 5, 4
 FALSE_ALARM = 1e-6
@@ -53,30 +54,7 @@ def _tables(closeness: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return ar, closeness * ar[:1].expand(WIDTH - 1, -1) + noise
 
 
-def _batch(params: list[dict[str, Any]], prefix_lens: torch.Tensor, seeds: torch.Tensor | None = None) -> Any:
-    defaults = {
-        "temperature": 1.0,
-        "top_k": TOP_K_ALL,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "custom_params": None,
-        "min_new_tokens": 0,
-    }
-    params = [defaults | given for given in params]
-    info = SimpleNamespace(
-        temperatures=torch.tensor([[p["temperature"]] for p in params]),
-        top_ks=torch.tensor([p["top_k"] for p in params], dtype=torch.int32),
-        top_ps=torch.tensor([p["top_p"] for p in params]),
-        min_ps=torch.tensor([p["min_p"] for p in params]),
-        sampling_seed=seeds,
-        acc_additive_penalties=None,
-        acc_scaling_penalties=None,
-        logit_bias=None,
-        has_custom_logit_processor=False,
-        vocab_size=VOCAB,
-    )
-    reqs = [SimpleNamespace(sampling_params=SimpleNamespace(**p), custom_logit_processor=None) for p in params]
-    return SimpleNamespace(reqs=reqs, sampling_info=info, seq_lens=prefix_lens, device="cpu")
+_batch = partial(decode_batch, vocab_size=VOCAB)
 
 
 def _round(
