@@ -43,6 +43,30 @@ def decode_batch(
     return SimpleNamespace(reqs=reqs, sampling_info=info, seq_lens=prefix_lens, device=str(device))
 
 
+def top_k_renorm(probs: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:
+    """The definition of FlashInfer's function, row by row. probs: [n, V], top_ks: [n]"""
+    rows = []
+    for row, top_k in zip(probs, top_ks.tolist(), strict=True):
+        floor = row.sort(descending=True).values[min(top_k, len(row)) - 1]
+        rows.append(torch.where(row >= floor, row, 0))
+    return torch.stack([row / row.sum() for row in rows])
+
+
+def top_p_renorm(probs: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    """The definition of FlashInfer's function, row by row. probs: [n, V], top_ps: [n]"""
+    rows = []
+    for row, top_p in zip(probs, top_ps.tolist(), strict=True):
+        ordered = row.sort(descending=True)
+        kept, mass = torch.zeros_like(row), 0.0
+        for value, token in zip(ordered.values.tolist(), ordered.indices.tolist(), strict=True):
+            kept[token] = value
+            mass += value
+            if mass >= top_p:
+                break
+        rows.append(kept / kept.sum())
+    return torch.stack(rows)
+
+
 def same_source(ours: Sequence[Hashable], theirs: Sequence[Hashable], rare: int = 20) -> float:
     """The p-value of chi-square for two samples from one distribution, values seen fewer times in all taken together.
 

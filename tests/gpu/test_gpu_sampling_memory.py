@@ -81,10 +81,13 @@ def test_memory_is_that_of_a_piece_on_a_cpu(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flashinfer", "pytorch"])
+@pytest.mark.parametrize(("backend", "bound"), [("flashinfer", BOUND), ("pytorch", 24)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_memory_is_that_of_a_piece_on_a_gpu(options: dict[str, Any], backend: str) -> None:
-    """With workspaces and what the allocator rounds up: below half of one dense copy of the logits, 1.24 GB."""
+def test_memory_is_that_of_a_piece_on_a_gpu(options: dict[str, Any], backend: str, bound: int) -> None:
+    """Below 1.25 GB; below 1.87 GB with `--sampling-backend pytorch`, whose sort has a workspace.
+
+    One dense fp32 copy of the logits would take 2.49 GB, and choosing needs some ten.
+    """
     vocab_size = 151936
     head = Head(vocab_size, "cuda")
     choose(head, options, vocab_size, "cuda", backend)  # kernels are built, libraries take their workspaces
@@ -96,4 +99,4 @@ def test_memory_is_that_of_a_piece_on_a_gpu(options: dict[str, Any], backend: st
     peak = torch.cuda.max_memory_allocated() - before
     print(f"{options} {backend}: {peak / 2**20:.0f} MiB")
     assert lens.float().mean() > 1.5
-    assert peak < BOUND * SAMPLED_ROWS * vocab_size * 4
+    assert peak < bound * SAMPLED_ROWS * vocab_size * 4
