@@ -67,7 +67,7 @@ def top_p_renorm(probs: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def same_source(ours: Sequence[Hashable], theirs: Sequence[Hashable], rare: int = 20) -> float:
+def same_source(ours: Sequence[Hashable], theirs: Sequence[Hashable], rare: int = 12) -> float:
     """The p-value of chi-square for two samples from one distribution, values seen fewer times in all taken together.
 
     1 where only one value is left.

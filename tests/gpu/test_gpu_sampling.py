@@ -32,14 +32,15 @@ from tests.sampling import same_source
 FALSE_ALARM = 1e-6
 LENGTH = 5
 AT_ONCE = 32
-# Hot, as nano is sure of most tokens.
+# "It was a", alone: of what follows nano is not sure.
+PROMPT = (427, 666, 278)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "temperature": {"temperature": 1.8},
-    "top_k": {"temperature": 2.2, "top_k": 12},
-    "top_p": {"temperature": 1.8, "top_p": 0.7},
-    "min_p": {"temperature": 2.2, "min_p": 0.08},
-    "top_k and top_p": {"temperature": 2.2, "top_k": 20, "top_p": 0.8},
-    "all": {"temperature": 2.2, "top_k": 20, "top_p": 0.9, "min_p": 0.04},
+    "temperature": {"temperature": 0.9},
+    "top_k": {"temperature": 1.3, "top_k": 8},
+    "top_p": {"temperature": 0.9, "top_p": 0.5},
+    "min_p": {"temperature": 1.2, "min_p": 0.2},
+    "top_k and top_p": {"temperature": 1.2, "top_k": 12, "top_p": 0.6},
+    "all": {"temperature": 1.2, "top_k": 10, "top_p": 0.9, "min_p": 0.1},
 }
 
 
@@ -58,7 +59,7 @@ class Bench:
 BENCHES = {
     # As many running requests as the setup allows have graphs.
     "cuda": Bench("triton-fp32", 9, 1536, "split", "graph", ("--cuda-graph-max-bs-decode", "48")),
-    "cpu": Bench("cpu", 2, 192, "eager", "eager"),
+    "cpu": Bench("cpu", 2, 160, "eager", "eager"),
 }
 
 
@@ -114,7 +115,7 @@ def samples(bench: Bench, served: Server, ar: Path) -> dict[str, tuple[list[Repl
 
     def ask(server: Server, options: dict[str, Any]) -> list[Reply]:
         sampling = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE, **options}
-        return server.post("/generate", {"input_ids": list(prompt_of("prose")), "sampling_params": sampling})
+        return server.post("/generate", {"input_ids": list(PROMPT), "sampling_params": sampling})
 
     kinds = list(OPTIONS.values())
     before = rounds_by_path(served)
@@ -153,15 +154,18 @@ def test_tokens_follow_plain_sglangs_distribution(
     found = misfits(ours, theirs)
     assert min(found) > FALSE_ALARM, found
     rounds = {reply["meta_info"]["spec_verify_ct"] for reply in ours}
-    assert {1, 2} <= rounds, "drafts were accepted, and rounds follow on one another"
+    assert min(rounds) < LENGTH - 1 and max(rounds) > 1, "drafts were accepted, and rounds follow on one another"
 
 
 @pytest.mark.parametrize("pair", [("temperature", "top_p"), ("top_k", "min_p")], ids=" or ".join)
 def test_the_test_notices_other_filters(
-    samples: dict[str, tuple[list[Reply], list[Reply]]], pair: tuple[str, str]
+    samples: dict[str, tuple[list[Reply], list[Reply]]], bench: Bench, pair: tuple[str, str]
 ) -> None:
+    if pair == ("top_k", "min_p") and bench.samples < 1000:
+        pytest.skip("takes more samples")
     (ours, _), (_, theirs) = (samples[name] for name in pair)
-    assert min(misfits(ours, theirs)) < FALSE_ALARM
+    of_prefill, *found = misfits(ours, theirs)
+    assert of_prefill < FALSE_ALARM and min(found) < FALSE_ALARM
 
 
 def test_sampled_rounds_take_two_graphs_and_greedy_ones_one(served: Server, bench: Bench) -> None:
