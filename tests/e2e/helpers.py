@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
+
+from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
+from torch import Tensor
 
 from benchmarks.parity import Prompt, load_prompts
 from benchmarks.parity_rules import find_divergence
@@ -14,6 +18,7 @@ from sglang_orthrus.server import Server
 from tests.reference import Reference, top2_gap
 
 Reply = dict[str, Any]
+STOPS = {4088, 4090}  # <|endoftext|> and <|im_end|>, which end nano's texts
 
 
 @cache
@@ -55,3 +60,24 @@ def assert_same_output(reference: Reference, ids: Sequence[int], expected: Reply
 def tokens_per_cycle(reply: Reply) -> float:
     """Tokens per draft-and-verify round; the prefill's token is not counted."""
     return (len(reply["output_ids"]) - 1) / reply["meta_info"]["spec_verify_ct"]
+
+
+def adjusted(logits: Tensor, ids: Sequence[int], said: Sequence[int], options: dict[str, Any]) -> Tensor:
+    """What SGLang's documentation of the options says of one row of logits. logits: [V]"""
+    logits = logits.clone()
+    if len(said) < options.get("min_new_tokens", 0):
+        logits[list(STOPS)] = float("-inf")
+    for token in set(said):
+        times = list(said).count(token)
+        logits[token] -= options.get("frequency_penalty", 0.0) * times + options.get("presence_penalty", 0.0)
+        scale = options.get("repetition_penalty", 1.0)
+        logits[token] = logits[token] * scale if logits[token] < 0 else logits[token] / scale
+    for key, bias in options.get("logit_bias", {}).items():
+        logits[int(key)] += bias
+    params = options.get("custom_params", {})
+    if "token_ids" in params:
+        logits[params["token_ids"]] = float("-inf")
+    if "ngram_size" in params:
+        request = SimpleNamespace(origin_input_ids=list(ids), output_ids=list(said))
+        logits = NoRepeat()(logits[None], [params | {"__req__": request}])[0]
+    return logits

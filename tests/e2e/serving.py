@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,18 @@ def gauge(server: Server, name: str) -> float:
     """One of SGLang's metrics, summed over its labels."""
     lines = server.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"sglang:{name}{{"))
+
+
+def rounds_by_path(server: Server) -> dict[str, int]:
+    """How many rounds ran on each path so far (`sglang_orthrus.paths`)."""
+    lines = server.get("/metrics").text.splitlines()
+    found = (re.match(r'sglang_orthrus:rounds_total\{.*path="(\w+)".*\} (\S+)', line) for line in lines)
+    return {match[1]: int(float(match[2])) for match in found if match}
+
+
+def paths_since(server: Server, before: dict[str, int]) -> set[str]:
+    """The paths that were taken since."""
+    return {path for path, count in rounds_by_path(server).items() if count > before.get(path, 0)}
 
 
 def wait_for_gauge(server: Server, name: str, value: float) -> None:

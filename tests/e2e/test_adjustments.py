@@ -13,16 +13,15 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 import sglang as sgl
 import torch
+from sglang.lang.choices import ChoicesSamplingMethod
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
-from torch import Tensor
 
 from benchmarks.parity import load_prompts
 from benchmarks.parity_rules import NEAR_TIE, find_divergence
@@ -30,7 +29,7 @@ from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO
 from sglang_orthrus.server import Server, plain_env
 from tests.conftest import SETUP, TEST_ARGS
-from tests.e2e.helpers import Reply, prompt_of
+from tests.e2e.helpers import Reply, adjusted, prompt_of
 from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.e2e
@@ -39,7 +38,6 @@ slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="take
 
 MAX_NEW_TOKENS = 48
 PATCHES = Path(__file__).parents[2] / "patches"
-STOPS = {4088, 4090}  # <|endoftext|> and <|im_end|>, which end nano's texts
 PENALTIES: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": 0.6},
     "presence": {"presence_penalty": 0.9},
@@ -72,27 +70,6 @@ CUSTOM: dict[str, tuple[dict[str, Any], str]] = {
 def ask(server: Server, ids: Sequence[int], options: dict[str, Any], **top_level: Any) -> Reply:
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, **options}
     return server.post("/generate", {"input_ids": list(ids), "sampling_params": sampling, **top_level})
-
-
-def adjusted(logits: Tensor, ids: Sequence[int], said: Sequence[int], options: dict[str, Any]) -> Tensor:
-    """What SGLang's documentation of the options says of one row of logits. logits: [V]"""
-    logits = logits.clone()
-    if len(said) < options.get("min_new_tokens", 0):
-        logits[list(STOPS)] = float("-inf")
-    for token in set(said):
-        times = list(said).count(token)
-        logits[token] -= options.get("frequency_penalty", 0.0) * times + options.get("presence_penalty", 0.0)
-        scale = options.get("repetition_penalty", 1.0)
-        logits[token] = logits[token] * scale if logits[token] < 0 else logits[token] / scale
-    for key, bias in options.get("logit_bias", {}).items():
-        logits[int(key)] += bias
-    params = options.get("custom_params", {})
-    if "token_ids" in params:
-        logits[params["token_ids"]] = float("-inf")
-    if "ngram_size" in params:
-        request = SimpleNamespace(origin_input_ids=list(ids), output_ids=list(said))
-        logits = NoRepeat()(logits[None], [params | {"__req__": request}])[0]
-    return logits
 
 
 def assert_follows(reference: Reference, ids: Sequence[int], options: dict[str, Any], reply: Reply) -> None:
@@ -143,6 +120,7 @@ LOGPROBS: dict[str, dict[str, Any]] = {
     "top": {"return_logprob": True, "top_logprobs_num": 3},
     "ids": {"return_logprob": True, "token_ids_logprob": [5, 300, 12]},
     "input": {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, "token_ids_logprob": [7]},
+    "a part of the input": {"return_logprob": True, "logprob_start_len": 5},
 }
 LISTS = ("token_logprobs", "top_logprobs", "token_ids_logprobs")
 
@@ -212,17 +190,22 @@ def test_openai_logprobs(served: Server, plain: Server) -> None:
     assert text == pytest.approx(other_text, abs=1e-4)
 
 
-def test_select_rests_on_log_probabilities(served: Server, plain: Server) -> None:
+@pytest.mark.parametrize(
+    "method", [sgl.token_length_normalized, sgl.greedy_token_selection, sgl.unconditional_likelihood_normalized]
+)
+def test_select_rests_on_log_probabilities(served: Server, plain: Server, method: ChoicesSamplingMethod) -> None:
     @sgl.function
     def pick(s: Any, question: str) -> Any:
         s += sgl.user(question)
-        s += sgl.assistant(sgl.select("answer", choices=["Hello", "Goodbye", "42"]))
+        s += sgl.assistant(sgl.select("answer", choices=["Hello", "Goodbye", "42"], choices_method=method))
 
-    answers = [
-        pick.run("Bye", backend=sgl.RuntimeEndpoint(server.url, chat_template_name="qwen"))["answer"]
-        for server in (served, plain)
-    ]
-    assert answers[0] == answers[1]
+    found = []
+    for server in (served, plain):
+        state = pick.run("Bye", backend=sgl.RuntimeEndpoint(server.url, chat_template_name="qwen"))
+        found.append((state["answer"], state.get_meta_info("answer")["normalized_prompt_logprobs"]))
+    (ours, logprobs), (theirs, other_logprobs) = found
+    assert ours == theirs
+    assert logprobs == pytest.approx(other_logprobs, abs=1e-4) and len(set(logprobs)) == 3
 
 
 def test_scores_are_plain_sglangs(served: Server, plain: Server) -> None:
@@ -236,6 +219,31 @@ def test_several_samples_of_a_request(served: Server) -> None:
     replies = served.post("/generate", {"input_ids": list(prompt_of("prose")), "sampling_params": sampling})
     assert len(replies) == 4
     assert len({tuple(reply["output_ids"]) for reply in replies}) > 1
+
+
+# Nano says: It was a stormy morning ...
+STOPPING: dict[str, dict[str, Any]] = {
+    "stop": {"stop": ["xyz", "morning"]},
+    "stop, kept": {"stop": "morning", "no_stop_trim": True},
+    "stop_regex": {"stop_regex": "m[aeiou]r"},
+    "stop_regex, kept": {"stop_regex": ["m[aeiou]r"], "no_stop_trim": True},
+    "stop_token_ids": {"stop_token_ids": [1289]},
+    "stop_token_ids, kept": {"stop_token_ids": [1289], "no_stop_trim": True},
+    "special tokens": {"skip_special_tokens": False, "max_new_tokens": 256},
+    "special tokens at the end": {"skip_special_tokens": False, "no_stop_trim": True, "max_new_tokens": 256},
+}
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_stops_are_plain_sglangs(served: Server, plain: Server, name: str) -> None:
+    """The strings lie inside the first block."""
+    ids = prompt_of("prose")
+    ours, theirs = (ask(server, ids, STOPPING[name]) for server in (served, plain))
+    assert ours["output_ids"] == theirs["output_ids"] and ours["text"] == theirs["text"]
+    assert ours["meta_info"]["finish_reason"] == theirs["meta_info"]["finish_reason"]
+    assert ours["meta_info"]["finish_reason"]["type"] == "stop"
+    assert ("kept" in name) == (ours["text"].rstrip()[-3:] in ("ing", "mor"))
+    assert ("end" in name) == ours["text"].endswith("<|im_end|>")
 
 
 @slow

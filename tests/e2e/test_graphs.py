@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.server import Server
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
+from tests.e2e.serving import paths_since, rounds_by_path
 from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
@@ -46,25 +46,13 @@ def narrow(with_graphs: dict[str, str]) -> Iterator[Server]:
         yield server
 
 
-def rounds(server: Server) -> dict[str, int]:
-    """How many rounds ran on each path so far."""
-    lines = server.get("/metrics").text.splitlines()
-    found = (re.match(r'sglang_orthrus:rounds_total\{.*path="(\w+)".*\} (\S+)', line) for line in lines)
-    return {match[1]: int(float(match[2])) for match in found if match}
-
-
-def ran(server: Server, before: dict[str, int]) -> set[str]:
-    """The paths that were taken since."""
-    return {path for path, count in rounds(server).items() if count > before.get(path, 0)}
-
-
 def test_a_round_is_one_graph(served: Server, orthrus: Server, plain: Server, reference: Reference) -> None:
-    before = rounds(served)
+    before = rounds_by_path(served)
     for prompt in prompts()[::6]:
         reply = generate(served, prompt.ids, 64)
         assert_same_output(reference, prompt.ids, generate(plain, prompt.ids, 64), reply)
         assert tokens_per_cycle(reply) == tokens_per_cycle(generate(orthrus, prompt.ids, 64))
-    assert ran(served, before) == {"graph"}
+    assert paths_since(served, before) == {"graph"}
     assert "ORTHRUS rounds: 1 in one CUDA graph, 0 in two, 0 eager" in served.log_path.read_text()
 
 
@@ -73,12 +61,12 @@ def test_a_batch_is_padded_to_a_captured_size(
     served: Server, plain: Server, reference: Reference, in_flight: int, paths: set[str]
 ) -> None:
     """Sizes 1 and 4 are captured; requests of unlike lengths come and go."""
-    before = rounds(served)
+    before = rounds_by_path(served)
     requests = [(prompt.ids, 16 + 8 * index) for index, prompt in enumerate(prompts()[1::4])]
     replies = generate_together(served, requests, in_flight)
     for (ids, limit), reply in zip(requests, replies, strict=True):
         assert_same_output(reference, ids, generate(plain, ids, limit), reply)
-    assert ran(served, before) == paths
+    assert paths_since(served, before) == paths
     rounds_per_reply = [tokens_per_cycle(reply) for reply in replies]
     assert sum(rounds_per_reply) / len(rounds_per_reply) > 3
 
@@ -86,18 +74,25 @@ def test_a_batch_is_padded_to_a_captured_size(
 def test_a_grammar_takes_a_graph_for_each_pass(served: Server, plain: Server, reference: Reference) -> None:
     ids = prompt_of("json")
     schema = json.dumps({"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]})
-    before = rounds(served)
+    before = rounds_by_path(served)
     replies = [generate(server, ids, 64, json_schema=schema) for server in (plain, served)]
     assert replies[0]["output_ids"] == replies[1]["output_ids"]
     assert json.loads(replies[1]["text"])["id"] >= 0
-    assert ran(served, before) == {"split"}
+    assert paths_since(served, before) == {"split"}
+
+
+def test_sampled_rounds_take_a_graph_for_each_pass(served: Server) -> None:
+    for options, path in (({"temperature": 1.0, "top_p": 0.9}, "split"), ({}, "graph")):
+        before = rounds_by_path(served)
+        assert len(generate(served, prompt_of("prose"), 24, **options)["output_ids"]) > 1
+        assert paths_since(served, before) == {path}
 
 
 def test_a_narrow_verify_has_graphs_of_its_own(narrow: Server, plain: Server, reference: Reference) -> None:
-    before = rounds(narrow)
+    before = rounds_by_path(narrow)
     requests = [(prompt.ids, 48) for prompt in prompts()[2::6]]
     replies = generate_together(narrow, requests, 2)
     for (ids, limit), reply in zip(requests, replies, strict=True):
         assert_same_output(reference, ids, generate(plain, ids, limit), reply)
         assert 1.5 < tokens_per_cycle(reply) <= 12
-    assert ran(narrow, before) == {"split"}
+    assert paths_since(narrow, before) == {"split"}

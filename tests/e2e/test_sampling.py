@@ -5,6 +5,7 @@ The truth is the plain-PyTorch reference with SGLang's own sampling functions; `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +17,8 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
-from tokenizers import pre_tokenizers
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+from tokenizers import Tokenizer, pre_tokenizers
 
 from benchmarks.parity_rules import NEAR_TIE
 from benchmarks.seeded_parity import FILTERS, Case, cases
@@ -25,7 +27,7 @@ from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.sampling import sorted_support
 from sglang_orthrus.server import Server
 from tests.conftest import SETUP, TEST_ARGS
-from tests.e2e.helpers import Reply, generate, prompts, tokens_per_cycle
+from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
 from tests.fixtures import Shape, write_checkpoint
 from tests.reference import Reference
 
@@ -35,6 +37,7 @@ FALSE_ALARM = 1e-6
 SAMPLES = 400
 AT_ONCE = 20
 LENGTH = 4
+LETTERS_WANTED = 16
 PROMPT = (5, 17, 40, 3)
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the tiny tokenizer's ids
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -185,6 +188,52 @@ def test_seeded_answers_do_not_depend_on_the_batch(seeded: Server, reference: Re
     others = [r["output_ids"] != greedy[c.prompt.name] for c, r in zip(requests_, replies, strict=True)]
     assert sum(others) > len(others) / 3
     assert {len(FILTERS) * 2 + 1} == {len(requests_) // len(chosen)}
+
+
+ADJUSTED: dict[str, dict[str, Any]] = {
+    "penalties": {"frequency_penalty": 0.4, "presence_penalty": -0.3, "repetition_penalty": 1.2, "min_new_tokens": 30},
+    "bias": {"logit_bias": {"300": 6.0, "12": -3.0}, "top_p": 0.9},
+    "all": {"frequency_penalty": 0.5, "logit_bias": {"300": 3.0}, "top_k": 20, "min_new_tokens": 10},
+    "custom": {"custom_params": {"token_ids": [220, 300, 12]}, "repetition_penalty": 1.3, "top_p": 0.95},
+    "grammar": {"regex": f"[a-f]{{{LETTERS_WANTED}}}"},
+    "grammar and all": {"regex": f"[a-f]{{{LETTERS_WANTED}}}", "logit_bias": {"68": 3.0}, "presence_penalty": 0.5}
+    | {"top_p": 0.9},
+}
+
+
+def test_seeds_act_on_adjusted_logits(seeded: Server, reference: Reference) -> None:
+    """Penalties, scaling, grammar mask, bias, custom processors, temperature, filters, noise; all in one batch."""
+    tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
+    texts = [tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())]
+    ids = prompt_of("prose")
+    requests_ = {name: {"temperature": 1.8, "sampling_seed": 11, **options} for name, options in ADJUSTED.items()}
+
+    def ask(options: dict[str, Any]) -> Reply:
+        body = {"input_ids": list(ids), "sampling_params": {"max_new_tokens": 32, **options}}
+        if "custom_params" in options:
+            body["custom_logit_processor"] = DisallowedTokensLogitsProcessor().to_str()
+        return seeded.post("/generate", body)
+
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(ask, requests_.values()))
+    for (name, options), reply in zip(requests_.items(), replies, strict=True):
+        tokens = reply["output_ids"]
+        logits = reference.ar_logits([*ids, *tokens])
+        position = len(ids) - 1
+        for index, token in enumerate(tokens):
+            row = logits[position + index].clone()
+            if "regex" in options:
+                left = LETTERS_WANTED - sum(len(texts[said]) for said in tokens[:index])
+                if left == 0:
+                    break  # the end of the text is all that is left
+                pattern = re.compile(f"[a-f]{{1,{left}}}")
+                row[[token for token in range(len(row)) if not pattern.fullmatch(texts[token])]] = float("-inf")
+            row = adjusted(row, ids, tokens[:index], options)
+            wanted = expected_token(row, options, position + index)
+            if wanted != token:
+                assert margin(row, options, position + index, (wanted, token)) < NEAR_TIE, (name, index, wanted, token)
+                break
+        assert len(tokens) > 4, name
 
 
 def test_common_noise_keeps_drafts_alike(seeded: Server) -> None:

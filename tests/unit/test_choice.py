@@ -6,7 +6,7 @@ one, by position. Chi-square tests have fixed seeds; a correct implementation fa
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +19,9 @@ from sglang_orthrus import choice
 from sglang_orthrus.adjust import Adjustments, RowMasks
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.cpu import kernels
+from sglang_orthrus.sampling import joint_support, sequential_support
 from sglang_orthrus.verify import Verdict
+from tests.sampling import decode_batch, top_k_renorm, top_p_renorm
 
 VOCAB, WIDTH = 5, 4
 FALSE_ALARM = 1e-6
@@ -29,6 +31,8 @@ FILTERS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.8},
     "min_p": {"min_p": 0.2},
     "top_k and top_p": {"top_k": 4, "top_p": 0.85, "temperature": 1.3},
+    "top_k and min_p": {"top_k": 3, "min_p": 0.25},
+    "top_p and min_p": {"top_p": 0.9, "min_p": 0.25},
     "all": {"top_k": 4, "top_p": 0.9, "min_p": 0.1, "temperature": 1.2},
 }
 
@@ -53,52 +57,49 @@ def _tables(closeness: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return ar, closeness * ar[:1].expand(WIDTH - 1, -1) + noise
 
 
-def _batch(params: list[dict[str, Any]], prefix_lens: torch.Tensor, seeds: torch.Tensor | None = None) -> Any:
-    defaults = {
-        "temperature": 1.0,
-        "top_k": TOP_K_ALL,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "custom_params": None,
-        "min_new_tokens": 0,
-    }
-    params = [defaults | given for given in params]
-    info = SimpleNamespace(
-        temperatures=torch.tensor([[p["temperature"]] for p in params]),
-        top_ks=torch.tensor([p["top_k"] for p in params], dtype=torch.int32),
-        top_ps=torch.tensor([p["top_p"] for p in params]),
-        min_ps=torch.tensor([p["min_p"] for p in params]),
-        sampling_seed=seeds,
-        acc_additive_penalties=None,
-        acc_scaling_penalties=None,
-        logit_bias=None,
-        has_custom_logit_processor=False,
-        vocab_size=VOCAB,
-    )
-    reqs = [SimpleNamespace(sampling_params=SimpleNamespace(**p), custom_logit_processor=None) for p in params]
-    return SimpleNamespace(reqs=reqs, sampling_info=info, seq_lens=prefix_lens, device="cpu")
+_batch = partial(decode_batch, vocab_size=VOCAB)
 
 
 def _round(
-    batch: Any, anchors: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], propose: Any = None
+    batch: Any,
+    anchors: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    propose: Any = None,
+    *,
+    width: int = WIDTH,
+    backend: str = "pytorch",
 ) -> tuple[Verdict, Drafts]:
     ar, diffusion = tables
-    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
-    drafts = chooser.draft(diffusion.expand(len(anchors), -1, -1))
+    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), width, backend)
+    drafts = chooser.draft(diffusion[: width - 1].expand(len(anchors), -1, -1))
     if propose is not None:
         drafts = propose(drafts)
     block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
     return chooser.judge(block, drafts, ar[block]), drafts
 
 
-def _texts(options: dict[str, Any], count: int, length: int, propose: Any = None) -> torch.Tensor:
-    """`count` texts of `length` tokens after token 0, over as many rounds as it takes: [count, length]"""
-    tables = _tables()
+def _texts(
+    options: dict[str, Any] | list[dict[str, Any]],
+    count: int,
+    length: int,
+    propose: Any = None,
+    *,
+    seeds: torch.Tensor | None = None,
+    closeness: float = 1.0,
+    **how: Any,
+) -> torch.Tensor:
+    """`count` texts of `length` tokens after token 0, over as many rounds as it takes: [count, length]
+
+    With several options texts take them in turn.
+    """
+    kinds = options if isinstance(options, list) else [options]
+    params = [kinds[row % len(kinds)] for row in range(count)]
+    tables = _tables(closeness)
     texts = torch.zeros(count, length + WIDTH, dtype=torch.int64)
     said = torch.zeros(count, dtype=torch.int64)
     anchors = torch.zeros(count, dtype=torch.int64)
     while (said < length).any():
-        verdict, _ = _round(_batch([options] * count, said), anchors, tables, propose)
+        verdict, _ = _round(_batch(params, said, seeds), anchors, tables, propose, **how)
         for row in range(count):
             emitted = int(verdict.accept_lens[row])
             if said[row] < length:
@@ -129,7 +130,11 @@ def _plain_distribution(options: dict[str, Any]) -> torch.Tensor:
 
 def _misfit(texts: torch.Tensor, options: dict[str, Any]) -> float:
     """The p-value of chi-square over whole texts of three tokens."""
-    chain = _plain_distribution(options)
+    return _misfit_of_chain(texts, _plain_distribution(options))
+
+
+def _misfit_of_chain(texts: torch.Tensor, chain: torch.Tensor) -> float:
+    """The same for the distribution of the next token by last token, [V, V]."""
     expected = chain[0][:, None, None] * chain[:, :, None] * chain[None, :, :]
     assert texts.shape[1] == 3
     index = (texts[:, 0] * VOCAB + texts[:, 1]) * VOCAB + texts[:, 2]
@@ -165,6 +170,23 @@ def test_the_test_notices_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     monkeypatch.setattr(choice, "residual", lambda p, q: p)
     assert _misfit(_texts(FILTERS["temperature"], 6000, 3), FILTERS["temperature"]) < FALSE_ALARM
+
+
+def test_flashinfers_order_of_filters_is_chosen_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests with min-p filter one after the other, their neighbours without it jointly; either order is noticed."""
+    torch.manual_seed(0)
+    for name, function in (("top_k_renorm_prob", top_k_renorm), ("top_p_renorm_prob", top_p_renorm)):
+        monkeypatch.setattr(f"sglang.srt.layers.sampler.{name}", function, raising=False)
+    filters = {"top_k": 3, "top_p": 0.75, "temperature": 1.5}
+    texts = _texts([filters, filters | {"min_p": 1e-6}], 6000, 3, backend="flashinfer")
+    probs = torch.softmax(_tables()[0] / filters["temperature"], dim=-1)
+    top_ks, top_ps, min_ps = torch.full((VOCAB,), 3), torch.full((VOCAB,), 0.75), torch.full((VOCAB,), 1e-6)
+    joint = joint_support(probs, top_ks, top_ps, top_k_renorm, top_p_renorm).probabilities(VOCAB)
+    sequential = sequential_support(probs, top_ks, top_ps, min_ps, top_k_renorm, top_p_renorm).probabilities(VOCAB)
+    assert _misfit_of_chain(texts[::2], joint) > FALSE_ALARM
+    assert _misfit_of_chain(texts[1::2], sequential) > FALSE_ALARM
+    assert _misfit_of_chain(texts[::2], sequential) < FALSE_ALARM
+    assert _misfit_of_chain(texts[1::2], joint) < FALSE_ALARM
 
 
 def test_drafts_that_were_not_drawn_change_nothing() -> None:
@@ -270,6 +292,22 @@ def test_seeded_and_greedy_requests_get_what_they_would_get_alone_whatever_their
             token = _alone(mixed[row], int(seeds[row]), position, ar[last])
             assert token == int(verdict.tokens[row, index])
             last = token
+
+
+def test_seeded_texts_depend_neither_on_the_verify_width_nor_on_drafts() -> None:
+    options = [{"top_k": 1}, {"temperature": 1.5}, {"top_p": 0.8, "temperature": 2.0}, {"top_k": 3}]
+    count, length = 40, 9
+    seeds = torch.arange(count) % 5
+    ar, _ = _tables()
+    wanted = []
+    for row in range(count):
+        text = [0]
+        for position in range(length):
+            text.append(_alone(options[row % len(options)], int(seeds[row]), position, ar[text[-1]]))
+        wanted.append(text[1:])
+    for width, closeness in ((WIDTH, 1.0), (2, 1.0), (WIDTH, 0.0)):
+        texts = _texts(options, count, length, seeds=seeds, width=width, closeness=closeness)
+        assert texts.tolist() == wanted
 
 
 def test_greedy_and_drawn_requests_share_a_batch() -> None:

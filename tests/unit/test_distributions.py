@@ -18,6 +18,7 @@ from sglang_orthrus.sampling import (
     sequential_support,
     sorted_support,
 )
+from tests.sampling import top_k_renorm, top_p_renorm
 
 VOCAB = 40
 
@@ -54,34 +55,11 @@ def test_sorting_no_more_than_top_k_changes_nothing() -> None:
     torch.testing.assert_close(short.probabilities(VOCAB), whole)
 
 
-def _top_k_renorm(probs: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:
-    """The definition of FlashInfer's function, row by row."""
-    rows = []
-    for row, top_k in zip(probs, top_ks.tolist(), strict=True):
-        floor = row.sort(descending=True).values[min(top_k, VOCAB) - 1]
-        rows.append(torch.where(row >= floor, row, 0))
-    return torch.stack([row / row.sum() for row in rows])
-
-
-def _top_p_renorm(probs: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
-    rows = []
-    for row, top_p in zip(probs, top_ps.tolist(), strict=True):
-        ordered = row.sort(descending=True)
-        kept, mass = torch.zeros_like(row), 0.0
-        for value, token in zip(ordered.values.tolist(), ordered.indices.tolist(), strict=True):
-            kept[token] = value
-            mass += value
-            if mass >= top_p:
-                break
-        rows.append(kept / kept.sum())
-    return torch.stack(rows)
-
-
 def test_the_flashinfer_filters_are_joint_without_min_p_and_sequential_with_it() -> None:
     top_ks, top_ps, min_ps = _filters()
     probs = _probs(len(top_ks))
-    joint = joint_support(probs, top_ks, top_ps, _top_k_renorm, _top_p_renorm).probabilities(VOCAB)
-    sequential = sequential_support(probs, top_ks, top_ps, min_ps, _top_k_renorm, _top_p_renorm).probabilities(VOCAB)
+    joint = joint_support(probs, top_ks, top_ps, top_k_renorm, top_p_renorm).probabilities(VOCAB)
+    sequential = sequential_support(probs, top_ks, top_ps, min_ps, top_k_renorm, top_p_renorm).probabilities(VOCAB)
     for row in range(len(top_ks)):
         order = probs[row].sort(descending=True).indices.tolist()
         mass, within_p = 0.0, set()
