@@ -1,7 +1,8 @@
 """Figures of structured generation: counts of a run, which add up over slices of the prompts, and rates made of them.
 
-tokens_per_second: of one server; tokens_per_cycle: (tokens - 1) / rounds over all answers; repaired, forced: shares of
-drafts; walk_ms: per round of all requests, taken from within the buckets of the server's histogram.
+aborted: by the grammar engine, without an answer; tokens_per_second: of one server; tokens_per_cycle: (tokens - 1) /
+rounds over all answers; repaired, forced: shares of drafts; walk_ms: per round of all requests, taken from within the
+buckets of the server's histogram.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 
 SETTING = ("backend", "whitespace", "server", "prompts", "concurrency")
-COUNTS = ("answers", "ended", "valid", "identical", "tokens", "rounds", "seconds")
+COUNTS = ("answers", "ended", "aborted", "valid", "identical", "tokens", "rounds", "seconds")
 GRAMMAR_COUNTS = ("drafts", "walk_buckets")
 
 
@@ -43,10 +44,10 @@ def grammar_counts(before: Mapping[str, float], after: Mapping[str, float]) -> R
 
 def rates(counts: Mapping[str, Any]) -> Row:
     """What a run's counts come to."""
-    tokens, rounds = counts["tokens"], counts["rounds"]
+    tokens, rounds, answered = counts["tokens"], counts["rounds"], counts["answers"] - counts["aborted"]
     found: Row = {
         "tokens_per_second": round(tokens / counts["seconds"], 1),
-        "tokens_per_cycle": round((tokens - counts["answers"]) / rounds, 3) if rounds else None,
+        "tokens_per_cycle": round((tokens - answered) / rounds, 3) if rounds else None,
     }
     if "drafts" in counts:
         drafts = counts["drafts"]
