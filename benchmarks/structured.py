@@ -2,14 +2,14 @@
 
     python -m benchmarks.structured cpu [--own 300] [--backends xgrammar llguidance] [--out FILE]
     python -m benchmarks.structured gpu --model /tmp/wide-8b        # concurrency 1, 8 and 32
+    python -m benchmarks.structured cpu --slice 0/16 --out FILE     # a part of it, for `benchmarks.structured_merge`
 
 Prompts: nano's own JSON and tool calls, free and constrained, and the schemas of tests/data, of kinds that nano was not
 trained on. Every setting is served once with XGrammar's default, white space anywhere in JSON, and once without
 (`--constrained-json-disable-any-whitespace`), where much more of a text is forced.
 
-tokens_per_cycle: (tokens - 1) / rounds over all answers; repaired, forced: shares of drafts; valid: answers that follow
-their schema; identical: answers that are plain SGLang's token by token; walk_ms: per round of all requests, taken
-from within the buckets of the server's histogram. Ends with one JSON line.
+identical: answers that are plain SGLang's token by token, others are named; valid: those that follow their schema; the
+rest is explained in `structured_figures.py`. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import requests
 from tokenizers import Tokenizer
 
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.structured_cases import Case, foreign_cases, is_valid, own_cases, tool_cases
+from benchmarks.structured_figures import SETTING, grammar_counts, rates
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.server import Server, plain_env
@@ -48,11 +50,15 @@ Answer = dict[str, Any]
 
 
 def ask(server: Server, tokenizer: Tokenizer, free: bool, case: Case) -> Answer:
-    """One greedy request."""
+    """One greedy request. One that a grammar engine fails on, in plain SGLang, too, is an answer without tokens."""
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, **({} if free else case.grammar)}
     ids = tokenizer.encode(case.prompt, add_special_tokens=False).ids
-    reply: Answer = server.post("/generate", {"input_ids": ids, "sampling_params": sampling})
-    return reply
+    reply = requests.post(f"{server.url}/generate", json={"input_ids": ids, "sampling_params": sampling}, timeout=300)
+    if reply.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and server.is_running:
+        return {"output_ids": [], "text": "", "meta_info": {"finish_reason": {"type": "abort"}}}
+    reply.raise_for_status()
+    answer: Answer = reply.json()
+    return answer
 
 
 def metrics(server: Server) -> dict[str, float]:
@@ -65,60 +71,26 @@ def metrics(server: Server) -> dict[str, float]:
     return found
 
 
-def quantile(buckets: Mapping[float, float], share: float) -> float | None:
-    """Of a histogram with cumulative counts by upper bound, in milliseconds; None if it is empty or in the last one."""
-    bounds = [(0.0, 0.0), *sorted(buckets.items())]
-    wanted = share * bounds[-1][1]
-    for (low, below), (high, count) in pairwise(bounds):
-        if wanted and count >= wanted:
-            return (
-                None
-                if high == float("inf")
-                else round(1e3 * (low + (high - low) * (wanted - below) / (count - below)), 3)
-            )
-    return None
-
-
-def drafting(before: Mapping[str, float], after: Mapping[str, float]) -> Answer:
-    """What grammars did between two readings of the metrics."""
-    new = {name: value - before.get(name, 0.0) for name, value in after.items()}
-
-    def label(name: str) -> str:
-        return name.partition('="')[2].partition('"')[0]
-
-    drafts = {label(name): value for name, value in new.items() if "drafts_total" in name}
-    buckets = {float(label(name[name.index("le=") :])): value for name, value in new.items() if "bucket" in name}
-    total = sum(drafts.values())
-    if not total:
-        return {}
-    return {
-        "repaired": round(drafts["repaired"] / total, 4),
-        "forced": round(drafts["forced"] / total, 4),
-        "walk_ms": {"median": quantile(buckets, 0.5), "p99": quantile(buckets, 0.99)},
-    }
-
-
 def measure(
     server: Server, tokenizer: Tokenizer, cases: Sequence[Case], free: bool, concurrency: int
 ) -> tuple[Answer, list[list[int]]]:
-    """All cases of a set, so many at a time: figures and token ids."""
+    """All cases of a set, so many at a time: counts and token ids."""
     before = metrics(server)
     started = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
         answers = list(pool.map(partial(ask, server, tokenizer, free), cases))
     seconds = time.perf_counter() - started
-    num_tokens = sum(len(answer["output_ids"]) for answer in answers)
-    rounds = sum(answer["meta_info"].get("spec_verify_ct", 0) for answer in answers)
-    figures = {
+    counts = {
         "answers": len(answers),
         "ended": sum(answer["meta_info"]["finish_reason"]["type"] == "stop" for answer in answers),
+        "aborted": sum(answer["meta_info"]["finish_reason"]["type"] == "abort" for answer in answers),
         "valid": sum(is_valid(case, answer["text"]) for case, answer in zip(cases, answers, strict=True)),
-        "tokens": num_tokens,
-        "tokens_per_second": round(num_tokens / seconds, 1),
-        "tokens_per_cycle": round((num_tokens - len(answers)) / rounds, 3) if rounds else None,
-        **drafting(before, metrics(server)),
+        "tokens": sum(len(answer["output_ids"]) for answer in answers),
+        "rounds": sum(answer["meta_info"].get("spec_verify_ct", 0) for answer in answers),
+        "seconds": round(seconds, 3),
+        **grammar_counts(before, metrics(server)),
     }
-    return figures, [answer["output_ids"] for answer in answers]
+    return counts, [answer["output_ids"] for answer in answers]
 
 
 def launch(mode: str, name: str, model: Path, exported: Path, args: Sequence[str]) -> Server:
@@ -129,15 +101,25 @@ def launch(mode: str, name: str, model: Path, exported: Path, args: Sequence[str
     return Server(model, *ORTHRUS_ARGS, *common, env={GRAMMAR_DRAFT: name})
 
 
+def slice_of(text: str) -> tuple[int, int]:
+    """An option "I/N", 0 <= I < N."""
+    index, _, count = text.partition("/")
+    part = int(index), int(count)
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(text)
+    return part
+
+
 def rows(options: argparse.Namespace) -> Iterator[Answer]:
     """One per server, set of prompts and concurrency."""
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    own = own_cases(options.own)
-    sets = {
-        "own json": own,
+    index, count = options.slice
+    all_sets = {
+        "own json": own_cases(options.own),
         "own tools": tool_cases(options.own // 3),
         "tests/data": foreign_cases()[: options.schemas],
     }
+    sets = {key: cases[index::count] for key, cases in all_sets.items() if cases[index::count]}
     with tempfile.TemporaryDirectory() as folder:
         exported = export_ar(options.model, Path(folder) / "ar")
         for backend in options.backends:
@@ -146,22 +128,19 @@ def rows(options: argparse.Namespace) -> Iterator[Answer]:
                 truth: dict[Any, list[list[int]]] = {}
                 for name in options.servers:
                     with launch(options.mode, name, options.model, exported, args) as server:
-                        measure(server, tokenizer, own[:4], False, 2)  # warm-up
+                        measure(server, tokenizer, all_sets["own json"][:4], False, 2)  # warm-up
                         for concurrency in CONCURRENCIES[options.mode]:
                             for prompts, free in ((key, free) for free in (False, True) for key in sets):
                                 if free and prompts == "tests/data":
                                     continue  # left alone, nano answers these in a text of its own length
-                                figures, ids = measure(server, tokenizer, sets[prompts], free, concurrency)
+                                counts, ids = measure(server, tokenizer, sets[prompts], free, concurrency)
                                 expected = truth.setdefault((prompts, free), ids)
-                                figures["identical"] = sum(map(list.__eq__, ids, expected))
-                                setting = {
-                                    "backend": backend,
-                                    "whitespace": strict,
-                                    "server": name,
-                                    "prompts": f"{prompts}{', free' if free else ''}",
-                                    "concurrency": concurrency,
-                                }
-                                yield setting | figures
+                                pairs = zip(sets[prompts], ids, expected, strict=True)
+                                counts["different"] = [case.name for case, own, plain in pairs if own != plain]
+                                counts["identical"] = len(ids) - len(counts["different"])
+                                label = f"{prompts}{', free' if free else ''}"
+                                setting = dict(zip(SETTING, (backend, strict, name, label, concurrency), strict=True))
+                                yield setting | counts | rates(counts)
 
 
 def main() -> None:
@@ -173,10 +152,13 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["xgrammar", "llguidance"])
     parser.add_argument("--whitespace", nargs="+", default=["any", "none"], choices=["any", "none"])
     parser.add_argument("--servers", nargs="+", default=SERVERS, choices=SERVERS)
+    parser.add_argument(
+        "--slice", type=slice_of, default=(0, 1), metavar="I/N", help="every N-th case from the I-th on"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     out = options.out or RESULTS / f"structured-{options.mode}.json"
-    result: dict[str, Any] = {"provenance": provenance(), "rows": []}
+    result: dict[str, Any] = {"provenance": provenance(), "slice": options.slice, "rows": []}
     for row in rows(options):
         result["rows"].append(row)
         print(json.dumps(row), flush=True)

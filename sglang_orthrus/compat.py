@@ -5,6 +5,7 @@ Nothing here runs unless an ORTHRUS server is started, except `qwen3_attention_c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,6 +13,8 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_orthrus.touch import Touch
+
+_PIECES = re.compile(r"\w+|\W")
 
 SUPPORTED_SGLANG = "0.5.23"
 
@@ -72,6 +75,14 @@ LEDGER: tuple[Touch, ...] = (
         "wrapped, so that a session's next turn goes on from the former answer's end",
         "it takes all committed tokens, also those past a stop in the same round (patches/0003)",
         "SGLang trims them, as it does in streaming sessions",
+    ),
+    Touch(
+        "sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_stream_chunk",
+        ("chunk_text",),
+        "wrapped, so that a round's text is parsed piece by piece",
+        "a chunk gives one name or one call's arguments, and text before a call in its chunk is dropped, so that of "
+        "several calls in the last round all but the first are lost",
+        "parsers take chunks of any size",
     ),
     Touch(
         "sglang.srt.models.qwen3:Qwen3Attention",
@@ -409,6 +420,33 @@ def continue_sessions_at_the_end() -> None:
         return concat_token_arrays
 
     _wrap_once(Session, "_concat_token_arrays", trimmed, staticmethod)
+
+
+def stream_tool_calls_in_pieces() -> None:
+    """Stream all that a round says around and in tool calls, as if its text had come in pieces the size of tokens.
+
+    Must run in the process that answers HTTP; a second call changes nothing.
+    """
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    def piece_by_piece(stock: Callable[..., tuple[str, list[Any]]]) -> Callable[..., tuple[str, list[Any]]]:
+        @wraps(stock)
+        def parse_stream_chunk(self: Any, chunk_text: str) -> tuple[str, list[Any]]:
+            text, calls = "", list[Any]()
+            for piece in _PIECES.findall(chunk_text) or [chunk_text]:
+                more_text, more = stock(self, piece)
+                text += more_text
+                for call in more:
+                    # The pieces of one call's arguments go out together.
+                    if calls and not call.name and call.tool_index == calls[-1].tool_index:
+                        calls[-1].parameters += call.parameters
+                    else:
+                        calls.append(call)
+            return text, calls
+
+        return parse_stream_chunk
+
+    _wrap_once(FunctionCallParser, "parse_stream_chunk", piece_by_piece)
 
 
 def _look_for_stops(req: Any, new_accepted_len: int) -> None:

@@ -82,7 +82,8 @@ class BlockGrammars:
         self.encode = encoder(tokenizer)
         self._stats = stats
         # The engines work outside the interpreter's lock.
-        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "orthrus-grammar")
+        self._num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
         # [slots * Q, W]; of slot s the first `_num_filled[s]` rows hold masks of an earlier round, the rest allow all.
         self._masks: torch.Tensor | None = None
         self._num_filled: list[int] = []
@@ -127,7 +128,7 @@ class BlockGrammars:
         started = time.perf_counter()
         grammars = [reqs[row].grammar for row in rows]
         masks = self._buffer(grammars[0], len(rows), vocab_size)
-        walks = list(self._in_parallel(self._walk, range(len(rows)), grammars, candidates))
+        walks = self._walk_all(grammars, candidates)
         self._stats.count([done for done in walks if done is not None], time.perf_counter() - started)
         tokens = np.stack(
             [raw[:, 0] if done is None else done.tokens for raw, done in zip(candidates, walks, strict=True)]
@@ -151,8 +152,22 @@ class BlockGrammars:
         self._num_filled[slot] = num_filled
         return done
 
-    def _in_parallel(self, function: Callable[..., Walk | None], *args: Any) -> Any:
-        return map(function, *args) if len(args[0]) == 1 else self._pool.map(function, *args)
+    def _walk_all(self, grammars: Sequence[Any], candidates: Ids) -> list[Walk | None]:
+        """One walk per request, by this thread and by others that take the next request as they come to it."""
+        walks: list[Walk | None] = [None] * len(grammars)
+        slots = iter(range(len(grammars)))
+
+        def take() -> None:
+            for slot in slots:
+                walks[slot] = self._walk(slot, grammars[slot], candidates[slot])
+
+        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(grammars)) - 1)]
+        take()
+        for other in others:
+            # One that has not begun by now finds nothing left to do.
+            if not other.cancel():
+                other.result()
+        return walks
 
     def _buffer(self, grammar: Any, num_slots: int, vocab_size: int) -> torch.Tensor:
         """Mask rows of so many requests, [num_slots * Q, W], pinned where that speeds up copies."""

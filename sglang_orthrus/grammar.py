@@ -20,7 +20,6 @@ ALL_ALLOWED = -1  # as a word of a mask
 # Each repair is a guess, and a block is accepted up to the first wrong one. On the schemas of tests/data six guesses a
 # block give as many tokens per cycle as any number of them, in less time (docs/structured.md).
 MAX_REPAIRS = 6
-_ROWS = np.arange(1024)
 
 Ids = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.int32]
@@ -143,27 +142,21 @@ def _choose(cursor: Cursor, candidates: Ids, mask: Masks) -> tuple[list[int], Ch
     return [] if best is None else [best], Change.REPAIRED
 
 
-def num_allowed(tokens: Ids, masks: Masks) -> int:
-    """How many leading tokens are allowed, each by its own row. tokens: [n] below W * 32; masks: at least [n, W]."""
-    if not len(tokens) or not is_allowed(int(tokens[0]), masks[0]):
-        return 0
-    allowed = masks[_ROWS[: len(tokens)], tokens >> 5] >> (tokens & 31) & 1
-    first_refused = int(allowed.argmin())
-    return len(tokens) if allowed[first_refused] else first_refused
-
-
 def reach_of(tokens: Ids, masks: Masks, stop_ids: Collection[int]) -> Reach:
-    """How far filled masks allow tokens, a stop token being the end. tokens: [n]; masks: at least [n, W]."""
-    run = tokens[: num_allowed(tokens, masks)].tolist()
-    for place, token in enumerate(run):
+    """How far filled masks allow tokens, a stop token being the end. tokens: [n] below W * 32; masks: [>= n, W]."""
+    # A loop: runs are short, and cost less this way than the first of several calls of NumPy.
+    word_at = masks.item
+    for place, token in enumerate(tokens.tolist()):
+        if not word_at(place, token >> 5) >> (token & 31) & 1:
+            return Reach(place, False)
         if token in stop_ids:
             return Reach(place + 1, True)
-    return Reach(len(run), False)
+    return Reach(len(tokens), False)
 
 
 def is_allowed(token: int, mask: Masks) -> bool:
     """Whether a row allows a token. token: below W * 32; mask: [W]."""
-    return bool(int(mask[token >> 5]) >> (token & 31) & 1)
+    return bool(mask.item(token >> 5) >> (token & 31) & 1)
 
 
 def best_allowed(candidates: Ids, mask: Masks) -> int | None:
@@ -175,12 +168,10 @@ def best_allowed(candidates: Ids, mask: Masks) -> int | None:
         candidates: [K] ids below W * 32, best first.
         mask: [W].
     """
-    allowed = mask[candidates >> 5] >> (candidates & 31) & 1
-    first = int(allowed.argmax())
-    if allowed[first]:
-        return int(candidates[first])
-    words = np.flatnonzero(mask)
-    if not len(words):
-        return None
-    word = int(mask[words[0]])
-    return int(words[0]) * 32 + (word & -word).bit_length() - 1
+    word_at = mask.item
+    for token in candidates.tolist():
+        if word_at(token >> 5) >> (token & 31) & 1:
+            return int(token)
+    first = int((mask != 0).argmax())
+    word = word_at(first)
+    return first * 32 + (word & -word).bit_length() - 1 if word else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 from sglang.srt.constrained.llguidance_backend import (
@@ -30,9 +31,9 @@ class XGrammarCursor:
 
     def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
         """See `Cursor`."""
-        nodes = torch.zeros(len(tokens) + 1, dtype=torch.int64)  # node 0 stands for the text so far
-        nodes[1:] = torch.from_numpy(tokens)
-        self._matcher.traverse_draft_tree(*_chain(len(nodes)), nodes, masks)
+        nodes = np.zeros(len(tokens) + 1, np.int64)  # node 0 stands for the text so far
+        nodes[1:] = tokens
+        self._matcher.traverse_draft_tree(*_chain(len(nodes)), torch.from_numpy(nodes), masks)
         return reach_of(tokens, masks.numpy(), self._stop_ids)
 
     def ends(self, token: int) -> bool:

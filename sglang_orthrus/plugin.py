@@ -29,10 +29,18 @@ def register() -> None:
     SpeculativeAlgorithm.register(
         NAME,
         supports_overlap=True,
-        validate_server_args=validate_server_args,
+        validate_server_args=_prepare,
         spec_class=OrthrusAlgorithm,
     )(_worker_class)
     logger.info("sglang-orthrus %s: --speculative-algorithm %s is available", __version__, NAME)
+
+
+def _prepare(server_args: Any) -> None:
+    """Runs where an ORTHRUS server's arguments are read: in the process that answers HTTP, too."""
+    from sglang_orthrus.compat import stream_tool_calls_in_pieces
+
+    validate_server_args(server_args)
+    stream_tool_calls_in_pieces()
 
 
 def _worker_class(server_args: Any) -> type:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_p": {"temperature": 0.8, "top_p": 0.6},
     "min_p": {"temperature": 1.2, "min_p": 0.2},
     "grammar": {"temperature": 2.0, "top_p": 0.95, "regex": "[a-f]{4}"},
+    # What is allowed depends on the letters before, and most drafts are repaired or forced.
+    "forced": {"temperature": 3.0, "regex": "a[b-d]fe|[bf]cda|e(ab|dc)[a-f]|d[a-f]{2}c"},
     "all": {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
 }
 
@@ -73,12 +76,19 @@ def seeded() -> Iterator[Server]:
         yield server
 
 
+@cache
+def texts_of(regex: str) -> list[str]:
+    """All that a grammar of ours allows."""
+    return [text for text in map("".join, product("abcdef", repeat=LENGTH)) if re.fullmatch(regex, text)]
+
+
 def next_tokens(reference: Reference, ids: Sequence[int], options: dict[str, Any]) -> dict[int, float]:
     """What may follow, as plain SGLang masks and filters it."""
     logits = reference.ar_logits(ids)[-1:]
     if "regex" in options:
         allowed = torch.zeros(logits.shape[1], dtype=torch.bool)
-        allowed[[LETTERS.index(letter) for letter in "abcdef"]] = True
+        text = "".join(LETTERS[token] for token in ids[len(PROMPT) :])
+        allowed[[LETTERS.index(full[len(text)]) for full in texts_of(options["regex"]) if full.startswith(text)]] = True
         logits = logits.masked_fill(~allowed, float("-inf"))
     probs = torch.softmax(logits / options["temperature"], dim=-1)
     top_k = torch.tensor([options.get("top_k", 1 << 30)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,13 +13,13 @@ import requests
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, REQUESTS
 from sglang_orthrus.server import Server
 from tests.conftest import SETUP, TEST_ARGS
+from tests.e2e.chats import CHAT, assembled, chat, content, events
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
 from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
 COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
 STEPS = "Step 1: 3 + 4 = 7\nStep 2:"
 FAMILIES = ("json", "arith", "tools")
 GREEDY = {"temperature": 0, "max_new_tokens": 100}
@@ -30,15 +30,6 @@ def thinking() -> Iterator[Server]:
     """ORTHRUS with a reasoning parser, which the shared servers lack."""
     with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--reasoning-parser", "qwen3", env=SETUP.env) as server:
         yield server
-
-
-def events(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The decoded events of a stream."""
-    with requests.post(server.url + path, json={**body, "stream": True}, stream=True, timeout=120) as response:
-        response.raise_for_status()
-        return [
-            json.loads(line.removeprefix(b"data: ")) for line in response.iter_lines() if line.startswith(b"data: {")
-        ]
 
 
 def tokens(answer: dict[str, Any]) -> tuple[int, ...]:
@@ -164,39 +155,6 @@ CHAT_REQUESTS: dict[str, dict[str, Any]] = {
     "stopped": {"messages": QUESTION, "stop": ["12"], "seed": 5, "max_completion_tokens": 50},
     "thinking": {"messages": QUESTION, "chat_template_kwargs": {"enable_thinking": True}},
 }
-
-
-def chat(server: Server, request: dict[str, Any]) -> dict[str, Any]:
-    answer: dict[str, Any] = server.post(CHAT, {"model": "default", "temperature": 0, **request})
-    return answer
-
-
-def content(message: dict[str, Any]) -> dict[str, Any]:
-    """What a client reads of a message; the ids of tool calls are random."""
-    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
-    return {
-        "content": message.get("content") or "",
-        "reasoning": message.get("reasoning_content") or "",
-        "calls": calls,
-    }
-
-
-def assembled(stream: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The messages that the deltas of a chat stream make, by choice; every call must come with an id."""
-    messages: dict[int, dict[str, Any]] = defaultdict(lambda: {"content": "", "reasoning": "", "calls": []})
-    for choice in (choice for event in stream for choice in event["choices"]):
-        message, delta = messages[choice["index"]], choice["delta"]
-        message["content"] += delta.get("content") or ""
-        message["reasoning"] += delta.get("reasoning_content") or ""
-        for call in delta.get("tool_calls") or []:
-            if call["function"].get("name"):
-                assert call["id"] and call["index"] == len(message["calls"])
-                message["calls"].append((call["function"]["name"], ""))
-            name, arguments = message["calls"][call["index"]]
-            message["calls"][call["index"]] = (name, arguments + (call["function"].get("arguments") or ""))
-        if choice["finish_reason"]:
-            message["finish"] = choice["finish_reason"]
-    return dict(messages)
 
 
 @pytest.mark.parametrize("name", CHAT_REQUESTS)

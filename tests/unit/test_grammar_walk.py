@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_orthrus import grammar
-from sglang_orthrus.grammar import Change, Reach, best_allowed, is_allowed, num_allowed, walk
+from sglang_orthrus.grammar import Change, Reach, best_allowed, is_allowed, reach_of, walk
 from sglang_orthrus.settings import DraftMode
 
 STOP = 63
@@ -196,10 +196,11 @@ def test_bits_of_masks() -> None:
     masks = torch.stack([mask_of({0, 31}), mask_of({32, 63}), mask_of(set())]).numpy()
     assert [token for token in range(64) if is_allowed(token, masks[0])] == [0, 31]
     assert [token for token in range(64) if is_allowed(token, masks[1])] == [32, 63]
-    assert num_allowed(np.array([31, 63, 5]), masks) == 2
-    assert num_allowed(np.array([31, 32]), masks) == 2
-    assert num_allowed(np.array([5, 63]), masks) == 0
-    assert num_allowed(np.array([], np.int64), masks) == 0
+    assert reach_of(np.array([31, 63, 5]), masks, {9}) == Reach(2, False)
+    assert reach_of(np.array([31, 63, 5]), masks, {63}) == Reach(2, True)
+    assert reach_of(np.array([31, 32]), masks, {5}) == Reach(2, False)
+    assert reach_of(np.array([5, 63]), masks, {5}) == Reach(0, False)
+    assert reach_of(np.array([], np.int64), masks, {63}) == Reach(0, False)
     assert best_allowed(np.array([5, 63, 32]), masks[1]) == 63
     assert best_allowed(np.array([5]), masks[0]) == 0
     assert best_allowed(np.array([5]), mask_of({31}).numpy()) == 31

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import jsonschema
+import pytest
 import torch
 
 from benchmarks.draw_block import FIGURE, TRACE, agreeing, draw
 from benchmarks.replay import Way, replay
-from benchmarks.structured import drafting, quantile
+from benchmarks.structured import slice_of
 from benchmarks.structured_cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
+from benchmarks.structured_figures import Row, grammar_counts, quantile, rates
+from benchmarks.structured_merge import merge
 from sglang_orthrus.settings import DraftMode
 
 
@@ -51,9 +54,76 @@ def test_metrics_of_a_run_are_differences() -> None:
             f'{name}walk_seconds_bucket{{le="{bound}"}}': count for bound in ("0.001", "+Inf")
         }
 
-    figures = drafting(reading(1, 1, 1, 2), reading(9, 2, 2, 6))
-    assert figures == {"repaired": 0.1, "forced": 0.1, "walk_ms": {"median": 0.5, "p99": 0.99}}
-    assert drafting(reading(1, 1, 1, 2), reading(1, 1, 1, 2)) == {}
+    counts = grammar_counts(reading(1, 1, 1, 2), reading(9, 2, 2, 6))
+    assert counts == {
+        "drafts": {"none": 8, "repaired": 1, "forced": 1},
+        "walk_buckets": {"0.001": 4, "+Inf": 4},
+    }
+    figures = rates(counts | {"tokens": 30, "answers": 3, "aborted": 1, "rounds": 4, "seconds": 2.0})
+    assert figures == {
+        "tokens_per_second": 15.0,
+        "tokens_per_cycle": 7.0,
+        "repaired": 0.1,
+        "forced": 0.1,
+        "walk_ms": {"median": 0.5, "p99": 0.99},
+    }
+    assert grammar_counts(reading(1, 1, 1, 2), reading(1, 1, 1, 2)) == {}
+
+
+def slice_result(index: int, count: int, *rows: Row) -> Row:
+    return {"provenance": {"commit": "c"}, "slice": [index, count], "rows": list(rows)}
+
+
+def row_of(server: str, prompts: str, answers: int, tokens: int, rounds: int, none: int, repaired: int) -> Row:
+    setting = {"backend": "xgrammar", "whitespace": "any", "server": server, "prompts": prompts, "concurrency": 4}
+    counts: Row = dict.fromkeys(("answers", "ended", "valid", "identical"), answers)
+    counts |= {"aborted": 0, "tokens": tokens, "rounds": rounds, "seconds": 2.0, "different": [f"{prompts}/{tokens}"]}
+    if none:
+        drafts = {"none": none, "repaired": repaired, "forced": 0}
+        counts |= {"drafts": drafts, "walk_buckets": {"0.001": rounds, "0.002": rounds, "+Inf": rounds}}
+    return setting | counts | rates(counts)
+
+
+def test_slices_add_up_to_the_whole() -> None:
+    """Rates are those of the sums, not means of the slices' rates; a set may be too small for some slices."""
+    first = slice_result(0, 2, row_of("plain", "own", 3, 30, 0, 0, 0), row_of("repair", "own", 3, 33, 3, 90, 10))
+    second = slice_result(
+        1,
+        2,
+        row_of("plain", "own", 1, 90, 0, 0, 0),
+        row_of("repair", "own", 1, 90, 57, 0, 0),
+        row_of("repair", "tools", 2, 12, 5, 5, 5),
+    )
+    whole = merge([second, first])
+    assert whole["slices"] == 2
+    found = {(row["server"], row["prompts"]): row for row in whole["rows"]}
+    assert found["plain", "own"]["tokens_per_cycle"] is None
+    assert found["plain", "own"]["tokens_per_second"] == 30.0
+    own = found["repair", "own"]
+    assert (own["answers"], own["identical"], own["tokens"], own["rounds"]) == (4, 4, 123, 60)
+    assert own["different"] == ["own/33", "own/90"]
+    assert own["tokens_per_cycle"] == round(119 / 60, 3)
+    assert (own["repaired"], own["walk_ms"]["median"]) == (0.1, 0.5)
+    assert found["repair", "tools"]["repaired"] == 0.5
+    assert len(found) == 3
+
+
+def test_slices_of_different_runs_are_refused() -> None:
+    done, begun = row_of("plain", "own", 3, 30, 0, 0, 0), row_of("repair", "own", 3, 33, 3, 90, 10)
+    for parts in (
+        [slice_result(0, 2, done)],
+        [slice_result(0, 2, done), slice_result(0, 2, done)],
+        [slice_result(0, 2, done, begun), slice_result(1, 2, done)],
+    ):
+        with pytest.raises(ValueError, match="slices"):
+            merge(parts)
+
+
+def test_a_slice_is_named_by_its_place() -> None:
+    assert slice_of("0/2") == (0, 2)
+    for text in ("2/2", "1", "-1/2", "0/0", "a/b"):
+        with pytest.raises(ValueError):
+            slice_of(text)
 
 
 def test_a_replay_counts_rounds() -> None:

@@ -1,0 +1,63 @@
+"""Text and tool calls come out of a stream whole, however many of them lie in one chunk."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+from sglang_orthrus import compat
+
+pytestmark = pytest.mark.contract
+
+CALLS = [("look", {"at": "sea"}), ("look", {"at": "{sky}"}), ("go", {})]
+TEXT = "Well. " + "\n".join(
+    f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+    for name, arguments in CALLS
+)
+SIZES = [1, 7, 40, len(TEXT) - 60, len(TEXT)]
+
+
+@pytest.fixture
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FunctionCallParser, "parse_stream_chunk", FunctionCallParser.parse_stream_chunk)
+    compat.stream_tool_calls_in_pieces()
+
+
+def streamed(size: int) -> tuple[str, list[tuple[str, Any]]]:
+    """Text and calls of TEXT in chunks of so many characters."""
+    tools = [Tool(function=Function(name=name, parameters={"type": "object"})) for name in ("look", "go")]
+    parser = FunctionCallParser(tools, "qwen25")
+    text, names, arguments = "", dict[int, str](), defaultdict[int, str](str)
+    for start in range(0, len(TEXT), size):
+        more, calls = parser.parse_stream_chunk(TEXT[start : start + size])
+        text += more
+        for call in calls:
+            if call.name:
+                assert call.tool_index not in names
+                names[call.tool_index] = call.name
+            arguments[call.tool_index] += call.parameters
+    return text, [(names[index], json.loads(arguments[index])) for index in sorted(names) if arguments[index]]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_of_a_chunk_is_streamed(wrapped: None, size: int) -> None:
+    assert streamed(size) == ("Well. ", CALLS)
+
+
+def test_sglang_alone_loses_text_and_calls() -> None:
+    """Else the wrapper can go."""
+    assert streamed(1) == ("Well. ", CALLS)
+    assert streamed(40)[0] == ""
+    assert streamed(len(TEXT))[1] == []
+
+
+def test_arguments_of_a_chunk_come_together(wrapped: None) -> None:
+    tools = [Tool(function=Function(name="look", parameters={"type": "object"}))]
+    parser = FunctionCallParser(tools, "qwen25")
+    _, calls = parser.parse_stream_chunk(TEXT[: TEXT.index("</tool_call>")])
+    assert [(call.name, call.parameters) for call in calls] == [("look", '{"at": "sea"}')]
