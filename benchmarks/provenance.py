@@ -18,9 +18,9 @@ VERSIONS_OF = ("sglang", "torch", "flashinfer-python", "triton", "transformers",
 
 
 def provenance() -> dict[str, Any]:
-    """As JSON. A copy of the tree without its git history takes the commit from the variable GIT_COMMIT."""
+    """As JSON. A copy of the tree without its git history is told the commit by the variable GIT_COMMIT."""
     return {
-        "commit": commit() or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": os.environ.get("GIT_COMMIT") or commit() or "unknown",
         "versions": {name: _version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "command": [Path(sys.argv[0]).stem, *sys.argv[1:]],
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",

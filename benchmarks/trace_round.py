@@ -31,6 +31,7 @@ from sglang_orthrus.server import Server, plain_env
 
 PASSES = 10
 NEW_TOKENS = 16384
+LONGEST, NAME_LENGTH = 40, 120
 # The first kind whose words a kernel's name contains.
 KINDS = {
     "attention": ("BatchPrefill", "BatchDecode", "flash", "MergeStates", "VariableLength", "_fwd_", "decode_attention"),
@@ -61,8 +62,11 @@ def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
     timed = [event for event in events if event.get("ph") == "X"]
     on_gpu = [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     kinds: Counter[str] = Counter()
+    names: Counter[str] = Counter()
     for event in on_gpu:
         kinds[kind_of(event["name"])] += event["dur"]
+        names[event["name"]] += event["dur"]
+    times = Counter(event["name"] for event in on_gpu)
     intervals = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
     span = max(end for _, end in intervals) - min(start for start, _ in intervals)
     calls = Counter(event["name"] for event in timed if event.get("cat") in ("cuda_runtime", "cuda_driver"))
@@ -77,6 +81,10 @@ def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
         "idle_ms": per_pass(span - busy(intervals)),
         "kinds_ms": {kind: per_pass(time) for kind, time in kinds.most_common()},
         "kernels": round(len(on_gpu) / passes, 1),
+        "longest": [
+            {"kernel": name[:NAME_LENGTH], "calls": round(times[name] / passes, 1), "ms": per_pass(total)}
+            for name, total in names.most_common(LONGEST)
+        ],
         "launches": {name: round(calls[name] / passes, 1) for name in LAUNCHES if calls[name]},
         "waits": {name: round(calls[name] / passes, 1) for name in WAITS if calls[name]},
     }

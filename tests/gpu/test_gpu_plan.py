@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_orthrus.graph_plan import PlanLayout, max_split_work, write_plan
+from sglang_orthrus.graph_plan import MIN_CHUNK, PlanLayout, max_split_work, write_plan
 from tests.unit.interpreted_plans import read_plan
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +72,7 @@ def test_the_plan_is_flashinfers(bs: int, width: int) -> None:
             width=width,
             group=num_heads // num_kv_heads,
             max_work=max_split_work(num_sms, num_kv_heads),
+            fine_chunk=MIN_CHUNK,
         )
         assert read_plan(workspace, layout, bs, width) == expected
         assert ours[0].tolist() == lens.tolist()

@@ -36,8 +36,10 @@ def layout_for(bs: int, width: int, group: int, max_work: int) -> PlanLayout:
     )
 
 
-def flashinfer_plan(kv_lens: Sequence[int], width: int, group: int, tile_rows: int, max_work: int) -> dict[str, Any]:
-    """`PrefillSplitQOKVIndptr`, step by step."""
+def flashinfer_plan(
+    kv_lens: Sequence[int], width: int, group: int, tile_rows: int, max_work: int, fine_chunk: int = 128
+) -> dict[str, Any]:
+    """`PrefillSplitQOKVIndptr`, step by step, but for finer chunks where they make little work."""
     tiles = -(-width * group // tile_rows)
     low, high = 128, max(kv_lens)
     while low < high:
@@ -46,6 +48,8 @@ def flashinfer_plan(kv_lens: Sequence[int], width: int, group: int, tile_rows: i
             low = middle + 1
         else:
             high = middle
+    if sum(tiles * -(-length // fine_chunk) for length in kv_lens) <= max_work // 2:
+        low = fine_chunk
     work = []
     o_indptr, merge_indptr = [0], [0]
     for number, length in enumerate(kv_lens):
@@ -68,7 +72,9 @@ def cases() -> list[dict[str, Any]]:
                 layout = layout_for(bs, width, group, max_work)
                 prefix_lens = [rng.randrange(1, longest) for _ in range(bs)]
                 sizes = {"width": width, "group": group, "max_work": max_work}
-                found.append({"layout": layout, "prefix_lens": prefix_lens, **sizes})
+                found += [
+                    {"layout": layout, "prefix_lens": prefix_lens, "fine_chunk": chunk, **sizes} for chunk in (64, 128)
+                ]
     return found
 
 
@@ -83,8 +89,9 @@ def test_the_plan_is_flashinfers() -> None:
     )
     for case, actual in zip(cases(), json.loads(run.stdout.splitlines()[-1]), strict=True):
         width, layout = case["width"], case["layout"]
+        sizes = case["group"], layout.tile_rows, case["max_work"], case["fine_chunk"]
         lens = [length + width for length in case["prefix_lens"]]
-        expected = flashinfer_plan(lens, width, case["group"], layout.tile_rows, case["max_work"])
+        expected = flashinfer_plan(lens, width, *sizes)
         places = [sum(lens[:count]) for count in range(len(lens) + 1)]
         assert actual == expected | {"kv_lens": lens, "kv_indptr": places}
 
@@ -114,3 +121,9 @@ def test_replays_leave_the_backend_alone_and_captures_do_not(monkeypatch: pytest
     backend.init_forward_metadata_out_graph(decode)
     assert calls == [(ForwardMode.TARGET_VERIFY, True), (ForwardMode.DECODE, False)]
     assert isinstance(backend.init_forward_metadata_in_graph.__self__, GraphPlanner)
+
+
+def test_little_work_is_split_finer() -> None:
+    """And no finer than one CTA per SM allows."""
+    little, much = (flashinfer_plan([length], 32, 4, 128, 33, 64) for length in (1000, 1100))
+    assert (little["chunk"], much["chunk"]) == (64, 128)
