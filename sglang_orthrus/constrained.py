@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Ids, Walk, walk
+from sglang_orthrus.grammar import ALL_ALLOWED, Ids, Walk, allow_only, walk
 from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
@@ -148,7 +148,13 @@ class BlockGrammars:
             done = walk(cursor_of(grammar, self.encode), drafts, candidates, masks, self._mode)
         num_filled = 0 if done is None else done.num_masks
         # By NumPy: PyTorch would share so small a job among OpenMP threads.
-        masks.numpy()[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
+        bits = masks.numpy()
+        bits[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
+        if done is not None and done.end is not None:
+            # SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token
+            # but on another one.
+            allow_only(done.end, bits[num_filled])
+            num_filled += 1
         self._num_filled[slot] = num_filled
         return done
 

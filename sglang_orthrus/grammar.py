@@ -77,11 +77,13 @@ class Walk(NamedTuple):
         changes: [Q-1] `Change` of each; a forced token may be the draft's own.
         num_masks: rows 0..num_masks-1 of the masks are filled, the next may hold anything. A draft that verification
             may accept has the row behind it, but for those from a stop token on, which do not matter.
+        end: the stop token that the block comes to, in front of row num_masks; None if it comes to none.
     """
 
     tokens: Ids
     changes: npt.NDArray[np.int8]
     num_masks: int
+    end: int | None = None
 
 
 def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode: DraftMode) -> Walk:
@@ -99,6 +101,7 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
     """
     tokens, changes, bits = drafts.copy(), np.zeros(len(drafts), np.int8), masks.numpy()
     row = num_repairs = 0
+    end: int | None = None
     while True:
         is_last = mode is DraftMode.OFF or num_repairs == MAX_REPAIRS
         # FULL chooses every token itself. Else the engine gets all that is left: what verification may accept needs a
@@ -108,6 +111,7 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
         at = row + reach.length
         if reach.ended or at == len(tokens) or is_last:
             num_masks = at + (not reach.ended)
+            end = int(tokens[at - 1]) if reach.ended else None
             break
         if not cursor.accept(tokens[row:at].tolist()):
             num_masks = at + 1
@@ -125,12 +129,14 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
             changes[place] = change
             num_repairs += change is Change.REPAIRED
         # Its mask is filled already. The rest of a forced string is drafts like others now.
-        if cursor.ends(chosen[0]) or not cursor.accept(chosen[:1]):
+        is_end = cursor.ends(chosen[0])
+        if is_end or not cursor.accept(chosen[:1]):
             num_masks = row + 1
+            end = chosen[0] if is_end else None
             break
         row += 1
     cursor.rollback(row)
-    return Walk(tokens, changes, num_masks)
+    return Walk(tokens, changes, num_masks, end)
 
 
 def _choose(cursor: Cursor, candidates: Ids, mask: Masks) -> tuple[list[int], Change]:
@@ -157,6 +163,12 @@ def reach_of(tokens: Ids, masks: Masks, stop_ids: Collection[int]) -> Reach:
 def is_allowed(token: int, mask: Masks) -> bool:
     """Whether a row allows a token. token: below W * 32; mask: [W]."""
     return bool(mask.item(token >> 5) >> (token & 31) & 1)
+
+
+def allow_only(token: int, mask: Masks) -> None:
+    """Fill a row. token: below W * 32; mask: [W]."""
+    mask[:] = 0
+    mask.view(np.uint32)[token >> 5] = 1 << (token & 31)
 
 
 def best_allowed(candidates: Ids, mask: Masks) -> int | None:

@@ -88,7 +88,6 @@ def assert_calls_are_valid(found: dict[str, Outcome]) -> None:
         for choice in choices:
             if name.startswith(("auto", "loosely")) or choice["finish"] == "length":
                 continue
-            assert choice["calls"], name
             for tool, arguments in choice["calls"]:
                 jsonschema.validate(json.loads(arguments), schemas[tool])
 
@@ -101,6 +100,7 @@ def test_two_calls_in_one_answer(orthrus: Server, plain: Server) -> None:
     ours, theirs = outcomes(orthrus), outcomes(plain)
     assert ours == theirs
     assert_calls_are_valid(ours)
+    assert all(choice["calls"] for _, choices in ours.values() for choice in choices)
     for kind in ("auto", "strict", "required"):
         assert num_calls(ours, kind) == [2] * len(SAMPLES)
 
@@ -114,11 +114,10 @@ def test_streams_of_two_calls_add_up(orthrus: Server, plain: Server, name: str) 
 
 @slow
 def test_tool_calls_under_llguidance(llguidance: tuple[Server, Server]) -> None:
-    """Errors of the engine included, which plain SGLang passes on, too."""
+    """Errors of the engine included, and answers without a call where one is required: plain SGLang's."""
     ours, theirs = map(outcomes, llguidance)
     assert ours == theirs
     assert_calls_are_valid(ours)
-    for name in ("auto 0", "strict 0", "required 0"):
-        assert assembled(events(llguidance[0], CHAT, REQUESTS[name])) == assembled(
-            events(llguidance[1], CHAT, REQUESTS[name])
-        )
+    streams = [assembled(events(server, CHAT, REQUESTS["auto 0"])) for server in llguidance]
+    assert streams[0] == streams[1]
+    assert len(streams[0][0]["calls"]) == 2

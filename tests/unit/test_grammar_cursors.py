@@ -210,6 +210,27 @@ def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGr
     assert barriers == [4, 2, 5]
 
 
+def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGrammarBackend) -> None:
+    """A round adds one token, and llguidance has not terminated at the end of a text that might have gone on."""
+    tags = {"begin": "<tool_call>", "schema": {"type": "boolean"}, "end": "</tool_call>"}
+    tag = json.dumps({"type": "structural_tag", "structures": [tags], "triggers": ["<tool_call>"]})
+    grammar = backend.dispatch_structural_tag(tag)
+    stats = GrammarStats(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats)
+    text = [*ENCODE("None of it."), END]
+    candidates = torch.tensor([*text, *[7] * (WIDTH - 1 - len(text))])[None, :, None]
+    constrained = grammars.constrain([request(grammar)], [0], Proposal(candidates), VOCABULARY, None)
+    masks = constrained.mask.vocab_mask.numpy()
+    behind = [token for token in range(VOCABULARY) if masks[len(text)][token >> 5] >> (token & 31) & 1]
+    assert behind == [END]
+    for token in [*text, END]:
+        if not grammar.is_terminated():
+            grammar.accept_token(token)
+    assert grammar.is_terminated()
+    grammars.constrain([request(grammar)], [0], Proposal(candidates), VOCABULARY, None)
+    assert (masks == -1).all()
+
+
 def test_no_request_is_constrained_twice_or_past_its_end() -> None:
     stats = GrammarStats(log_interval=100, with_metrics=False)
     grammars = BlockGrammars(DraftMode.OFF, WIDTH, "cpu", TOKENIZER, stats)

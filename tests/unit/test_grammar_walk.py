@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_orthrus import grammar
-from sglang_orthrus.grammar import Change, Reach, best_allowed, is_allowed, reach_of, walk
+from sglang_orthrus.grammar import Change, Reach, allow_only, best_allowed, is_allowed, reach_of, walk
 from sglang_orthrus.settings import DraftMode
 
 STOP = 63
@@ -201,6 +201,10 @@ def test_bits_of_masks() -> None:
     assert reach_of(np.array([31, 32]), masks, {5}) == Reach(2, False)
     assert reach_of(np.array([5, 63]), masks, {5}) == Reach(0, False)
     assert reach_of(np.array([], np.int64), masks, {63}) == Reach(0, False)
+    for token in (0, 31, 32, 63):
+        only = masks.copy()[1]
+        allow_only(token, only)
+        assert [other for other in range(64) if is_allowed(other, only)] == [token]
     assert best_allowed(np.array([5, 63, 32]), masks[1]) == 63
     assert best_allowed(np.array([5]), masks[0]) == 0
     assert best_allowed(np.array([5]), mask_of({31}).numpy()) == 31
