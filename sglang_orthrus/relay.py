@@ -1,9 +1,8 @@
 """SGLang's relay between rounds, waiting for lengths on the host as late as possible.
 
-How many tokens a round committed is known on the GPU when it ends. FlashInfer plans on the host, so the host has to
-wait for that number. SGLang waits before it prepares the next round at all, while the GPU idles; here the copy to the
-host is only started then, and waited for where a plan needs it. Everything before that is queued while the last round
-still runs.
+How many tokens a round committed is known on the GPU when it ends. FlashInfer plans eager passes on the host, which has
+to wait for that number then. SGLang waits before it prepares the next round at all, while the GPU idles; here the copy
+to the host is only started then, and waited for where a plan needs it. Graphs plan on the GPU (`graph_plan`).
 """
 
 from __future__ import annotations
