@@ -1,6 +1,7 @@
 """Figures of structured generation: counts of a run, which add up over slices of the prompts, and rates made of them.
 
-aborted: by the grammar engine, without an answer; tokens_per_second: of one server; tokens_per_cycle: (tokens - 1) /
+aborted: by the grammar engine, without an answer; preparing_seconds: for a first token of every prompt, grammars
+compiled; tokens_per_second: after that, of one server; tokens_per_cycle: (tokens - 1) /
 rounds over all answers; repaired, forced: shares of drafts; walk_ms: per round of all requests, taken from within the
 buckets of the server's histogram.
 """
@@ -14,7 +15,7 @@ from typing import Any
 Row = dict[str, Any]
 
 SETTING = ("backend", "whitespace", "server", "prompts", "concurrency")
-COUNTS = ("answers", "ended", "aborted", "valid", "identical", "tokens", "rounds", "seconds")
+COUNTS = ("answers", "ended", "aborted", "valid", "identical", "tokens", "rounds", "seconds", "preparing_seconds")
 GRAMMAR_COUNTS = ("drafts", "walk_buckets")
 
 

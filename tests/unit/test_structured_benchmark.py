@@ -59,7 +59,9 @@ def test_metrics_of_a_run_are_differences() -> None:
         "drafts": {"none": 8, "repaired": 1, "forced": 1},
         "walk_buckets": {"0.001": 4, "+Inf": 4},
     }
-    figures = rates(counts | {"tokens": 30, "answers": 3, "aborted": 1, "rounds": 4, "seconds": 2.0})
+    figures = rates(
+        counts | {"tokens": 30, "answers": 3, "aborted": 1, "rounds": 4, "seconds": 2.0, "preparing_seconds": 0.5}
+    )
     assert figures == {
         "tokens_per_second": 15.0,
         "tokens_per_cycle": 7.0,
@@ -77,7 +79,14 @@ def slice_result(index: int, count: int, *rows: Row) -> Row:
 def row_of(server: str, prompts: str, answers: int, tokens: int, rounds: int, none: int, repaired: int) -> Row:
     setting = {"backend": "xgrammar", "whitespace": "any", "server": server, "prompts": prompts, "concurrency": 4}
     counts: Row = dict.fromkeys(("answers", "ended", "valid", "identical"), answers)
-    counts |= {"aborted": 0, "tokens": tokens, "rounds": rounds, "seconds": 2.0, "different": [f"{prompts}/{tokens}"]}
+    counts |= {
+        "aborted": 0,
+        "tokens": tokens,
+        "rounds": rounds,
+        "seconds": 2.0,
+        "preparing_seconds": 0.5,
+        "different": [f"{prompts}/{tokens}"],
+    }
     if none:
         drafts = {"none": none, "repaired": repaired, "forced": 0}
         counts |= {"drafts": drafts, "walk_buckets": {"0.001": rounds, "0.002": rounds, "+Inf": rounds}}
