@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -109,7 +110,8 @@ class OrthrusLM(Qwen3ForCausalLM):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         # Rounded as `logits` rounds them, but not copied to fp32 for it.
         head, size = self.logits_processor._compute_lm_head, self.config.vocab_size
-        best = [head(piece, self.lm_head)[:, :size].argmax(dim=-1) for piece in rows.split(HEAD_ROWS)]
+        pieces = (head(piece, self.lm_head)[:, :size] for piece in rows.split(HEAD_ROWS))
+        best = [_without_nan_inplace(piece).argmax(dim=-1) for piece in pieces]
         return torch.cat(best).view(hidden_states.shape[:-1])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -126,6 +128,13 @@ class OrthrusLM(Qwen3ForCausalLM):
 
 class OrthrusForCausalLM(OrthrusLM):
     """The same model under the other architecture name in use."""
+
+
+def _without_nan_inplace(logits: torch.Tensor) -> torch.Tensor:
+    """As SGLang's sampler does it where that is switched on (`sanitize_nan_logits`); argmax chooses a NaN."""
+    if envs.SGLANG_SANITIZE_NAN_LOGITS.get():
+        torch.nan_to_num_(logits, nan=-1e30, posinf=1e30, neginf=-1e30)
+    return logits
 
 
 def _checked(weights: Iterable[tuple[str, torch.Tensor]], num_layers: int) -> Iterator[tuple[str, torch.Tensor]]:
