@@ -13,7 +13,7 @@ from sglang.srt.utils.common import async_h2d
 
 # Requests of one piece have at most so many rows, but at least one request: of a vocabulary of 151,936, 512 rows of
 # logits take 0.3 GB. Sampling needs some copies of them, sorted ones among them.
-GREEDY_ROWS = 512
+HEAD_ROWS = 512
 SAMPLED_ROWS = 128
 
 
@@ -68,7 +68,7 @@ def pieces(params: Sequence[Any], width: int, device: torch.device | str) -> Ite
     for request, parameters in enumerate(params):
         groups[way_of(parameters)].append(request)
     for way, members in groups.items():
-        step = max(1, (GREEDY_ROWS if way.is_greedy else SAMPLED_ROWS) // width)
+        step = max(1, (HEAD_ROWS if way.is_greedy else SAMPLED_ROWS) // width)
         for start in range(0, len(members), step):
             requests = tuple(members[start : start + step])
             max_top_k = max(params[request].top_k for request in requests) if way.has_top_k else None

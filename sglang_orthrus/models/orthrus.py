@@ -19,10 +19,8 @@ from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names
 from sglang_orthrus.compat import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.rows import HEAD_ROWS
 from sglang_orthrus.spec_input import OrthrusBlockInput, View, view_of
-
-# Logits of 512 rows are 0.3 GB at a vocabulary of 151,936, and their product keeps a large GPU busy.
-HEAD_ROWS = 512
 
 
 class OrthrusAttention(Qwen3Attention):

@@ -19,8 +19,8 @@ from sglang_orthrus import graph_plan
 from sglang_orthrus.graph_plan import GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
 
 SHAPES = ((4, 8, 300), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
-WIDTHS = (5, 12, 32)
-BATCH_SIZES = (1, 2, 3, 8, 40)
+WIDTHS = (12, 32)
+BATCH_SIZES = (1, 3, 40)
 
 
 def layout_for(bs: int, width: int, group: int, max_work: int) -> PlanLayout:

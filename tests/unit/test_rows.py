@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus.rows import GREEDY, GREEDY_ROWS, SAMPLED_ROWS, Way, pieces, way_of
+from sglang_orthrus.rows import GREEDY, HEAD_ROWS, SAMPLED_ROWS, Way, pieces, way_of
 
 
 def _params(**given: Any) -> Any:
@@ -43,7 +43,7 @@ def test_every_request_is_in_one_piece_and_pieces_are_bounded() -> None:
     for piece in found:
         assert numbers[piece.index].tolist() == list(piece.requests)
         assert {way_of(params[request]) for request in piece.requests} == {piece.way}
-        assert len(piece.requests) * 32 <= (GREEDY_ROWS if piece.way.is_greedy else SAMPLED_ROWS)
+        assert len(piece.requests) * 32 <= (HEAD_ROWS if piece.way.is_greedy else SAMPLED_ROWS)
         assert piece.max_top_k == (5 if piece.way.has_top_k else None)
 
 
