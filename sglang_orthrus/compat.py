@@ -81,7 +81,7 @@ LEDGER: tuple[Touch, ...] = (
         ("chunk_text",),
         "wrapped, so that a round's text is parsed piece by piece",
         "a chunk gives one name or one call's arguments, and text before a call in its chunk is dropped, so that of "
-        "several calls in the last round all but the first are lost",
+        "several calls in the last round all but the first are lost (patches/0007)",
         "parsers take chunks of any size",
     ),
     Touch(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.base_format_detector import BaseFormatDetector
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
 from sglang_orthrus import compat
+from tests.contract.test_patches import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
 
@@ -28,10 +31,22 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.stream_tool_calls_in_pieces()
 
 
-def streamed(size: int) -> tuple[str, list[tuple[str, Any]]]:
+@pytest.fixture
+def patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = apply(PATCHES / "0007-tool-calls-of-one-chunk.patch", tmp_path)
+    base, parser, hermes = (load(f"patched_{copy.stem}", copy) for copy in copies)
+    for owner, name, module in [
+        (BaseFormatDetector, "parse_streaming_increment", base),
+        (FunctionCallParser, "parse_stream_chunk", parser),
+    ]:
+        monkeypatch.setattr(owner, name, getattr(getattr(module, owner.__name__), name))
+    monkeypatch.setitem(FunctionCallParser.ToolCallParserEnum, "hermes", hermes.HermesDetector)
+
+
+def streamed(size: int, kind: str = "qwen25") -> tuple[str, list[tuple[str, Any]]]:
     """Text and calls of TEXT in chunks of so many characters."""
     tools = [Tool(function=Function(name=name, parameters={"type": "object"})) for name in ("look", "go")]
-    parser = FunctionCallParser(tools, "qwen25")
+    parser = FunctionCallParser(tools, kind)
     text, names, arguments = "", dict[int, str](), defaultdict[int, str](str)
     for start in range(0, len(TEXT), size):
         more, calls = parser.parse_stream_chunk(TEXT[start : start + size])
@@ -45,12 +60,16 @@ def streamed(size: int) -> tuple[str, list[tuple[str, Any]]]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_all_of_a_chunk_is_streamed(wrapped: None, size: int) -> None:
+@pytest.mark.parametrize("which", ["wrapped", "patched"])
+def test_all_of_a_chunk_is_streamed(request: pytest.FixtureRequest, which: str, size: int) -> None:
+    request.getfixturevalue(which)
     assert streamed(size) == ("Well. ", CALLS)
+    text, calls = streamed(size, "hermes")  # whose calls have no white space around them
+    assert (text.rstrip(), calls) == ("Well.", CALLS)
 
 
 def test_sglang_alone_loses_text_and_calls() -> None:
-    """Else the wrapper can go."""
+    """Else the wrapper and the patch can go."""
     assert streamed(1) == ("Well. ", CALLS)
     assert streamed(40)[0] == ""
     assert streamed(len(TEXT))[1] == []
