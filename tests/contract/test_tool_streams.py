@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -26,8 +27,13 @@ SIZES = [1, 7, 40, len(TEXT) - 60, len(TEXT)]
 
 
 @pytest.fixture
-def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FunctionCallParser, "parse_stream_chunk", FunctionCallParser.parse_stream_chunk)
+def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own, which a test before this one may have wrapped by resolving arguments."""
+    monkeypatch.setattr(FunctionCallParser, "parse_stream_chunk", inspect.unwrap(FunctionCallParser.parse_stream_chunk))
+
+
+@pytest.fixture
+def wrapped(stock: None) -> None:
     compat.stream_tool_calls_in_pieces()
 
 
@@ -68,7 +74,7 @@ def test_all_of_a_chunk_is_streamed(request: pytest.FixtureRequest, which: str, 
     assert (text.rstrip(), calls) == ("Well.", CALLS)
 
 
-def test_sglang_alone_loses_text_and_calls() -> None:
+def test_sglang_alone_loses_text_and_calls(stock: None) -> None:
     """Else the wrapper and the patch can go."""
     assert streamed(1) == ("Well. ", CALLS)
     assert streamed(40)[0] == ""

@@ -75,7 +75,9 @@ RUN: Mapping[str, Kit] = MappingProxyType(
         "prefix_cache_branching_kit.PrefixCacheBranchingMixin": Kit(
             overrides={"cache_chunk_size": 64}, fails_alike=frozenset({"test_prefix_cache_branching"})
         ),
-        "json_constrained_kit.JSONConstrainedMixin": Kit(overrides={"json_schema": SCHEMA}),
+        "json_constrained_kit.JSONConstrainedMixin": Kit(
+            overrides={"json_schema": SCHEMA}, slow=frozenset({"test_mix_json_and_other"})
+        ),
         "json_mode_kit.JSONModeMixin": Kit(),
         "regex_constrained_kit.RegexConstrainedMixin": Kit(fails_alike=frozenset({"test_regex_generate_complex_json"})),
         "ebnf_constrained_kit.EBNFConstrainedMixin": Kit(fails_alike=frozenset({"test_ebnf_generate_complex_json"})),
@@ -94,7 +96,9 @@ RUN: Mapping[str, Kit] = MappingProxyType(
         "spec_decoding_kit.SpecDecodingMixin": Kit(
             overrides={"accept_length_thres": 1.2, "bs_1_speed_thres": 1.0, "bs_1_speed_attempts": 1}, slow=None
         ),
-        "spec_server_kits.SpecCorrectnessKit": Kit(overrides={"acc_length_thres": 1.2, "batch_accept_len_thres": 1.2}),
+        "spec_server_kits.SpecCorrectnessKit": Kit(
+            overrides={"acc_length_thres": 1.2, "batch_accept_len_thres": 1.2}, slow=frozenset({"test_acc_length"})
+        ),
         "spec_server_kits.SpecFeatureKit": Kit(slow=None),
         "spec_server_kits.SpecGrammarKit": Kit(
             overrides={"grammar_json_schema": SCHEMA},
