@@ -27,7 +27,7 @@ from benchmarks.seeded_rules import margin, noise
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.sampling import sorted_support
 from sglang_orthrus.server import Server
-from tests.conftest import SETUP, TEST_ARGS
+from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
 from tests.fixtures import Shape, write_checkpoint
 from tests.reference import Reference
@@ -211,6 +211,7 @@ ADJUSTED: dict[str, dict[str, Any]] = {
 }
 
 
+@slow
 def test_seeds_act_on_adjusted_logits(seeded: Server, reference: Reference) -> None:
     """Penalties, scaling, grammar mask, bias, custom processors, temperature, filters, noise; all in one batch."""
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO
 from sglang_orthrus.server import Server
+from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
 from tests.reference import Reference
 
@@ -151,7 +152,8 @@ def paused_story(server: Server, mode: str, flush_status: int) -> Reply:
 
 
 @pytest.mark.parametrize(
-    ("mode", "flush_status", "retractions"), [("in_place", 400, 0), ("retract", 200, 1)], ids=["in_place", "retract"]
+    ("mode", "flush_status", "retractions"),
+    [pytest.param("in_place", 400, 0, id="in_place", marks=slow), pytest.param("retract", 200, 1, id="retract")],
 )
 def test_a_paused_request_continues_where_it_was(
     orthrus: Server, plain: Server, reference: Reference, mode: str, flush_status: int, retractions: int
