@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.parity_rules import NEAR_TIE
+from benchmarks.slices import Slice, check_all
 
 ANSWERS_PER_EXCUSE = 200
 # What slices of one run have in common.
@@ -47,9 +48,7 @@ def merge(slices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found = {name: result[name] for name in SHARED}
         if found != shared:
             raise ValueError(f"slices of different runs: {shared} and {found}")
-    numbers = sorted(result["slice"] for result in slices)
-    if numbers != list(range(shared["slices"])):
-        raise ValueError(f"all of the {shared['slices']} slices are needed, each once; there are {numbers}")
+    check_all([Slice(result["slice"], result["slices"]) for result in slices])
     commits = {result["provenance"]["commit"] for result in slices}
     if len(commits) > 1:
         raise ValueError(f"slices of different code: {sorted(commits)}")

@@ -32,6 +32,7 @@ from benchmarks.parity import RESULTS, SETUPS, Prompt, load_prompts, progress
 from benchmarks.provenance import provenance
 from benchmarks.seeded_merge import ROUNDS, conclude, merge
 from benchmarks.seeded_rules import margin
+from benchmarks.slices import Slice
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.server import Server, plain_env
@@ -65,26 +66,6 @@ class Answer:
 
     tokens: tuple[int, ...]
     rounds: int
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Every n-th prompt of a run, from the given number on."""
-
-    number: int
-    of_slices: int
-
-    @classmethod
-    def parse(cls, text: str) -> Slice:
-        """From "I/N"."""
-        number, of_slices = map(int, text.split("/"))
-        if not 0 <= number < of_slices:
-            raise argparse.ArgumentTypeError(f"{text}: I/N with I from 0 to N - 1 is wanted")
-        return cls(number, of_slices)
-
-    def of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Its prompts."""
-        return prompts[self.number :: self.of_slices]
 
 
 def cases(prompts: Sequence[Prompt], seeds: Sequence[int] = SEEDS) -> list[Case]:

@@ -29,6 +29,7 @@ import requests
 from tokenizers import Tokenizer
 
 from benchmarks.provenance import ROOT, provenance
+from benchmarks.slices import Slice
 from benchmarks.structured_cases import Case, foreign_cases, is_valid, own_cases, tool_cases
 from benchmarks.structured_figures import SETTING, grammar_counts, rates
 from sglang_orthrus.checkpoint import export_ar
@@ -107,25 +108,15 @@ def launch(mode: str, name: str, model: Path, exported: Path, args: Sequence[str
     return Server(model, *ORTHRUS_ARGS, *common, env={GRAMMAR_DRAFT: name})
 
 
-def slice_of(text: str) -> tuple[int, int]:
-    """An option "I/N", 0 <= I < N."""
-    index, _, count = text.partition("/")
-    part = int(index), int(count)
-    if not 0 <= part[0] < part[1]:
-        raise ValueError(text)
-    return part
-
-
 def rows(options: argparse.Namespace) -> Iterator[Answer]:
     """One per server, set of prompts and concurrency."""
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    index, count = options.slice
     all_sets = {
         "own json": own_cases(options.own),
         "own tools": tool_cases(options.own // 3),
         "tests/data": foreign_cases()[: options.schemas],
     }
-    sets = {key: cases[index::count] for key, cases in all_sets.items() if cases[index::count]}
+    sets = {key: part for key, cases in all_sets.items() if (part := options.slice.of(cases))}
     with tempfile.TemporaryDirectory() as folder:
         exported = export_ar(options.model, Path(folder) / "ar")
         for backend in options.backends:
@@ -159,7 +150,7 @@ def main() -> None:
     parser.add_argument("--whitespace", nargs="+", default=["any", "none"], choices=["any", "none"])
     parser.add_argument("--servers", nargs="+", default=SERVERS, choices=SERVERS)
     parser.add_argument(
-        "--slice", type=slice_of, default=(0, 1), metavar="I/N", help="every N-th case from the I-th on"
+        "--slice", type=Slice.parse, default=Slice(0, 1), metavar="I/N", help="every N-th case from the I-th on"
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.slices import Slice, check_all
 from benchmarks.structured_figures import SETTING, merged
 
 
@@ -21,9 +22,7 @@ def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: if a slice is missing, or there twice, or not finished.
     """
-    slices = sorted(tuple(part["slice"]) for part in parts)
-    if slices != [(index, len(parts)) for index in range(len(parts))]:
-        raise ValueError(f"not the slices of one run: {slices}")
+    check_all([Slice(*part["slice"]) for part in parts])
     # A slice may have no case of a small set, but it has its servers.
     servers = [{tuple(row[key] for key in SETTING[:3]) for row in part["rows"]} for part in parts]
     if any(found != servers[0] for found in servers):

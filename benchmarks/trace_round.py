@@ -63,10 +63,11 @@ def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
     on_gpu = [event for event in timed if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     kinds: Counter[str] = Counter()
     names: Counter[str] = Counter()
-    for event in on_gpu:
-        kinds[kind_of(event["name"])] += event["dur"]
-        names[event["name"]] += event["dur"]
     times = Counter(event["name"] for event in on_gpu)
+    for event in on_gpu:
+        names[event["name"]] += event["dur"]
+    for name, total in names.items():
+        kinds[kind_of(name)] += total
     intervals = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
     span = max(end for _, end in intervals) - min(start for start, _ in intervals)
     calls = Counter(event["name"] for event in timed if event.get("cat") in ("cuda_runtime", "cuda_driver"))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from sglang_orthrus.graph_plan import max_split_work
+
 # What SGLang's backend takes for plain Qwen3; it does not know that ours is one.
 _MIN_WORKSPACE_BYTES = 512 * 1024 * 1024
 _TILE_ROWS = 128  # the largest of FlashInfer's query tiles
@@ -25,7 +27,7 @@ def workspace_bytes(num_requests: int, width: int, num_q_heads: int, num_kv_head
     """
     group = num_q_heads // num_kv_heads
     tiles = -(-num_requests * width * group // _TILE_ROWS) + num_requests - 1
-    tiles = max(tiles, 2 * _MAX_SMS // num_kv_heads)
+    tiles = max(tiles, max_split_work(_MAX_SMS, num_kv_heads))
     partial_results = num_q_heads * -(-tiles * _TILE_ROWS // group) * (head_dim + 1) * 4
     return max(_MIN_WORKSPACE_BYTES, int(_MARGIN * partial_results))
 

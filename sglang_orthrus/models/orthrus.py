@@ -129,7 +129,10 @@ class OrthrusForCausalLM(OrthrusLM):
 
 
 def _without_nan_inplace(logits: torch.Tensor) -> torch.Tensor:
-    """As SGLang's sampler does it where that is switched on (`sanitize_nan_logits`); argmax chooses a NaN."""
+    """As SGLang's sampler does it where that is switched on (`sanitize_nan_logits`); argmax chooses a NaN.
+
+    Without its warning, which needs the host and so cannot be part of a graph.
+    """
     if envs.SGLANG_SANITIZE_NAN_LOGITS.get():
         torch.nan_to_num_(logits, nan=-1e30, posinf=1e30, neginf=-1e30)
     return logits

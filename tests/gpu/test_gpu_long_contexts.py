@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import MAX_NEW_TOKENS, SETUPS, Prompt, ask
-from benchmarks.parity_rules import Answer, find_divergence
+from benchmarks.parity import MAX_NEW_TOKENS, SETUPS, Prompt, collect
+from benchmarks.parity_rules import find_divergence
 from benchmarks.sweep_prompts import PromptPool
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
@@ -37,22 +35,17 @@ def _prompts() -> list[Prompt]:
     return [prompt for number, one in enumerate(long) for prompt in (*short[3 * number : 3 * number + 3], one)]
 
 
-def _answers(server: Server, prompts: list[Prompt], in_flight: int) -> list[Answer]:
-    with ThreadPoolExecutor(in_flight) as pool:
-        return list(pool.map(partial(ask, server), prompts))
-
-
 @pytest.mark.parametrize("setup", ["flashinfer-bf16", "triton-fp32"])
 def test_long_contexts(setup: str, tmp_path: Path) -> None:
     prompts = _prompts()
     args, env = (*SETUPS[setup].args[:4], *LIMITS, *LONGER), SETUPS[setup].env
     exported = export_ar(NANO, tmp_path / "ar")
     with Server(exported, *args, env={**plain_env(), **env}) as server:
-        expected = _answers(server, prompts, 1)
+        expected = collect(server, prompts, 1)
     for overlap in ((), ("--disable-overlap-schedule",)):
         with Server(NANO, *ORTHRUS_ARGS, *args, *overlap, env=env) as server:
             for in_flight in (1, len(prompts)):
-                answers = _answers(server, prompts, in_flight)
+                answers = collect(server, prompts, in_flight)
                 for plain, ours in zip(expected, answers, strict=True):
                     found = find_divergence(plain.tokens, ours.tokens, plain.gap_after, SETUPS[setup].tie_below)
                     assert found is None or found.gap < found.tie_below, found

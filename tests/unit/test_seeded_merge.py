@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.seeded_merge import conclude, merge
-from benchmarks.seeded_parity import Answer, Case, Prompt, Slice, tokens_and_rounds
+from benchmarks.seeded_parity import Answer, Case, Prompt, tokens_and_rounds
+from benchmarks.slices import Slice
 
 PROMPTS = [Prompt(f"prose/{index}", "prose", (index,)) for index in range(7)]
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.draw_block import FIGURE, TRACE, agreeing, draw
 from benchmarks.replay import Way, replay
-from benchmarks.structured import slice_of
+from benchmarks.slices import Slice
 from benchmarks.structured_cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
 from benchmarks.structured_figures import Row, grammar_counts, quantile, rates
 from benchmarks.structured_merge import merge
@@ -129,10 +129,10 @@ def test_slices_of_different_runs_are_refused() -> None:
 
 
 def test_a_slice_is_named_by_its_place() -> None:
-    assert slice_of("0/2") == (0, 2)
+    assert Slice.parse("0/2") == (0, 2)
     for text in ("2/2", "1", "-1/2", "0/0", "a/b"):
         with pytest.raises(ValueError):
-            slice_of(text)
+            Slice.parse(text)
 
 
 def test_a_replay_counts_rounds() -> None:
