@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sglang_orthrus.server import Server, plain_env
 PASSES = 10
 NEW_TOKENS = 16384
 LONGEST, NAME_LENGTH = 40, 120
+SHORT_GAP = 10  # microseconds; what lies between two kernels that are queued, with room to spare
 # The first kind whose words a kernel's name contains.
 KINDS = {
     "attention": ("BatchPrefill", "BatchDecode", "flash", "MergeStates", "VariableLength", "_fwd_", "decode_attention"),
@@ -48,13 +50,11 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in kernel for word in words)), "other")
 
 
-def busy(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (start, end) intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+def gaps(intervals: Iterable[tuple[float, float]]) -> list[float]:
+    """Lengths of the holes in the union of (start, end) intervals."""
+    ordered = sorted(intervals)
+    reached = accumulate((end for _, end in ordered), max)
+    return [start - before for (start, _), before in zip(ordered[1:], reached, strict=False) if start > before]
 
 
 def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
         kinds[kind_of(name)] += total
     intervals = [(event["ts"], event["ts"] + event["dur"]) for event in on_gpu]
     span = max(end for _, end in intervals) - min(start for start, _ in intervals)
+    idle = gaps(intervals)
     calls = Counter(event["name"] for event in timed if event.get("cat") in ("cuda_runtime", "cuda_driver"))
 
     def per_pass(microseconds: float) -> float:
@@ -78,8 +79,9 @@ def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
     return {
         "passes": passes,
         "span_ms": per_pass(span),
-        "busy_ms": per_pass(busy(intervals)),
-        "idle_ms": per_pass(span - busy(intervals)),
+        "busy_ms": per_pass(span - sum(idle)),
+        "idle_ms": per_pass(sum(idle)),
+        "idle_in_short_gaps_ms": per_pass(sum(gap for gap in idle if gap <= SHORT_GAP)),
         "kinds_ms": {kind: per_pass(time) for kind, time in kinds.most_common()},
         "kernels": round(len(on_gpu) / passes, 1),
         "longest": [

@@ -47,14 +47,10 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         needs_cpu_seq_lens: bool = True,
         needs_confidence_relay: bool = False,
     ) -> Any:
-        """The overlap scheduler's relay of anchors and lengths (`SpeculativeAlgorithm.create_future_map`).
+        """The overlap scheduler's relay of anchors and lengths, as `SpeculativeAlgorithm` makes it."""
+        from sglang.srt.managers.overlap_utils import FutureMap
 
-        It stays here for the worker, which asks it for lengths on the host.
-        """
-        from sglang_orthrus.relay import LateLens
-
-        self.relay = LateLens(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
-        return self.relay
+        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
     def supports_grammar_overlap(self) -> bool:
         """The worker advances the grammar inside verify, through the scheduler's barrier."""

@@ -92,11 +92,25 @@ LEDGER: tuple[Touch, ...] = (
         "Qwen3DecoderLayer accepts an attention class",
     ),
     Touch(
+        "sglang.srt.models.qwen3:Qwen3Attention.forward",
+        ("positions", "hidden_states", "forward_batch"),
+        "its steps are taken one by one for blocks on a GPU, norm, RoPE and the store of K and V in one kernel",
+        "they are four kernels per layer and pass",
+        "Qwen3 fuses them on CUDA as it does on ROCm",
+    ),
+    Touch(
+        "sglang.srt.model_executor.forward_context:get_token_to_kv_pool",
+        (),
+        "called, for the buffers that this kernel stores to",
+        "as Qwen3's fused path on ROCm does",
+        "Qwen3 fuses them on CUDA",
+    ),
+    Touch(
         "sglang.srt.managers.overlap_utils:FutureMap",
         ("device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay"),
-        "subclassed; its stream, event and buffers bring lengths to the host when they are needed",
-        "CustomSpecAlgo lacks create_future_map (patches/0001), and lengths are waited for before a round is prepared",
-        "CustomSpecAlgo has create_future_map, and planners ask for host lengths themselves",
+        "constructed",
+        "CustomSpecAlgo lacks create_future_map (patches/0001)",
+        "CustomSpecAlgo has create_future_map",
     ),
     Touch(
         "sglang.srt.speculative.spec_registry:CustomSpecAlgo",

@@ -219,8 +219,10 @@ class GraphPlanner:
 
 
 def plan_in_graphs(backend: Any) -> None:
-    """Have the verify graphs of SGLang's `FlashInferAttnBackend` plan themselves."""
+    """Have the verify graphs of SGLang's `FlashInferAttnBackend` plan themselves; no round waits for lengths then."""
     planner = GraphPlanner(backend)
+    # Read by SGLang's `decide_needs_cpu_seq_lens`; with it the overlap scheduler waits before it prepares a round.
+    backend.needs_cpu_seq_lens = False
     backend.init_forward_metadata_out_graph = planner.init_forward_metadata_out_graph
     backend.init_forward_metadata_in_graph = planner.init_forward_metadata_in_graph
 

@@ -10,8 +10,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
-from sglang_orthrus.graph_plan import plans_in_graphs
-from sglang_orthrus.spec_input import OrthrusBlockInput, Phase, bring_lens_to_host
+from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
 
 Forward = Callable[..., LogitsProcessorOutput]
 
@@ -74,15 +73,6 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
         block = forward_batch.spec_info
         is_block = isinstance(block, OrthrusBlockInput) and block.phase in self.phases
         return is_block and bool(super().can_run_graph(forward_batch))
-
-    def _init_replay_attn_metadata(self, forward_batch: ForwardBatch, **kwargs: Any) -> None:
-        if not plans_in_graphs(self.attn_backend):
-            # The inputs are under way to the graph's buffers by now. From here on the GPU has nothing to do.
-            bring_lens_to_host(forward_batch)
-            lens = forward_batch.seq_lens_cpu
-            if lens is not None:
-                self.buffers.seq_lens_cpu[: lens.shape[0]].copy_(lens)
-        super()._init_replay_attn_metadata(forward_batch, **kwargs)
 
     def _resolve_lora_variant(self, forward_batch: ForwardBatch) -> str:
         # SGLang's key of a graph has a place for a variant, and here it asks for the one that a batch replays.

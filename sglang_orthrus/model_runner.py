@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from sglang.srt.runtime_context import get_spec
 from sglang_orthrus.block import DraftBlock, draft_block
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.flashinfer_plans import bound_indices, share_plans
-from sglang_orthrus.graph_plan import plan_in_graphs
+from sglang_orthrus.graph_plan import plan_in_graphs, plans_in_graphs
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
-from sglang_orthrus.spec_input import OrthrusBlockInput, Phase, bring_lens_to_host
+from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
 
 
 class Pass(NamedTuple):
@@ -102,7 +101,7 @@ class DualViewRunner:
         forward_batch = self._prepare(batch, block, Phase.ROUND)
         if not graphs.can_run_graph(forward_batch):
             return None
-        replayed = self._run(forward_batch).can_run_cuda_graph
+        replayed = self._run(batch, forward_batch).can_run_cuda_graph
         assert replayed, "run eagerly, a round would be one verify pass over mask tokens"
         bs = forward_batch.batch_size
         # The next round overwrites both while the overlap scheduler may still copy the output to the host.
@@ -131,7 +130,7 @@ class DualViewRunner:
         forward_batch = self._prepare(batch, block, phase)
         if is_planned:
             forward_batch.mark_forward_metadata_ready()
-        result = self._run(forward_batch)
+        result = self._run(batch, forward_batch)
         hidden_states = result.logits_output.hidden_states.unflatten(0, block.ids.shape)
         return Pass(hidden_states, result.can_run_cuda_graph)
 
@@ -144,7 +143,6 @@ class DualViewRunner:
             positions=block.positions.flatten(),
             draft_token_num=block.ids.shape[1],
             phase=phase,
-            host_lens=_host_lens(batch),
         )
         return ForwardBatch.init_new(
             batch,
@@ -167,17 +165,14 @@ class DualViewRunner:
         finally:
             runner.attn_backend, runner.decode_cuda_graph_runner = backend, graphs
 
-    def _run(self, forward_batch: ForwardBatch) -> Any:
-        graphs = self._model_runner.decode_cuda_graph_runner
-        if graphs is None or not graphs.can_run_graph(forward_batch):
-            bring_lens_to_host(forward_batch)
+    def _run(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Any:
+        graphs, width = self._model_runner.decode_cuda_graph_runner, forward_batch.spec_info.draft_token_num
+        is_eager = graphs is None or not graphs.can_run_graph(forward_batch)
+        if is_eager and batch.seq_lens_cpu is None and plans_in_graphs(self._model_runner.attn_backend):
+            # FlashInfer plans this one on the host. Both passes of the round get what is waited for here.
+            batch.seq_lens_cpu = batch.seq_lens.cpu()
+        if batch.seq_lens_cpu is not None:
+            # Planners want the block in them (as DFLASH gives them).
+            forward_batch.seq_lens_cpu = batch.seq_lens_cpu + width
+            forward_batch.seq_lens_sum = int(forward_batch.seq_lens_cpu.sum())
         return self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
-
-
-def _host_lens(batch: ScheduleBatch) -> Callable[[], torch.Tensor] | None:
-    """How to get committed lengths on the host: the batch has them, or the overlap scheduler's relay brings them."""
-    lens = batch.seq_lens_cpu
-    if lens is not None:
-        return lambda: lens
-    relay = batch.spec_algorithm.relay
-    return partial(relay.host_lens, batch.req_pool_indices_cpu) if relay.plans_on_host else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
@@ -37,21 +36,10 @@ class OrthrusBlockInput(DFlashVerifyInput):
 
     Attributes:
         phase: decides the view, and which CUDA graph may run the pass.
-        host_lens: waits for the committed lengths [bs] on the host; None if no plan needs them, or has them.
     """
 
     phase: Phase = Phase.VERIFY
-    host_lens: Callable[[], torch.Tensor] | None = None
     capture_hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
-
-
-def bring_lens_to_host(forward_batch: ForwardBatch) -> None:
-    """Give a pass the host lengths that attention planners want, block included (as DFLASH gives them)."""
-    block = forward_batch.spec_info
-    if isinstance(block, OrthrusBlockInput) and block.host_lens is not None:
-        forward_batch.seq_lens_cpu = block.host_lens() + block.draft_token_num
-        forward_batch.seq_lens_sum = int(forward_batch.seq_lens_cpu.sum())
-        block.host_lens = None
 
 
 def view_of(forward_batch: ForwardBatch) -> View:

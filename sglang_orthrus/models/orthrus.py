@@ -19,6 +19,7 @@ from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names
 from sglang_orthrus.compat import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.qkv_kernel import caches_of, place_qkv
 from sglang_orthrus.rows import HEAD_ROWS
 from sglang_orthrus.spec_input import OrthrusBlockInput, View, view_of
 
@@ -44,9 +45,18 @@ class OrthrusAttention(Qwen3Attention):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden], through the projections of the pass's view."""
-        if view_of(forward_batch) is View.DIFFUSION:
-            return self._twin.forward(positions, hidden_states, forward_batch)
-        return super().forward(positions, hidden_states, forward_batch)
+        own = self._twin if view_of(forward_batch) is View.DIFFUSION else self
+        is_block = isinstance(forward_batch.spec_info, OrthrusBlockInput)
+        caches = caches_of(own, hidden_states) if is_block else None
+        if caches is None:
+            return Qwen3Attention.forward(own, positions, hidden_states, forward_batch)
+        qkv, _ = own.qkv_proj(hidden_states)
+        rope = own.rotary_emb.cos_sin_cache
+        q = place_qkv(qkv, *caches, own.q_norm, own.k_norm, rope, positions, forward_batch.out_cache_loc)
+        _, k, v = qkv.split([own.q_size, own.kv_size, own.kv_size], dim=-1)
+        attended = own.attn(q, k, v, forward_batch, save_kv_cache=False)
+        output, _ = own.o_proj(attended)
+        return output
 
 
 class OrthrusLM(Qwen3ForCausalLM):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.trace_round import busy, kind_of, summarise
+from benchmarks.trace_round import gaps, kind_of, summarise
 
 
-def test_overlapping_intervals_count_once() -> None:
-    assert busy([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
-    assert busy([(0, 10), (2, 3), (4, 12)]) == 12
+def test_gaps_are_where_nothing_runs() -> None:
+    assert gaps([(0, 2), (1, 3), (5, 6), (5, 5.5), (7, 8)]) == [2, 1]
+    assert gaps([(4, 12), (0, 10), (2, 3)]) == []
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_a_pass_is_its_share_of_the_trace() -> None:
     ]
     summary = summarise(events, passes=2)
     assert (summary["span_ms"], summary["busy_ms"], summary["idle_ms"]) == (4.0, 3.0, 1.0)
+    assert summary["idle_in_short_gaps_ms"] == 0
     assert summary["kinds_ms"] == {"matrix products": 1.5, "copies": 1.0, "attention": 0.5}
     assert summary["kernels"] == 1.5
     assert summary["launches"] == {"cudaGraphLaunch": 0.5}
