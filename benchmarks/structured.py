@@ -40,7 +40,12 @@ from sglang_orthrus.settings import GRAMMAR_DRAFT
 RESULTS = ROOT / "benchmarks" / "results"
 ARGS = {
     "cpu": ("--dtype", "float32", "--context-length", "2048"),
-    "gpu": ("--dtype", "bfloat16", "--attention-backend", "flashinfer", "--context-length", "2048"),
+    "gpu": (
+        *("--dtype", "bfloat16", "--attention-backend", "flashinfer", "--context-length", "2048"),
+        # The same graphs for all servers, and no capture of prefills, which takes minutes.
+        *("--max-running-requests", "32", "--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "24", "32"),
+        *("--cuda-graph-backend-prefill", "disabled"),
+    ),
 }
 CONCURRENCIES = {"cpu": (4,), "gpu": (1, 8, 32)}
 STRICT = "--constrained-json-disable-any-whitespace"

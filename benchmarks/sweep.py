@@ -371,8 +371,10 @@ def server_state(server: Server) -> dict[str, Any]:
 
 
 def nvidia_smi(field: str) -> str | None:
-    """What nvidia-smi says of the first GPU; None without it."""
+    """What nvidia-smi says of the first visible GPU; None without it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command += [f"--id={visible}"] if visible else []
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
@@ -380,7 +382,7 @@ def nvidia_smi(field: str) -> str | None:
 
 
 def gpu_mib() -> int | None:
-    """Memory in use on the first GPU."""
+    """Memory in use on the first visible GPU."""
     used = nvidia_smi("memory.used")
     return int(used) if used and used.isdecimal() else None
 
