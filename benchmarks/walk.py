@@ -48,7 +48,9 @@ def wide_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     data = json.loads((NANO / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary, rng = data["model"]["vocab"], random.Random(0)
     spell = ByteLevel(add_prefix_space=False, use_regex=False)
-    num_tokens = len(vocabulary.keys() | {token["content"] for token in data["added_tokens"]})
+    # Added tokens that are not in there would be moved behind the words.
+    vocabulary |= {token["content"]: token["id"] for token in data["added_tokens"]}
+    num_tokens = len(vocabulary)
     while num_tokens < size:
         word = _made_up(rng)
         spelt = spell.pre_tokenize_str(word)[0][0]
