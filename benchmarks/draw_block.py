@@ -15,13 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
+from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_token_bitmask
 
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano
 from sglang_orthrus.constrained import NUM_CANDIDATES, encoder
-from sglang_orthrus.grammar import Change, walk
+from sglang_orthrus.grammar import Change, choose
 from sglang_orthrus.grammar_cursors import XGrammarCursor
 from sglang_orthrus.settings import DraftMode
 
@@ -37,14 +36,14 @@ def traces(case_blocks: Iterator[Block]) -> Iterator[dict[str, Any]]:
     tokenizer, _ = nano()
     info = TokenizerInfo.from_huggingface(fast(tokenizer), stop_token_ids=[tokenizer.token_to_id(END)])
     compiler, encode = GrammarCompiler(info), encoder(fast(tokenizer))
+    scratch = allocate_token_bitmask(1, info.vocab_size)
     for block in case_blocks:
         matcher = GrammarMatcher(compiler.compile_json_schema(block.case.grammar["json_schema"], any_whitespace=False))
         for token in block.committed:
             matcher.accept_token(token)
         candidates = block.candidates[:, :NUM_CANDIDATES].numpy()
-        masks = torch.full((len(candidates) + 1, (info.vocab_size + 31) // 32), -1, dtype=torch.int32)
         cursor = XGrammarCursor(SimpleNamespace(matcher=matcher), encode)
-        done = walk(cursor, candidates[:, 0].copy(), candidates, masks, DraftMode.REPAIR)
+        done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, DraftMode.REPAIR)
         rest = block.answer[len(block.committed) :]
         yield {
             "schema": block.case.name,

@@ -20,13 +20,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
+from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_token_bitmask
 
 from benchmarks.provenance import provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano, own_cases
 from sglang_orthrus import grammar
 from sglang_orthrus.constrained import NUM_CANDIDATES, encoder
-from sglang_orthrus.grammar import MAX_REPAIRS, Change, walk
+from sglang_orthrus.grammar import MAX_REPAIRS, Change, choose
 from sglang_orthrus.grammar_cursors import XGrammarCursor
 from sglang_orthrus.settings import DraftMode
 
@@ -51,6 +51,7 @@ def replay(drafted: Sequence[Sequence[Block]], way: Way, any_whitespace: bool) -
     tokenizer, _ = nano()
     info = TokenizerInfo.from_huggingface(fast(tokenizer), stop_token_ids=[tokenizer.token_to_id(END)])
     compiler, encode = GrammarCompiler(info), encoder(fast(tokenizer))
+    scratch = allocate_token_bitmask(1, info.vocab_size)
     num_tokens = rounds = 0
     changes = np.zeros(len(Change), np.int64)
     for answer_blocks in drafted:
@@ -60,8 +61,7 @@ def replay(drafted: Sequence[Sequence[Block]], way: Way, any_whitespace: bool) -
         cursor.accept(answer[:1])
         while committed < len(answer):
             candidates = answer_blocks[committed - 1].candidates[:, : way.candidates].numpy()
-            masks = torch.full((len(candidates) + 1, (info.vocab_size + 31) // 32), -1, dtype=torch.int32)
-            done = walk(cursor, candidates[:, 0].copy(), candidates, masks, way.mode)
+            done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, way.mode)
             rest = answer[committed:]
             agrees = np.array(rest[: len(done.tokens)]) == done.tokens[: len(rest)]
             accepted = len(agrees) if agrees.all() else int(agrees.argmin())

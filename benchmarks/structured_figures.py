@@ -3,7 +3,7 @@
 aborted: by the grammar engine, without an answer; preparing_seconds: for a first token of every prompt, grammars
 compiled; tokens_per_second: after that, of one server; tokens_per_cycle: (tokens - 1) /
 rounds over all answers; repaired, forced: shares of drafts; walk_ms: per round of all requests, taken from within the
-buckets of the server's histogram.
+buckets of the server's histogram; choose_ms: the part of it that verification waits for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ Row = dict[str, Any]
 
 SETTING = ("backend", "whitespace", "server", "prompts", "concurrency")
 COUNTS = ("answers", "ended", "aborted", "valid", "identical", "tokens", "rounds", "seconds", "preparing_seconds")
-GRAMMAR_COUNTS = ("drafts", "walk_buckets")
+TIMES = ("walk", "choose")
+GRAMMAR_COUNTS = ("drafts", *(f"{time}_buckets" for time in TIMES))
 
 
 def quantile(buckets: Mapping[float, float], share: float) -> float | None:
@@ -39,8 +40,13 @@ def grammar_counts(before: Mapping[str, float], after: Mapping[str, float]) -> R
         return name.partition('="')[2].partition('"')[0]
 
     drafts = {label(name): value for name, value in new.items() if "drafts_total" in name}
-    buckets = {label(name[name.index("le=") :]): value for name, value in new.items() if "bucket" in name}
-    return {"drafts": drafts, "walk_buckets": buckets} if sum(drafts.values()) else {}
+    if not sum(drafts.values()):
+        return {}
+    found: Row = {"drafts": drafts}
+    for time in TIMES:
+        buckets = {name: value for name, value in new.items() if f"{time}_seconds_bucket" in name}
+        found[f"{time}_buckets"] = {label(name[name.index("le=") :]): value for name, value in buckets.items()}
+    return found
 
 
 def rates(counts: Mapping[str, Any]) -> Row:
@@ -52,9 +58,11 @@ def rates(counts: Mapping[str, Any]) -> Row:
     }
     if "drafts" in counts:
         drafts = counts["drafts"]
-        buckets = {float(bound): count for bound, count in counts["walk_buckets"].items()}
         found |= {change: round(drafts[change] / sum(drafts.values()), 4) for change in ("repaired", "forced")}
-        found["walk_ms"] = {"median": quantile(buckets, 0.5), "p99": quantile(buckets, 0.99)}
+    for time in TIMES:
+        if f"{time}_buckets" in counts:
+            buckets = {float(bound): count for bound, count in counts[f"{time}_buckets"].items()}
+            found[f"{time}_ms"] = {"median": quantile(buckets, 0.5), "p99": quantile(buckets, 0.99)}
     return found
 
 

@@ -1,4 +1,4 @@
-"""The grammars of a batch: walks its constrained rows between draft and verify, and hands out their masks.
+"""The grammars of a batch: choose the drafts of its constrained rows before verify, and fill their masks during it.
 
 Letters: R constrained requests of a batch of bs, Q verify width, K candidates per position, W words of a mask row.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Ids, Walk, allow_only, walk
+from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Ids, allow_only, choose
 from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
@@ -27,19 +27,23 @@ NUM_CANDIDATES = 64
 MAX_THREADS = 16
 
 
-class Constrained(NamedTuple):
-    """What the grammars of a batch say about a round's block.
+class Chosen(NamedTuple):
+    """The drafts of the constrained requests of a round, whose masks are to be filled.
 
     Attributes:
-        rows: [R] int64, the constrained requests' places in the batch.
-        drafts: [R, Q-1] int64, their drafts, on the model's device. Chosen by a rule, whatever their probability: for
-            rejection sampling the proposal puts all its weight on each.
-        mask: [R * Q, W], what may follow each token of their blocks, on the model's device.
+        rows: [R] int64, the requests' places in the batch, on the model's device.
+        drafts: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
+            sampling the proposal puts all its weight on each.
+        grammars: [R].
+        choices: [R]; None where a grammar has nothing to say about the block.
+        seconds: that they took.
     """
 
     rows: torch.Tensor
     drafts: torch.Tensor
-    mask: GrammarMask
+    grammars: list[Any]
+    choices: list[Choice | None]
+    seconds: float
 
 
 class Proposal:
@@ -63,7 +67,7 @@ class Proposal:
 
 
 class BlockGrammars:
-    """Walks of all constrained requests, in parallel, over one buffer of masks.
+    """Drafts of all constrained requests, and their masks, in parallel, in one buffer.
 
     Args:
         mode: see `DraftMode`.
@@ -81,7 +85,7 @@ class BlockGrammars:
         self._device = torch.device(device)
         self.encode = encoder(tokenizer)
         self._stats = stats
-        # The engines work outside the interpreter's lock.
+        # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
         # [slots * Q, W]; of slot s the first `_num_filled[s]` rows hold masks of an earlier round, the rest allow all.
@@ -95,22 +99,22 @@ class BlockGrammars:
 
     @property
     def num_candidates(self) -> int:
-        """How many choices per position a walk may need."""
+        """How many candidates per position are needed to choose."""
         return NUM_CANDIDATES if self.changes_drafts else 1
 
     def rows_of(self, reqs: Sequence[Any]) -> list[int]:
         """Places of the requests whose grammars matter in this round."""
         return [row for row, req in enumerate(reqs) if req.grammar is not None and not req.finished()]
 
-    def constrain(
+    def choose(
         self,
         reqs: Sequence[Any],
         rows: Sequence[int],
         proposal: Proposal,
         vocab_size: int,
         barrier: Callable[[], None] | None,
-    ) -> Constrained:
-        """Bring the grammars to the committed text and walk the block of every constrained request.
+    ) -> Chosen:
+        """Bring the grammars to the committed text and choose the drafts of every constrained request.
 
         Host work, while a GPU still drafts. The same buffers serve every round: the former round's copies out of them
         are done once this round's candidates are here, since all are made on one stream.
@@ -127,56 +131,79 @@ class BlockGrammars:
         candidates = proposal.wait()
         started = time.perf_counter()
         grammars = [reqs[row].grammar for row in rows]
-        masks = self._buffer(grammars[0], len(rows), vocab_size)
-        walks = self._walk_all(grammars, candidates)
-        self._stats.count([done for done in walks if done is not None], time.perf_counter() - started)
+        self._make_room(grammars[0], len(rows), vocab_size)
+        # One by one: short calls, most of them under the interpreter's lock.
+        choices = [self._choose(slot, grammar, candidates[slot]) for slot, grammar in enumerate(grammars)]
         tokens = np.stack(
-            [raw[:, 0] if done is None else done.tokens for raw, done in zip(candidates, walks, strict=True)]
+            [raw[:, 0] if made is None else made.tokens for raw, made in zip(candidates, choices, strict=True)]
         )
-        return Constrained(
+        return Chosen(
             self._to_device(torch.tensor(rows)),
             self._to_device(torch.from_numpy(tokens)),
-            GrammarMask(grammars[0], self._to_device(masks[: len(rows) * self._width])),
+            grammars,
+            choices,
+            time.perf_counter() - started,
         )
 
-    def _walk(self, slot: int, grammar: Any, candidates: Ids) -> Walk | None:
+    def masks(self, chosen: Chosen) -> GrammarMask:
+        """What may follow each token of the chosen blocks: [R * Q, W], on the model's device.
+
+        Host work, while a GPU verifies.
+        """
+        started = time.perf_counter()
+        self._fill_all(chosen)
+        seconds = time.perf_counter() - started
+        self._stats.count([made for made in chosen.choices if made is not None], chosen.seconds, seconds)
         assert self._masks is not None
-        masks = self._masks[slot * self._width : (slot + 1) * self._width]
+        return GrammarMask(chosen.grammars[0], self._to_device(self._masks[: len(chosen.grammars) * self._width]))
+
+    def _choose(self, slot: int, grammar: Any, candidates: Ids) -> Choice | None:
         drafts = np.ascontiguousarray(candidates[:, 0])
-        done = None
-        if is_walkable(grammar) and not leaves_block_alone(grammar, drafts):
-            done = walk(cursor_of(grammar, self.encode), drafts, candidates, masks, self._mode)
-        num_filled = 0 if done is None else done.num_masks
+        if not is_walkable(grammar) or leaves_block_alone(grammar, drafts):
+            return None
+        scratch = self._masks_of(slot)[:1]  # to be filled anew
+        return choose(cursor_of(grammar, self.encode, scratch), drafts, candidates, scratch, self._mode)
+
+    def _fill(self, slot: int, grammar: Any, choice: Choice | None) -> None:
+        masks = self._masks_of(slot)
+        num_filled, end = 0, None
+        if choice is not None:
+            reach = cursor_of(grammar, self.encode, masks[:1]).fill(choice.tokens, masks)
+            if reach.ended:
+                end = choice.tokens.item(reach.length - 1)
+            num_filled = reach.length + (not reach.ended)
         # By NumPy: PyTorch would share so small a job among OpenMP threads.
         bits = masks.numpy()
         bits[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
-        if done is not None and done.end is not None:
+        if end is not None:
             # SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token
             # but on another one.
-            allow_only(done.end, bits[num_filled])
+            allow_only(end, bits[num_filled])
             num_filled += 1
         self._num_filled[slot] = num_filled
-        return done
 
-    def _walk_all(self, grammars: Sequence[Any], candidates: Ids) -> list[Walk | None]:
-        """One walk per request, by this thread and by others that take the next request as they come to it."""
-        walks: list[Walk | None] = [None] * len(grammars)
-        slots = iter(range(len(grammars)))
+    def _fill_all(self, chosen: Chosen) -> None:
+        """By this thread and by others that take the next request as they come to it."""
+        slots = iter(range(len(chosen.grammars)))
 
         def take() -> None:
             for slot in slots:
-                walks[slot] = self._walk(slot, grammars[slot], candidates[slot])
+                self._fill(slot, chosen.grammars[slot], chosen.choices[slot])
 
-        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(grammars)) - 1)]
+        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(chosen.grammars)) - 1)]
         take()
         for other in others:
             # One that has not begun by now finds nothing left to do.
             if not other.cancel():
                 other.result()
-        return walks
 
-    def _buffer(self, grammar: Any, num_slots: int, vocab_size: int) -> torch.Tensor:
-        """Mask rows of so many requests, [num_slots * Q, W], pinned where that speeds up copies."""
+    def _masks_of(self, slot: int) -> torch.Tensor:
+        """[Q, W]"""
+        assert self._masks is not None
+        return self._masks[slot * self._width : (slot + 1) * self._width]
+
+    def _make_room(self, grammar: Any, num_slots: int, vocab_size: int) -> None:
+        """For the masks of so many requests, pinned where that speeds up copies."""
         if num_slots > len(self._num_filled):
             num_slots = max(num_slots, 2 * len(self._num_filled))
             masks = grammar.allocate_vocab_mask(vocab_size, num_slots * self._width, "cpu")
@@ -184,8 +211,6 @@ class BlockGrammars:
             on_cpu = self._device.type == "cpu"
             self._masks = masks if on_cpu or masks.is_pinned() else masks.pin_memory()
             self._num_filled = [0] * num_slots
-        assert self._masks is not None
-        return self._masks
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":

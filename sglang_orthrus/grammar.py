@@ -1,7 +1,10 @@
-"""The walk of a grammar along a draft block: which drafts it changes, and which tokens it allows after each. Pure.
+"""The walk of a grammar along a draft block: which drafts it changes. And the masks of the block. Pure.
 
 Letters: Q verify width, so Q-1 drafts and Q mask rows; W = ceil(vocabulary / 32). Row j of the masks is what the
 grammar allows after drafts 0..j-1, packed as both engines pack it: bit `id % 32` of word `id // 32`.
+
+A verify pass waits for the drafts, but needs no mask before it is over. So drafts are chosen by asking the engine for
+single tokens, in about a microsecond each; a mask takes several, and milliseconds in some places.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ ALL_ALLOWED = -1  # as a word of a mask
 # Each repair is a guess, and a block is accepted up to the first wrong one. On the schemas of tests/data six guesses a
 # block give as many tokens per cycle as any number of them, in less time (docs/structured.md).
 MAX_REPAIRS = 6
+# So many candidates are tried before a mask is filled, which costs as much as some twenty of them. The slow masks,
+# inside strings of bounded length, allow so much that these suffice.
+NUM_TRIED = 8
 
 Ids = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.int32]
@@ -40,6 +46,18 @@ class Reach(NamedTuple):
 class Cursor(Protocol):
     """A grammar at some point of a text."""
 
+    def reach(self, tokens: Sequence[int]) -> Reach:
+        """Ask the engine how far it follows tokens. Moves nothing."""
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Move on over tokens within reach, none of which ends the text."""
+
+    def rollback(self, count: int) -> None:
+        """Move back over the last `count` tokens."""
+
+    def forced(self) -> Sequence[int]:
+        """Tokens that must come next, as a model would write them; none if there is a choice."""
+
     def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
         """Fill masks[0] here and masks[j] after tokens[:j], up to the first that is not allowed. Moves nothing.
 
@@ -47,18 +65,6 @@ class Cursor(Protocol):
 
         tokens: [n]; masks: [n + 1, W] int32 on the CPU.
         """
-
-    def ends(self, token: int) -> bool:
-        """Whether a token that is allowed here ends the text."""
-
-    def accept(self, tokens: Sequence[int]) -> bool:
-        """Move on over tokens; False, and no move, if the engine refuses one, which its own mask may have allowed."""
-
-    def rollback(self, count: int) -> None:
-        """Move back over the last `count` tokens."""
-
-    def forced(self) -> Sequence[int]:
-        """Tokens that must come next, as a model would write them; none if there is a choice."""
 
 
 class Change(IntEnum):
@@ -69,25 +75,20 @@ class Change(IntEnum):
     FORCED = 2
 
 
-class Walk(NamedTuple):
-    """What a walk made of a block.
+class Choice(NamedTuple):
+    """The drafts of a block.
 
     Attributes:
         tokens: [Q-1] the drafts to verify.
         changes: [Q-1] `Change` of each; a forced token may be the draft's own.
-        num_masks: rows 0..num_masks-1 of the masks are filled, the next may hold anything. A draft that verification
-            may accept has the row behind it, but for those from a stop token on, which do not matter.
-        end: the stop token that the block comes to, in front of row num_masks; None if it comes to none.
     """
 
     tokens: Ids
     changes: npt.NDArray[np.int8]
-    num_masks: int
-    end: int | None = None
 
 
-def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode: DraftMode) -> Walk:
-    """Walk a block once, from the committed text to its end, filling the verify masks on the way.
+def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, mode: DraftMode) -> Choice:
+    """Walk a block once, from the committed text on, and change drafts on the way.
 
     It ends early at a stop token, where the grammar allows nothing, or with `MAX_REPAIRS`. Positions are kept: the
     drafts behind a changed one stay where they are, since each was made for its place in the text.
@@ -96,30 +97,21 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
         cursor: at the committed text, anchor included; it is there again afterwards.
         drafts: [Q-1] the diffusion view's first choices.
         candidates: [Q-1, K] its K best choices, best first.
-        masks: [Q, W] int32 on the CPU.
+        scratch: [1, W] int32 on the CPU, for a mask where the first candidates are not allowed.
         mode: see `DraftMode`.
     """
-    tokens, changes, bits = drafts.copy(), np.zeros(len(drafts), np.int8), masks.numpy()
+    tokens, changes = drafts.copy(), np.zeros(len(drafts), np.int8)
     row = num_repairs = 0
-    end: int | None = None
-    while True:
-        is_last = mode is DraftMode.OFF or num_repairs == MAX_REPAIRS
-        # FULL chooses every token itself. Else the engine gets all that is left: what verification may accept needs a
-        # mask behind it.
-        ahead = tokens[row:row] if mode is DraftMode.FULL and not is_last else tokens[row:]
-        reach = cursor.fill(ahead, masks[row : row + len(ahead) + 1])
-        at = row + reach.length
-        if reach.ended or at == len(tokens) or is_last:
-            num_masks = at + (not reach.ended)
-            end = int(tokens[at - 1]) if reach.ended else None
-            break
-        if not cursor.accept(tokens[row:at].tolist()):
-            num_masks = at + 1
-            break
-        row = at
-        chosen, change = _choose(cursor, candidates[row], bits[row])
+    while mode is not DraftMode.OFF and row < len(tokens) and num_repairs < MAX_REPAIRS:
+        if mode is DraftMode.REPAIR:
+            ahead = tokens[row:].tolist()
+            reach = cursor.reach(ahead)
+            if reach.ended or reach.length == len(ahead):
+                break
+            cursor.accept(ahead[: reach.length])
+            row += reach.length
+        chosen, change = _allowed(cursor, candidates[row], scratch)
         if not chosen:
-            num_masks = row + 1
             break
         if mode is DraftMode.FULL:
             del chosen[1:]
@@ -128,23 +120,26 @@ def walk(cursor: Cursor, drafts: Ids, candidates: Ids, masks: torch.Tensor, mode
         if change is Change.FORCED or tokens[row] != drafts[row]:
             changes[place] = change
             num_repairs += change is Change.REPAIRED
-        # Its mask is filled already. The rest of a forced string is drafts like others now.
-        is_end = cursor.ends(chosen[0])
-        if is_end or not cursor.accept(chosen[:1]):
-            num_masks = row + 1
-            end = chosen[0] if is_end else None
+        reach = cursor.reach(chosen[:1])
+        if reach.ended or not reach.length:  # llguidance refuses some tokens that its masks allow
             break
+        # The rest of a forced string is drafts like others now.
+        cursor.accept(chosen[:1])
         row += 1
     cursor.rollback(row)
-    return Walk(tokens, changes, num_masks, end)
+    return Choice(tokens, changes)
 
 
-def _choose(cursor: Cursor, candidates: Ids, mask: Masks) -> tuple[list[int], Change]:
-    """What to draft from here on: the forced tokens, or the best candidate, or nothing."""
+def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change]:
+    """What to draft from here on: the forced tokens, or the best candidate, or the lowest id; nothing at a dead end."""
     forced = list(cursor.forced())
-    if forced and is_allowed(forced[0], mask):
+    if forced and cursor.reach(forced[:1]).length:
         return forced, Change.FORCED
-    best = best_allowed(candidates, mask)
+    for token in candidates[:NUM_TRIED].tolist():
+        if cursor.reach([token]).length:
+            return [token], Change.REPAIRED
+    cursor.fill(candidates[:0], scratch)
+    best = best_allowed(candidates[NUM_TRIED:], scratch.numpy()[0])
     return [] if best is None else [best], Change.REPAIRED
 
 

@@ -29,24 +29,21 @@ class XGrammarCursor:
         self._encode = encode
         self._stop_ids: list[int] = grammar.matcher.stop_token_ids
 
-    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+    def reach(self, tokens: Sequence[int]) -> Reach:
         """See `Cursor`."""
-        nodes = np.zeros(len(tokens) + 1, np.int64)  # node 0 stands for the text so far
-        nodes[1:] = tokens
-        self._matcher.traverse_draft_tree(*_chain(len(nodes)), torch.from_numpy(nodes), masks)
-        return reach_of(tokens, masks.numpy(), self._stop_ids)
+        length, ended = 0, False
+        for token in tokens:
+            if ended or not self._matcher.accept_token(token):
+                break
+            length += 1
+            ended = token in self._stop_ids
+        self.rollback(length)
+        return Reach(length, ended)
 
-    def ends(self, token: int) -> bool:
+    def accept(self, tokens: Sequence[int]) -> None:
         """See `Cursor`."""
-        return token in self._stop_ids
-
-    def accept(self, tokens: Sequence[int]) -> bool:
-        """See `Cursor`."""
-        for place, token in enumerate(tokens):
-            if not self._matcher.accept_token(token):
-                self.rollback(place)
-                return False
-        return True
+        for token in tokens:
+            self._matcher.accept_token(token)
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
@@ -61,6 +58,13 @@ class XGrammarCursor:
             return ()
         return self._encode(text)[:-1] if text else ()
 
+    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+        """See `Cursor`."""
+        nodes = np.zeros(len(tokens) + 1, np.int64)  # node 0 stands for the text so far
+        nodes[1:] = tokens
+        self._matcher.traverse_draft_tree(*_chain(len(nodes)), torch.from_numpy(nodes), masks)
+        return reach_of(tokens, masks.numpy(), self._stop_ids)
+
 
 class GuidanceCursor:
     """llguidance: a chain is filled by its executor; its forced tokens stop short of an unsure end by themselves."""
@@ -70,22 +74,25 @@ class GuidanceCursor:
         self._matcher = grammar.ll_matcher
         self._stop_ids: set[int] = grammar.eos_tokens
 
-    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
-        """See `Cursor`."""
-        if len(tokens):
-            fill_token_bitmask_with_draft_tokens([GrammarDraftRow(0, self._grammar, tokens.tolist())], masks)
-        else:  # the engine refuses an empty chain
-            self._grammar.fill_vocab_mask(masks, 0)
-        return reach_of(tokens, masks.numpy(), self._stop_ids)
+    def reach(self, tokens: Sequence[int]) -> Reach:
+        """See `Cursor`. `validate_tokens`, since a token that it refuses may leave llguidance in an error for good."""
+        stop = next((place for place, token in enumerate(tokens) if token in self._stop_ids), None)
+        length = self._matcher.validate_tokens(list(tokens[: None if stop is None else stop + 1]))
+        if stop is None or length < stop:
+            return Reach(length, False)
+        return Reach(stop + 1, True) if length > stop or self._ends_after(tokens[:stop]) else Reach(stop, False)
 
-    def ends(self, token: int) -> bool:
-        """See `Cursor`."""
-        return token in self._stop_ids
+    def _ends_after(self, tokens: Sequence[int]) -> bool:
+        """Whether the grammar is at its end behind tokens; it takes no stop token there, but its mask allows them."""
+        self.accept(tokens)
+        is_stopped: bool = self._matcher.is_stopped()
+        self.rollback(len(tokens))
+        return is_stopped
 
-    def accept(self, tokens: Sequence[int]) -> bool:
-        """See `Cursor`. Asks first: a token that it refuses leaves llguidance in an error for good."""
-        run = list(tokens)
-        return self._matcher.validate_tokens(run) == len(run) and self._matcher.consume_tokens(run)
+    def accept(self, tokens: Sequence[int]) -> None:
+        """See `Cursor`."""
+        if tokens:
+            self._matcher.consume_tokens(list(tokens))
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
@@ -97,56 +104,65 @@ class GuidanceCursor:
         tokens: list[int] = self._matcher.compute_ff_tokens()
         return tokens
 
-
-class ReasonerCursor:
-    """A grammar that waits for the end of a reasoning, token by token: a round in which it may begin."""
-
-    def __init__(self, grammar: ReasonerGrammarObject, encode: Encode) -> None:
-        self._grammar = grammar
-        self._encode = encode
-
     def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
         """See `Cursor`."""
-        bits, length, ended = masks.numpy(), 0, False
-        while True:
-            # A grammar that does not constrain yet leaves the row as it is.
-            bits[length] = ALL_ALLOWED
-            self._grammar.fill_vocab_mask(masks, length)
-            if length == len(tokens) or not is_allowed(int(tokens[length]), bits[length]):
+        if len(tokens):
+            fill_token_bitmask_with_draft_tokens([GrammarDraftRow(0, self._grammar, tokens.tolist())], masks)
+        else:  # the engine refuses an empty chain
+            self._grammar.fill_vocab_mask(masks, 0)
+        return reach_of(tokens, masks.numpy(), self._stop_ids)
+
+
+class ReasonerCursor:
+    """A grammar that waits for the end of a reasoning, token by token: a round in which it may begin.
+
+    Args:
+        grammar: the waiting one.
+        encode: see `cursor_of`.
+        scratch: see `cursor_of`.
+    """
+
+    def __init__(self, grammar: ReasonerGrammarObject, encode: Encode, scratch: torch.Tensor) -> None:
+        self._grammar = grammar
+        self._encode = encode
+        self._scratch = scratch
+
+    def reach(self, tokens: Sequence[int]) -> Reach:
+        """See `Cursor`."""
+        length, ended = 0, False
+        for token in tokens:
+            if ended or not self._allows(token):
                 break
-            if not self.accept([int(tokens[length])]):
-                break
+            self._grammar.accept_token(token)
             length += 1
             ended = self._grammar.is_terminated()
-            if ended:
-                break
         self.rollback(length)
         return Reach(length, ended)
 
-    def ends(self, token: int) -> bool:
-        """See `Cursor`."""
-        if not self.accept([token]):
+    def _allows(self, token: int) -> bool:
+        """Whether the grammar, if it has begun, takes a token, and limits on the reasoning allow it."""
+        if not self._is_taken(token):
             return False
-        ended: bool = self._grammar.is_terminated()
-        self.rollback(1)
-        return ended
+        if not (self._grammar.enable_token_filter and self._grammar._is_thinking()):
+            return True
+        mask = self._scratch.numpy()[0]
+        mask[:] = ALL_ALLOWED
+        self._grammar.fill_vocab_mask(self._scratch, 0)
+        return is_allowed(token, mask)
 
-    def accept(self, tokens: Sequence[int]) -> bool:
+    def _is_taken(self, token: int) -> bool:
+        begun = self._begun()
+        return begun is None or begun.reach([token]).length == 1
+
+    def _begun(self) -> Cursor | None:
+        if self._grammar.grammar is None or not self._grammar._grammar_active():
+            return None
+        return cursor_of(self._grammar.grammar, self._encode, self._scratch)
+
+    def accept(self, tokens: Sequence[int]) -> None:
         """See `Cursor`."""
-        for place, token in enumerate(tokens):
-            if self._is_refused(token):
-                self.rollback(place)
-                return False
+        for token in tokens:
             self._grammar.accept_token(token)
-        return True
-
-    def _is_refused(self, token: int) -> bool:
-        """Whether llguidance would fail for good on a token; XGrammar's masks can be relied on."""
-        inner = self._grammar.grammar
-        if not isinstance(inner, GuidanceGrammar) or not self._grammar._grammar_active():
-            return False
-        is_end = inner.ll_matcher.is_stopped() and token in inner.eos_tokens
-        return not is_end and inner.ll_matcher.validate_tokens([token]) != 1
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
@@ -155,23 +171,40 @@ class ReasonerCursor:
 
     def forced(self) -> Sequence[int]:
         """See `Cursor`."""
-        if self._grammar.grammar is None or not self._grammar._grammar_active():
-            return ()
-        return cursor_of(self._grammar.grammar, self._encode).forced()
+        begun = self._begun()
+        return () if begun is None else begun.forced()
+
+    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+        """See `Cursor`."""
+        length, ended, bits = 0, False, masks.numpy()
+        for token in [*tokens.tolist(), None]:
+            # A grammar that does not constrain yet leaves the row as it is.
+            bits[length] = ALL_ALLOWED
+            self._grammar.fill_vocab_mask(masks, length)
+            if token is None or not is_allowed(token, bits[length]) or not self._is_taken(token):
+                break
+            self._grammar.accept_token(token)
+            length += 1
+            ended = self._grammar.is_terminated()
+            if ended:
+                break
+        self.rollback(length)
+        return Reach(length, ended)
 
 
-def cursor_of(grammar: BaseGrammarObject, encode: Encode) -> Cursor:
+def cursor_of(grammar: BaseGrammarObject, encode: Encode, scratch: torch.Tensor) -> Cursor:
     """The fastest cursor for a grammar object in its present state; not to be kept for the next round.
 
     Args:
         grammar: one that `is_walkable`.
         encode: text to token ids, no special ones added.
+        scratch: [1, W] int32 on the CPU, for the cursor to write to while it is asked for its reach.
     """
     if isinstance(grammar, ReasonerGrammarObject):
         # Past the reasoning it only counts tokens, which a walk that goes back to its start need not tell it.
         if grammar.grammar is not None and grammar._is_generation() and not grammar.reasoning_in_grammar:
-            return cursor_of(grammar.grammar, encode)
-        return ReasonerCursor(grammar, encode)
+            return cursor_of(grammar.grammar, encode, scratch)
+        return ReasonerCursor(grammar, encode, scratch)
     if isinstance(grammar, XGrammarGrammar):
         return XGrammarCursor(grammar, encode)
     assert isinstance(grammar, GuidanceGrammar), "other grammar backends are refused at start-up"

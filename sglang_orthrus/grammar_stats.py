@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_orthrus.grammar import Change, Walk
+from sglang_orthrus.grammar import Change, Choice
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +20,22 @@ _BUCKETS = tuple(
 
 
 class GrammarStats:
-    """Counts drafts by what a grammar made of them, and times the walks of each round, mask fills included.
+    """Counts drafts by what a grammar made of them, and times what the grammars of each round take.
 
     Args:
         log_interval: a log line every so many rounds that have a grammar.
         with_metrics: whether to export `sglang_orthrus:grammar_drafts_total{change="none"|"repaired"|"forced"}` and
-            the histogram `sglang_orthrus:grammar_walk_seconds` beside SGLang's metrics.
+            the histograms `sglang_orthrus:grammar_choose_seconds`, which verification waits for, and
+            `sglang_orthrus:grammar_walk_seconds`, with the masks, beside SGLang's metrics.
     """
 
     def __init__(self, log_interval: int, with_metrics: bool) -> None:
         self._log_interval = log_interval
         self._drafts = np.zeros(len(Change), np.int64)
+        self._choose_seconds: list[float] = []
         self._seconds: list[float] = []
         self._drafts_metric: Any = None
+        self._choose_metric: Any = None
         self._seconds_metric: Any = None
         if with_metrics:
             # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
@@ -41,30 +44,43 @@ class GrammarStats:
             self._drafts_metric = Counter(
                 "sglang_orthrus:grammar_drafts_total", "Drafts by what a grammar made of them.", ("change",)
             )
+            self._choose_metric = Histogram(
+                "sglang_orthrus:grammar_choose_seconds",
+                "Time per round for the grammars of the batch: drafts.",
+                buckets=_BUCKETS,
+            )
             self._seconds_metric = Histogram(
                 "sglang_orthrus:grammar_walk_seconds",
-                "Time per round for the grammars of the batch: walks and masks.",
+                "Time per round for the grammars of the batch: drafts and masks.",
                 buckets=_BUCKETS,
             )
 
-    def count(self, walks: Sequence[Walk], seconds: float) -> None:
-        """Count one round, in which these walks took that long together."""
-        if not walks:
+    def count(self, choices: Sequence[Choice], choose_seconds: float, masks_seconds: float) -> None:
+        """Count one round: its drafts, the time to choose them and that to fill their masks."""
+        if not choices:
             return
-        drafts = sum((np.bincount(walk.changes, minlength=len(Change)) for walk in walks), np.zeros_like(self._drafts))
+        drafts = np.bincount(np.concatenate([made.changes for made in choices]), minlength=len(Change))
         self._drafts += drafts
+        seconds = choose_seconds + masks_seconds
+        self._choose_seconds.append(choose_seconds)
         self._seconds.append(seconds)
         if self._drafts_metric is not None:
             for change in Change:
                 self._drafts_metric.labels(change=change.name.lower()).inc(int(drafts[change]))
+            self._choose_metric.observe(choose_seconds)
             self._seconds_metric.observe(seconds)
         if len(self._seconds) >= self._log_interval:
             logger.info(
-                "ORTHRUS grammar: %d drafts, %.1f %% repaired, %.1f %% forced; walks %.2f ms a round, at most %.2f ms",
+                "ORTHRUS grammar: %d drafts, %.1f %% repaired, %.1f %% forced; walks %.2f ms a round, at most %.2f ms; "
+                "of that before verification %.2f ms, at most %.2f ms",
                 self._drafts.sum(),
                 *(100 * self._drafts[change] / self._drafts.sum() for change in (Change.REPAIRED, Change.FORCED)),
-                1e3 * statistics.median(self._seconds),
-                1e3 * max(self._seconds),
+                *(
+                    1e3 * figure(seconds)
+                    for seconds in (self._seconds, self._choose_seconds)
+                    for figure in (statistics.median, max)
+                ),
             )
             self._drafts[:] = 0
+            self._choose_seconds.clear()
             self._seconds.clear()

@@ -21,7 +21,7 @@ from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.constrained import BlockGrammars, Constrained, Proposal
+from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.history import History
@@ -188,17 +188,16 @@ class OrthrusWorker(BaseSpecWorker):
 
         draft = self._runner.draft(batch, layout)
         drafts = choice.draft(draft.hidden_states[:, : width - 1], guided, self._grammars.num_candidates)
-        walk = self._walk(batch, constrained, drafts, grammar_barrier) if constrained else None
-        walked = walk() if walk is not None and guided else None
-        if walked is not None:
-            drafts = drafts.propose_for(walked.rows, walked.drafts)
+        choose = self._choose(batch, constrained, drafts, grammar_barrier) if constrained else None
+        chosen = choose() if choose is not None and guided else None
+        if chosen is not None:
+            drafts = drafts.propose_for(chosen.rows, chosen.drafts)
         block = torch.cat((anchors, drafts.tokens), dim=1)
         verify = self._runner.verify(batch, layout, block, draft)
-        if walk is not None and walked is None:
-            # The walk needs no result of verify, and verify none of the walk: they run at the same time.
-            walked = walk()
-
-        masks = RowMasks(walked.mask, constrained) if walked is not None else None
+        # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
+        if choose is not None and chosen is None:
+            chosen = choose()
+        masks = RowMasks(self._grammars.masks(chosen), constrained) if chosen is not None else None
         logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
         verdict = choice.judge(block, drafts, verify.hidden_states, masks, logprobs)
         logits_output = LogitsProcessorOutput(next_token_logits=None)
@@ -207,17 +206,17 @@ class OrthrusWorker(BaseSpecWorker):
         self._history.extend(batch, adjustments, block, verdict)
         return verdict, logits_output, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
 
-    def _walk(
+    def _choose(
         self, batch: ScheduleBatch, constrained: Sequence[int], drafts: Drafts, barrier: Callable[[], None] | None
-    ) -> Callable[[], Constrained]:
-        """Start the copy that a walk of the constrained requests' grammars needs; to be called is the host's part."""
+    ) -> Callable[[], Chosen]:
+        """Start the copy that the constrained requests' grammars need; to be called is the host's part."""
         # What prefill left there would be applied again by SGLang's sampler.
         batch.sampling_info.grammar_mask = None
         candidates = drafts.candidates
         if candidates is None:
             candidates = drafts.tokens[rows_index(constrained, drafts.tokens.device)][:, :, None]
         vocab_size = batch.sampling_info.vocab_size
-        return partial(self._grammars.constrain, batch.reqs, constrained, Proposal(candidates), vocab_size, barrier)
+        return partial(self._grammars.choose, batch.reqs, constrained, Proposal(candidates), vocab_size, barrier)
 
 
 def _is_plain(batch: ScheduleBatch) -> bool:

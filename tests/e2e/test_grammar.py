@@ -197,5 +197,6 @@ def test_what_grammars_did_to_drafts_is_told(orthrus: Server) -> None:
     metrics = orthrus.get("/metrics").text
     for change in ("none", "repaired", "forced"):
         assert f'sglang_orthrus:grammar_drafts_total{{change="{change}"' in metrics
-    assert "sglang_orthrus:grammar_walk_seconds_bucket" in metrics
+    for time in ("walk", "choose"):
+        assert f"sglang_orthrus:grammar_{time}_seconds_bucket" in metrics
     assert re.search(r"ORTHRUS grammar: \d+ drafts, [\d.]+ % repaired, [\d.]+ % forced", orthrus.log_tail(1000))

@@ -17,10 +17,10 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.speculative.spec_utils import GrammarTree, generate_token_bitmask
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from sglang_orthrus.constrained import BlockGrammars, Proposal, encoder
+from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal, encoder
 from sglang_orthrus.demo import NANO
-from sglang_orthrus.grammar import Change, Walk, walk
-from sglang_orthrus.grammar_cursors import cursor_of, is_walkable, leaves_block_alone
+from sglang_orthrus.grammar import Change, Choice, choose, is_allowed
+from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
 
@@ -59,17 +59,25 @@ def allowed_by_sglang(grammar: BaseGrammarObject, tokens: Sequence[int]) -> torc
     return masks
 
 
-def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = DraftMode.REPAIR) -> Walk:
+def scratch() -> torch.Tensor:
+    return torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
+
+
+def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = DraftMode.REPAIR) -> Choice:
     """Walk a block, and check its masks and that the grammar is where it was."""
     rng = np.random.default_rng(0)
     candidates = rng.integers(0, VOCABULARY, (WIDTH - 1, 16))
     candidates[: len(drafts), 0] = drafts[: WIDTH - 1]
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
     before = allowed_by_sglang(grammar, candidates[:, 0])
-    done = walk(cursor_of(grammar, ENCODE), candidates[:, 0].copy(), candidates, masks, mode)
+    cursor = cursor_of(grammar, ENCODE, scratch())
+    done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
-    assert torch.equal(masks[: done.num_masks], allowed_by_sglang(grammar, done.tokens)[: done.num_masks])
-    assert (masks[done.num_masks + 1 :] == -1).all()
+    reach = cursor.fill(done.tokens, masks)
+    assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
+    num_masks = reach.length + (not reach.ended)
+    assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, done.tokens)[:num_masks])
+    assert (masks[num_masks + 1 :] == -1).all()
     return done
 
 
@@ -142,7 +150,8 @@ def test_a_special_token_that_spells_a_forced_string() -> None:
     candidates = np.full((WIDTH - 1, 2), special)
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
     for mode in DraftMode:
-        walk(cursor_of(grammar, ENCODE), candidates[:, 0].copy(), candidates, masks, mode)
+        cursor = cursor_of(grammar, ENCODE, scratch())
+        cursor.fill(choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode).tokens, masks)
         assert is_walkable(grammar), mode
 
 
@@ -158,7 +167,6 @@ def test_a_reasoning_ends_inside_the_block(backend: BaseGrammarBackend, mode: Dr
     thoughts = [*ENCODE("So it is large."), END, THINK_END]
     done = walked(grammar, thoughts, mode)
     assert done.tokens[: len(thoughts)].tolist() == thoughts
-    assert done.num_masks > len(thoughts)
     if mode is not DraftMode.OFF:
         assert done.changes[len(thoughts)] == Change.FORCED
         assert TOKENIZER.decode(done.tokens[len(thoughts) : len(thoughts) + 1]).startswith("{")
@@ -171,6 +179,29 @@ def test_a_reasoning_that_goes_on_costs_no_walk(backend: BaseGrammarBackend) -> 
     grammar.accept_token(THINK_END)
     assert not leaves_block_alone(grammar, np.array([5, 6, 7]))
     walked(grammar, [])
+
+
+def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend) -> None:
+    """For every token, along a text, both ends included.
+
+    Where llguidance forces a string, its mask allows the string's first token only, and it follows parts of that one.
+    """
+    is_xgrammar = isinstance(backend, XGrammarGrammarBackend)
+    grammar, mask = backend.dispatch_regex("(yes|no), because [a-z]{3,12}"), scratch()
+    waiting = reasoner(grammar)
+    waiting.accept_token(THINK_END)
+    for given in (*ENCODE("yes, because it"), *ENCODE("rains"), None):
+        for cursor in (cursor_of(grammar, ENCODE, scratch()), ReasonerCursor(waiting, ENCODE, scratch())):
+            grammar.fill_vocab_mask(mask, 0)
+            allowed = {token for token in range(VOCABULARY) if is_allowed(token, mask.numpy()[0])}
+            followed = {token for token in range(VOCABULARY) if cursor.reach([token]).length}
+            if followed != allowed:
+                assert not is_xgrammar
+                (forced,) = allowed
+                assert all(TOKENIZER.decode([forced]).startswith(TOKENIZER.decode([token])) for token in followed)
+        if given is not None:
+            grammar.accept_token(given)
+    assert cursor_of(grammar, ENCODE, scratch()).reach([END, END]) == (1, True)
 
 
 def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
@@ -186,23 +217,21 @@ def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGr
     json_grammar, regex = backend.dispatch_json(SCHEMA), backend.dispatch_regex("[a-c]{40}")
     barriers: list[int] = []
 
-    def constrain(reqs: Sequence[Any]) -> Any:
+    def constrain(reqs: Sequence[Any]) -> None:
         rows = grammars.rows_of(reqs)
         candidates = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, (len(rows), WIDTH - 1, 16)))
-        constrained = grammars.constrain(
-            reqs, rows, Proposal(candidates), VOCABULARY, lambda: barriers.append(len(reqs))
-        )
-        assert constrained.rows.tolist() == rows
-        assert constrained.mask.vocab_mask.shape == (len(rows) * WIDTH, VOCABULARY // 32)
+        chosen = grammars.choose(reqs, rows, Proposal(candidates), VOCABULARY, lambda: barriers.append(len(reqs)))
+        assert chosen.rows.tolist() == rows
+        all_masks = grammars.masks(chosen).vocab_mask
+        assert all_masks.shape == (len(rows) * WIDTH, VOCABULARY // 32)
         for slot, row in enumerate(rows):
-            masks = constrained.mask.vocab_mask[slot * WIDTH : (slot + 1) * WIDTH]
+            masks = all_masks[slot * WIDTH : (slot + 1) * WIDTH]
             grammar = reqs[row].grammar
             if grammar.is_terminated():
                 assert (masks == -1).all()
-                assert torch.equal(constrained.drafts[slot], candidates[slot, :, 0])
+                assert torch.equal(chosen.drafts[slot], candidates[slot, :, 0])
             else:
-                assert torch.equal(masks, allowed_by_sglang(grammar, constrained.drafts[slot].tolist()))
-        return constrained
+                assert torch.equal(masks, allowed_by_sglang(grammar, chosen.drafts[slot].tolist()))
 
     constrain([request(None), request(json_grammar), request(regex), request(json_grammar.copy(), finished=True)])
     constrain([request(ended), request(json_grammar)])
@@ -219,15 +248,18 @@ def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGr
     grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats)
     text = [*ENCODE("None of it."), END]
     candidates = torch.tensor([*text, *[7] * (WIDTH - 1 - len(text))])[None, :, None]
-    constrained = grammars.constrain([request(grammar)], [0], Proposal(candidates), VOCABULARY, None)
-    masks = constrained.mask.vocab_mask.numpy()
+
+    def chosen() -> Chosen:
+        return grammars.choose([request(grammar)], [0], Proposal(candidates), VOCABULARY, None)
+
+    masks = grammars.masks(chosen()).vocab_mask.numpy()
     behind = [token for token in range(VOCABULARY) if masks[len(text)][token >> 5] >> (token & 31) & 1]
     assert behind == [END]
     for token in [*text, END]:
         if not grammar.is_terminated():
             grammar.accept_token(token)
     assert grammar.is_terminated()
-    grammars.constrain([request(grammar)], [0], Proposal(candidates), VOCABULARY, None)
+    grammars.masks(chosen())
     assert (masks == -1).all()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_orthrus import grammar
-from sglang_orthrus.grammar import Change, Reach, allow_only, best_allowed, is_allowed, reach_of, walk
+from sglang_orthrus.grammar import NUM_TRIED, Change, Reach, allow_only, best_allowed, choose, is_allowed, reach_of
 from sglang_orthrus.settings import DraftMode
 
 STOP = 63
@@ -29,28 +29,19 @@ class Language:
     def _next(self, past: Sequence[int]) -> set[int]:
         return {text[len(past)] for text in self._texts if text[: len(past)] == past and len(text) > len(past)}
 
-    def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
+    def reach(self, tokens: Sequence[int]) -> Reach:
         past = list(self.past)
-        for row, token in enumerate([*tokens.tolist(), None]):
-            allowed = self._next(past)
-            masks[row] = mask_of(allowed)
-            if token not in allowed:
-                return Reach(row, False)
-            if token == STOP:
-                return Reach(row + 1, True)
-            past.append(token)
-        raise AssertionError("not reached: None is never allowed")
-
-    def ends(self, token: int) -> bool:
-        return token == STOP
-
-    def accept(self, tokens: Sequence[int]) -> bool:
         for place, token in enumerate(tokens):
-            if token not in self._next(self.past):
-                self.rollback(place)
-                return False
-            self.past.append(token)
-        return True
+            if token not in self._next(past):
+                return Reach(place, False)
+            if token == STOP:
+                return Reach(place + 1, True)
+            past.append(token)
+        return Reach(len(tokens), False)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        assert self.reach(tokens) == Reach(len(tokens), False)
+        self.past += tokens
 
     def rollback(self, count: int) -> None:
         del self.past[len(self.past) - count :]
@@ -60,6 +51,12 @@ class Language:
         while self._forces and len(allowed := self._next(past)) == 1 and STOP not in allowed:
             past += allowed
         return past[len(self.past) :]
+
+    def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
+        reach = self.reach(tokens.tolist())
+        for row in range(reach.length + (not reach.ended)):
+            masks[row] = mask_of(self._next([*self.past, *tokens.tolist()[:row]]))
+        return reach
 
 
 def mask_of(allowed: set[int]) -> torch.Tensor:
@@ -74,14 +71,16 @@ def run(
     others: Sequence[Sequence[int]] = (),
     mode: DraftMode = DraftMode.REPAIR,
 ) -> tuple[list[int], list[Change], int, torch.Tensor]:
-    """Walk drafts whose candidates are they themselves and, at each position, the others."""
+    """Choose and fill: the candidates of drafts are they themselves and, at each position, the others."""
     columns = [drafts, *others]
     candidates = np.array(columns, np.int64).T
     masks = torch.full((len(drafts) + 1, WORDS), UNTOUCHED, dtype=torch.int32)
     before = list(cursor.past)
-    done = walk(cursor, candidates[:, 0].copy(), candidates, masks, mode)
+    done = choose(cursor, candidates[:, 0].copy(), candidates, torch.empty(1, WORDS, dtype=torch.int32), mode)
+    reach = cursor.fill(done.tokens, masks)
     assert cursor.past == before
-    return done.tokens.tolist(), [Change(change) for change in done.changes], done.num_masks, masks
+    num_masks = reach.length + (not reach.ended)
+    return done.tokens.tolist(), [Change(change) for change in done.changes], num_masks, masks
 
 
 @pytest.mark.parametrize("mode", list(DraftMode))
@@ -96,6 +95,13 @@ def test_an_illegal_draft_gives_way_to_the_best_candidate_that_is_allowed() -> N
     assert tokens == [1, 8, 3]
     assert changes == [Change.NONE, Change.REPAIRED, Change.NONE]
     assert num_masks == 4
+
+
+@pytest.mark.parametrize("rank", [1, NUM_TRIED - 1, NUM_TRIED, NUM_TRIED + 5])
+def test_the_best_candidate_may_be_far_down(rank: int) -> None:
+    others = [[0, 20 + place] for place in range(rank - 1)]
+    language = Language([[1, 7], [1, 40], [1, 41]], forces=False)
+    assert run(language, [1, 9], [*others, [0, 41], [0, 40]])[0] == [1, 41]
 
 
 def test_without_a_candidate_the_lowest_id_is_taken() -> None:
@@ -131,21 +137,19 @@ def test_a_dead_end_leaves_the_rest_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("draft", [50, 9])
-def test_a_mask_that_allows_what_the_engine_refuses_ends_the_walk(draft: int) -> None:
+def test_a_token_that_the_engine_refuses_ends_the_walk_if_its_mask_allows_no_other(draft: int) -> None:
     """llguidance does that where a special token spells a forced string."""
 
     class Liar(Language):
         def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
-            reach = super().fill(tokens, masks)
-            place = len(self.past) + reach.length
-            if place == 1:
-                masks[reach.length] = mask_of({50})
-                return Reach(reach.length + (tokens[reach.length : reach.length + 1].tolist() == [50]), False)
-            return reach
+            masks[0] = mask_of({50})
+            return Reach(0, False)
 
-    tokens, _, num_masks, _ = run(Liar([[1, 2, 3, 4]], forces=False), [1, draft, 3, 9, 9])
-    assert tokens == [1, 50, 3, 9, 9]
-    assert num_masks <= 3
+    cursor, drafts = Liar([[1, 2, 3, 4]], forces=False), np.array([1, draft, 3, 9, 9])
+    scratch = torch.empty(1, WORDS, dtype=torch.int32)
+    tokens = choose(cursor, drafts, drafts[:, None], scratch, DraftMode.REPAIR).tokens
+    assert tokens.tolist() == [1, 50, 3, 9, 9]
+    assert cursor.past == []
 
 
 def test_off_changes_nothing() -> None:

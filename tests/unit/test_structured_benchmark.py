@@ -51,13 +51,16 @@ def test_metrics_of_a_run_are_differences() -> None:
     def reading(none: float, repaired: float, forced: float, count: float) -> dict[str, float]:
         drafts = {"none": none, "repaired": repaired, "forced": forced}
         return {f'{name}drafts_total{{change="{change}"}}': value for change, value in drafts.items()} | {
-            f'{name}walk_seconds_bucket{{le="{bound}"}}': count for bound in ("0.001", "+Inf")
+            f'{name}{time}_seconds_bucket{{le="{bound}"}}': count * share
+            for time, share in (("walk", 1), ("choose", 2))
+            for bound in ("0.001", "+Inf")
         }
 
     counts = grammar_counts(reading(1, 1, 1, 2), reading(9, 2, 2, 6))
     assert counts == {
         "drafts": {"none": 8, "repaired": 1, "forced": 1},
         "walk_buckets": {"0.001": 4, "+Inf": 4},
+        "choose_buckets": {"0.001": 8, "+Inf": 8},
     }
     figures = rates(
         counts | {"tokens": 30, "answers": 3, "aborted": 1, "rounds": 4, "seconds": 2.0, "preparing_seconds": 0.5}
@@ -68,6 +71,7 @@ def test_metrics_of_a_run_are_differences() -> None:
         "repaired": 0.1,
         "forced": 0.1,
         "walk_ms": {"median": 0.5, "p99": 0.99},
+        "choose_ms": {"median": 0.5, "p99": 0.99},
     }
     assert grammar_counts(reading(1, 1, 1, 2), reading(1, 1, 1, 2)) == {}
 
