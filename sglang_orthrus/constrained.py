@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Ids, allow_only, choose
+from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Cursor, Ids, allow_only, choose
 from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
@@ -34,15 +34,15 @@ class Chosen(NamedTuple):
         rows: [R] int64, the requests' places in the batch, on the model's device.
         drafts: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
             sampling the proposal puts all its weight on each.
-        grammars: [R].
-        choices: [R]; None where a grammar has nothing to say about the block.
-        seconds: that they took.
+        choices: [R], each with its grammar's cursor; None where a grammar has nothing to say about the block.
+        any_grammar: the object that applies the masks of all.
+        seconds: that the choice took.
     """
 
     rows: torch.Tensor
     drafts: torch.Tensor
-    grammars: list[Any]
-    choices: list[Choice | None]
+    choices: list[tuple[Cursor, Choice] | None]
+    any_grammar: Any
     seconds: float
 
 
@@ -135,13 +135,13 @@ class BlockGrammars:
         # One by one: short calls, most of them under the interpreter's lock.
         choices = [self._choose(slot, grammar, candidates[slot]) for slot, grammar in enumerate(grammars)]
         tokens = np.stack(
-            [raw[:, 0] if made is None else made.tokens for raw, made in zip(candidates, choices, strict=True)]
+            [raw[:, 0] if made is None else made[1].tokens for raw, made in zip(candidates, choices, strict=True)]
         )
         return Chosen(
             self._to_device(torch.tensor(rows)),
             self._to_device(torch.from_numpy(tokens)),
-            grammars,
             choices,
+            grammars[0],
             time.perf_counter() - started,
         )
 
@@ -153,24 +153,29 @@ class BlockGrammars:
         started = time.perf_counter()
         self._fill_all(chosen)
         seconds = time.perf_counter() - started
-        self._stats.count([made for made in chosen.choices if made is not None], chosen.seconds, seconds)
+        self._stats.count([made[1] for made in chosen.choices if made is not None], chosen.seconds, seconds)
         assert self._masks is not None
-        return GrammarMask(chosen.grammars[0], self._to_device(self._masks[: len(chosen.grammars) * self._width]))
+        return GrammarMask(chosen.any_grammar, self._to_device(self._masks[: len(chosen.choices) * self._width]))
 
-    def _choose(self, slot: int, grammar: Any, candidates: Ids) -> Choice | None:
+    def _choose(self, slot: int, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
         drafts = np.ascontiguousarray(candidates[:, 0])
         if not is_walkable(grammar) or leaves_block_alone(grammar, drafts):
             return None
-        scratch = self._masks_of(slot)[:1]  # to be filled anew
-        return choose(cursor_of(grammar, self.encode, scratch), drafts, candidates, scratch, self._mode)
+        assert self._masks is not None
+        first = slot * self._width
+        scratch = self._masks[first : first + 1]  # `_fill` fills it anew
+        cursor = cursor_of(grammar, self.encode, scratch)
+        return cursor, choose(cursor, drafts, candidates, scratch, self._mode)
 
-    def _fill(self, slot: int, grammar: Any, choice: Choice | None) -> None:
-        masks = self._masks_of(slot)
+    def _fill(self, slot: int, made: tuple[Cursor, Choice] | None) -> None:
+        assert self._masks is not None
+        masks = self._masks[slot * self._width : (slot + 1) * self._width]
         num_filled, end = 0, None
-        if choice is not None:
-            reach = cursor_of(grammar, self.encode, masks[:1]).fill(choice.tokens, masks)
+        if made is not None:
+            cursor, (tokens, _) = made
+            reach = cursor.fill(tokens, masks)
             if reach.ended:
-                end = choice.tokens.item(reach.length - 1)
+                end = tokens.item(reach.length - 1)
             num_filled = reach.length + (not reach.ended)
         # By NumPy: PyTorch would share so small a job among OpenMP threads.
         bits = masks.numpy()
@@ -184,23 +189,18 @@ class BlockGrammars:
 
     def _fill_all(self, chosen: Chosen) -> None:
         """By this thread and by others that take the next request as they come to it."""
-        slots = iter(range(len(chosen.grammars)))
+        slots = iter(range(len(chosen.choices)))
 
         def take() -> None:
             for slot in slots:
-                self._fill(slot, chosen.grammars[slot], chosen.choices[slot])
+                self._fill(slot, chosen.choices[slot])
 
-        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(chosen.grammars)) - 1)]
+        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(chosen.choices)) - 1)]
         take()
         for other in others:
             # One that has not begun by now finds nothing left to do.
             if not other.cancel():
                 other.result()
-
-    def _masks_of(self, slot: int) -> torch.Tensor:
-        """[Q, W]"""
-        assert self._masks is not None
-        return self._masks[slot * self._width : (slot + 1) * self._width]
 
     def _make_room(self, grammar: Any, num_slots: int, vocab_size: int) -> None:
         """For the masks of so many requests, pinned where that speeds up copies."""
