@@ -12,8 +12,13 @@ from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.constrained import llguidance_backend
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend, ReasonerGrammarObject
+from sglang.srt.parser.reasoning_parser import ReasoningParser
+from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cpu.kernels import murmur_hash32
+from sglang_orthrus.demo import NANO
 
 pytestmark = pytest.mark.contract
 
@@ -149,3 +154,34 @@ def test_dflash_penalties_do_something(tmp_path: Path) -> None:
 
     assert adjusted(dflash_utils) == [[4.0, 4.0, 4.0]] * 4, "SGLang has closed the gap: drop the patch"
     assert adjusted(patched) == [[2.0, 3.0, 4.0]] * 2 + [[4.0, 4.0, 2.0]] * 2
+
+
+def test_llguidance_begins_behind_a_reasoning(tmp_path: Path) -> None:
+    """As shipped, every grammar gets a 400. `test_grammar_setups.py` compares answers on patched servers."""
+    tokenizer = get_tokenizer(str(NANO))
+    end, think_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</think>"])
+
+    def grammar_of(module: ModuleType) -> ReasonerGrammarObject:
+        backend = module.GuidanceBackend(tokenizer, n_vocab=4096, eos_token_ids=[end])
+        reasoner = ReasonerGrammarBackend(backend, ReasoningParser("qwen3"), tokenizer)
+        return reasoner._init_value_dispatch(("regex", "[ab]"), True)
+
+    with pytest.raises(AttributeError, match="allocate_vocab_mask"):
+        grammar_of(llguidance_backend)
+
+    grammar = grammar_of(
+        load("patched_llguidance", apply(PATCHES / "0008-llguidance-behind-a-reasoning.patch", tmp_path)[0])
+    )
+    masks = grammar.allocate_vocab_mask_fn(4096, 3, "cpu")
+    masks.fill_(-1)
+    grammar.fill_vocab_mask(masks, 0)
+    grammar.accept_token(think_end)
+    grammar.fill_vocab_mask(masks, 1)
+    with pytest.raises(ValueError):
+        grammar.accept_token(end)
+    grammar.fill_vocab_mask(masks, 2)
+    logits = torch.zeros(3, 4096)
+    grammar.apply_vocab_mask_fn(logits, grammar.move_vocab_mask_fn(masks, "cpu"))
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert logits.isfinite().sum(dim=1).tolist() == [4096, 2, 4096]
+    assert logits[1, [a, b]].isfinite().all()

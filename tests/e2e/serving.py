@@ -28,11 +28,18 @@ PATIENCE_SECONDS = 120.0
 
 @contextmanager
 def streaming(
-    server: Server, ids: Sequence[int], max_new_tokens: int = 256, *, rid: str | None = None, **sampling: Any
+    server: Server,
+    ids: Sequence[int],
+    max_new_tokens: int = 256,
+    *,
+    rid: str | None = None,
+    require_reasoning: bool = False,
+    **sampling: Any,
 ) -> Iterator[Iterator[Reply]]:
     """A streamed request. A chunk ends where a round ends; leaving the context early disconnects."""
     sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, **sampling}
     body = {"input_ids": list(ids), "sampling_params": sampling, "stream": True, "rid": rid}
+    body["require_reasoning"] = require_reasoning
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=300) as response:
         response.raise_for_status()
         yield (

@@ -7,9 +7,6 @@ Plain SGLang penalises one token late under overlap scheduling, so the truth for
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +26,7 @@ from sglang_orthrus.demo import NANO
 from sglang_orthrus.server import Server, plain_env
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, prompt_of
+from tests.e2e.overlay import patched_sglang
 from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.e2e
@@ -36,7 +34,6 @@ pytestmark = pytest.mark.e2e
 slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make adjustments")
 
 MAX_NEW_TOKENS = 48
-PATCHES = Path(__file__).parents[2] / "patches"
 PENALTIES: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": 0.6},
     "presence": {"presence_penalty": 0.9},
@@ -274,14 +271,7 @@ def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ..
 def test_plain_sglang_penalises_late_under_overlap_until_it_is_patched(tmp_path: Path) -> None:
     """patches/0005: without overlap, with it, and with it on a copy of SGLang that has the patch."""
     exported = export_ar(NANO, tmp_path / "nano-ar")
-    sglang = Path(sgl.__file__).parent
-    overlay = tmp_path / "overlay" / "sglang"
-    shutil.copytree(sglang, overlay, copy_function=os.symlink)
-    patch = (PATCHES / "0005-penalties-under-overlap.patch").read_text()
-    for name in re.findall(r"^\+\+\+ b/python/sglang/(\S+)$", patch, flags=re.MULTILINE):
-        (overlay / name).unlink()
-        shutil.copyfile(sglang / name, overlay / name)
-    subprocess.run(["git", "apply", "-p2"], cwd=overlay.parent, input=patch, text=True, check=True)
+    patched = patched_sglang("0005-penalties-under-overlap", tmp_path / "overlay")
 
     def answers(args: Sequence[str], env: dict[str, str]) -> list[list[int]]:
         with Server(exported, *TEST_ARGS, *args, env={**SETUP.env, **plain_env(), **env}) as server:
@@ -291,10 +281,9 @@ def test_plain_sglang_penalises_late_under_overlap_until_it_is_patched(tmp_path:
                 for name in ("frequency", "presence", "repetition")
             ]
 
-    path = os.pathsep.join((str(overlay.parent), os.environ.get("PYTHONPATH", "")))
     wanted = answers(("--disable-overlap-schedule",), {})
     assert answers((), {}) != wanted, "SGLang has closed the gap: drop the patch"
-    assert answers((), {"PYTHONPATH": path}) == wanted
+    assert answers((), patched) == wanted
 
 
 def _all(function: Callable[[Any], Reply], items: Sequence[Any], in_flight: int) -> list[Reply]:

@@ -64,9 +64,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tiny_server(tiny: Path) -> Iterator[Server]:
-    with Server(tiny, *ORTHRUS_ARGS, *SETUP.args, env=SETUP.env) as server:
+@pytest.fixture(scope="module", params=["xgrammar", pytest.param("llguidance", marks=slow)])
+def tiny_server(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    with Server(tiny, *ORTHRUS_ARGS, *SETUP.args, "--grammar-backend", request.param, env=SETUP.env) as server:
         yield server
 
 
