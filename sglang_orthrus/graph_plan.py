@@ -18,6 +18,11 @@ _CTAS_PER_SM = 2
 # Where CTAs of half the chunk still find an SM each, they take a seventh less time than FlashInfer's plan (one request
 # of 500 to 1,000 tokens on an H100); two of them on an SM gain nothing.
 FINE_CHUNK = 64
+# So a plan for one CTA per SM is taken if it makes fewer chunks without taking longer. Merging the results of one more
+# chunk of a block takes as long as attending to so many tokens.
+MERGE = 12
+# Longer chunks are bound by memory, where a second CTA on an SM helps.
+COARSE_CHUNK = 640
 
 
 class PlanLayout(NamedTuple):
@@ -41,6 +46,18 @@ class PlanLayout(NamedTuple):
 
 
 @triton.jit
+def smallest_chunk(lens, low, num_tiles, max_work):  # type: ignore[no-untyped-def]
+    """The smallest chunk from `low` on that makes no more than `max_work` pieces, or the whole of the longest."""
+    high = tl.max(lens, 0)
+    while low < high:
+        middle = (low + high) // 2
+        is_too_much = tl.sum((lens + middle - 1) // middle, 0) * num_tiles > max_work
+        low = tl.where(is_too_much, middle + 1, low)
+        high = tl.where(is_too_much, high, middle)
+    return low
+
+
+@triton.jit
 def plan_kernel(  # type: ignore[no-untyped-def]
     prefix_lens,  # [num_requests] committed lengths
     kv_lens,  # [num_requests] int32 out, block included
@@ -59,13 +76,15 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     max_work,  # how many tiles times chunks a split may make
     min_chunk,
     fine_chunk,  # taken if it makes no more than half of that
+    coarse_chunk,  # the longest that is taken to make no more than half of that
+    merge,
     REQUESTS: tl.constexpr,
     WIDTH: tl.constexpr,
     CTAS: tl.constexpr,
 ):
     """`PrefillSplitQOKVIndptr` of FlashInfer's scheduler.cuh for CUDA graphs, one block width and pages of one token.
 
-    Only `fine_chunk` is not FlashInfer's. One program.
+    Only `fine_chunk` and `coarse_chunk` are not FlashInfer's. One program.
     REQUESTS, WIDTH and CTAS are the powers of two that cover the sizes in small letters.
     """
     row = tl.arange(0, REQUESTS)
@@ -76,13 +95,10 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     tl.store(kv_indptr + row, tl.cumsum(lens, 0) - lens, mask=is_request)
     tl.store(kv_indptr + num_requests, tl.sum(lens, 0))
 
-    low = min_chunk + 0
-    high = tl.max(lens, 0)
-    while low < high:
-        middle = (low + high) // 2
-        is_too_much = tl.sum((lens + middle - 1) // middle, 0) * num_tiles > max_work
-        low = tl.where(is_too_much, middle + 1, low)
-        high = tl.where(is_too_much, high, middle)
+    low = smallest_chunk(lens, min_chunk + 0, num_tiles, max_work)
+    coarse = smallest_chunk(lens, min_chunk + 0, num_tiles, max_work // 2)
+    saved = tl.sum((lens + low - 1) // low, 0) - tl.sum((lens + coarse - 1) // coarse, 0)
+    low = tl.where((coarse <= coarse_chunk) & (coarse - 2 * low <= merge * saved), coarse, low)
     is_little = tl.sum((lens + fine_chunk - 1) // fine_chunk, 0) * num_tiles <= max_work // 2
     low = tl.where(is_little, fine_chunk, low)
     tl.store(chunk_size, low)
@@ -124,6 +140,7 @@ def write_plan(
     group: int,
     max_work: int,
     fine_chunk: int = FINE_CHUNK,
+    coarse_chunk: int = COARSE_CHUNK,
 ) -> None:
     """Plan blocks of `width` rows behind prefixes, and write it where the captured kernels look.
 
@@ -137,6 +154,7 @@ def write_plan(
         group: query heads per key-value head.
         max_work: see `max_split_work`; with more tiles than that, no request is split.
         fine_chunk: tokens of a chunk where there is little to do; `MIN_CHUNK` plans as FlashInfer does.
+        coarse_chunk: the longest chunk that is chosen for the sake of fewer of them; 0 plans as FlashInfer does.
     """
     bs = prefix_lens.shape[0]
 
@@ -161,6 +179,8 @@ def write_plan(
         max_work,
         MIN_CHUNK,
         fine_chunk,
+        coarse_chunk,
+        MERGE,
         REQUESTS=triton.next_power_of_2(bs),
         WIDTH=triton.next_power_of_2(width),
         CTAS=triton.next_power_of_2(layout.num_ctas),

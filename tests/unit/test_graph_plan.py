@@ -16,9 +16,9 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus import graph_plan
-from sglang_orthrus.graph_plan import GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
+from sglang_orthrus.graph_plan import MERGE, GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
 
-SHAPES = ((4, 8, 300), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
+SHAPES = ((4, 8, 300), (4, 1, 600), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
 WIDTHS = (12, 32)
 BATCH_SIZES = (1, 3, 40)
 
@@ -37,18 +37,34 @@ def layout_for(bs: int, width: int, group: int, max_work: int) -> PlanLayout:
 
 
 def flashinfer_plan(
-    kv_lens: Sequence[int], width: int, group: int, tile_rows: int, max_work: int, fine_chunk: int = 128
+    kv_lens: Sequence[int],
+    width: int,
+    group: int,
+    tile_rows: int,
+    max_work: int,
+    fine_chunk: int = 128,
+    coarse_chunk: int = 0,
 ) -> dict[str, Any]:
-    """`PrefillSplitQOKVIndptr`, step by step, but for finer chunks where they make little work."""
+    """`PrefillSplitQOKVIndptr`, step by step, but for finer or fewer chunks where they fit on the SMs at once."""
     tiles = -(-width * group // tile_rows)
-    low, high = 128, max(kv_lens)
-    while low < high:
-        middle = (low + high) // 2
-        if sum(tiles * -(-length // middle) for length in kv_lens) > max_work:
-            low = middle + 1
-        else:
-            high = middle
-    if sum(tiles * -(-length // fine_chunk) for length in kv_lens) <= max_work // 2:
+
+    def count(chunk: int) -> int:
+        return sum(-(-length // chunk) for length in kv_lens)
+
+    def smallest(bound: int) -> int:
+        low, high = 128, max(kv_lens)
+        while low < high:
+            middle = (low + high) // 2
+            if tiles * count(middle) > bound:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    low, coarse = smallest(max_work), smallest(max_work // 2)
+    if coarse <= coarse_chunk and coarse - 2 * low <= MERGE * (count(low) - count(coarse)):
+        low = coarse
+    if tiles * count(fine_chunk) <= max_work // 2:
         low = fine_chunk
     work = []
     o_indptr, merge_indptr = [0], [0]
@@ -73,7 +89,8 @@ def cases() -> list[dict[str, Any]]:
                 prefix_lens = [rng.randrange(1, longest) for _ in range(bs)]
                 sizes = {"width": width, "group": group, "max_work": max_work}
                 found += [
-                    {"layout": layout, "prefix_lens": prefix_lens, "fine_chunk": chunk, **sizes} for chunk in (64, 128)
+                    {"layout": layout, "prefix_lens": prefix_lens, "fine_chunk": fine, "coarse_chunk": coarse, **sizes}
+                    for fine, coarse in ((64, 640), (128, 0))
                 ]
     return found
 
@@ -89,7 +106,7 @@ def test_the_plan_is_flashinfers() -> None:
     )
     for case, actual in zip(cases(), json.loads(run.stdout.splitlines()[-1]), strict=True):
         width, layout = case["width"], case["layout"]
-        sizes = case["group"], layout.tile_rows, case["max_work"], case["fine_chunk"]
+        sizes = case["group"], layout.tile_rows, case["max_work"], case["fine_chunk"], case["coarse_chunk"]
         lens = [length + width for length in case["prefix_lens"]]
         expected = flashinfer_plan(lens, width, *sizes)
         places = [sum(lens[:count]) for count in range(len(lens) + 1)]
@@ -127,3 +144,12 @@ def test_little_work_is_split_finer() -> None:
     """And no finer than one CTA per SM allows."""
     little, much = (flashinfer_plan([length], 32, 4, 128, 33, 64) for length in (1000, 1100))
     assert (little["chunk"], much["chunk"]) == (64, 128)
+
+
+def test_even_requests_get_fewer_chunks_and_uneven_ones_do_not() -> None:
+    """As long as the longest of them would not wait for its own."""
+    sizes = 32, 4, 128, 33, 64, 640
+    assert flashinfer_plan([544] * 8, *sizes)["chunk"] == 272  # and 136 with two CTAs per SM
+    assert flashinfer_plan([544] * 8, *sizes[:-1], 0)["chunk"] == 136
+    for lens in ([600, *[40] * 15], [9000] * 8):
+        assert flashinfer_plan(lens, *sizes) == flashinfer_plan(lens, *sizes[:-1], 0)
