@@ -5,10 +5,11 @@
 
 One server is resident at a time; plain SGLang is measured first and again last. All get the same prompts, attention
 backend, memory and graph sizes. Before a speculating server is timed, its answers to a few prompts are compared with
-plain SGLang's, and ORTHRUS must give them, but for near ties. At every setting two runs are measured:
+plain SGLang's, and ORTHRUS must give them, but for near ties. At every setting these runs are measured:
 
 - *serve*: a closed loop of prompts answered to their end: throughput, time to first token, tokens per cycle;
-- *decode*: answers of fixed length: times of steps and rounds while all requests decode.
+- *decode*: answers of fixed length: times of steps and rounds while all requests decode;
+- at concurrency 1 also requests with pauses in between: time to first token of a server that is idle.
 
 Every finished setting is written at once. `--resume` continues the file where it ends, if model, arguments, source
 and GPU are the same; otherwise it refuses. `--servers` and `--settings` measure a part. docs/benchmarks.md explains
@@ -36,7 +37,7 @@ from typing import Any
 from benchmarks.parity import MAX_NEW_TOKENS, RESULTS, SETUPS, Prompt, Setup, collect
 from benchmarks.parity_rules import Answer, Tally, find_divergence
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.sweep_measures import decode_measures, serve_measures
+from benchmarks.sweep_measures import decode_measures, median_ttft_ms, serve_measures
 from benchmarks.sweep_prompts import FAMILIES, PromptPool
 from benchmarks.sweep_published import released_shape
 from benchmarks.sweep_report import report, table
@@ -48,6 +49,8 @@ FORMAT = 1
 # SGLang then keeps the time of every `--decode-log-interval` passes.
 _RECORD_ENV = {"SGLANG_RECORD_STEP_TIME": "1"}
 _RECORD_ARGS = ("--decode-log-interval", "8")
+# Requests to a server that has nothing else to do, the former one's last pass included.
+LONE_REQUESTS, LONE_TOKENS, LONE_PAUSE = 8, 4, 0.1
 
 
 class SweepError(RuntimeError):
@@ -334,13 +337,16 @@ def kept_gap(gaps: Sequence[float], common: Sequence[int]) -> float:
 
 
 def measure(server: Server, model: Path, setting: Setting, pool: PromptPool) -> dict[str, Any]:
-    """Both runs of a setting."""
+    """The runs of a setting."""
     # Imports SGLang, which takes seconds.
     from benchmarks.sweep_load import Load, run_load
 
     started = time.monotonic()
     prompts = pool.take(setting.requests, setting.context)
     metrics, requests = run_load(server, model, Load(prompts, setting.concurrency, MAX_NEW_TOKENS, to_the_end=True))
+    if setting.concurrency == 1:
+        lone = pool.take(LONE_REQUESTS, setting.context)
+        _, alone = run_load(server, model, Load(lone, 1, LONE_TOKENS, to_the_end=False, pause=LONE_PAUSE))
     before = len(step_seconds(server, setting.concurrency))
     _, decoded = run_load(
         server,
@@ -349,7 +355,8 @@ def measure(server: Server, model: Path, setting: Setting, pool: PromptPool) -> 
     )
     recorded = step_seconds(server, setting.concurrency)[before:]
     return {
-        "serve": serve_measures(metrics, requests),
+        "serve": serve_measures(metrics, requests)
+        | {"idle_ttft_ms": median_ttft_ms(alone) if setting.concurrency == 1 else None},
         "decode": decode_measures(decoded, setting.concurrency, recorded),
         "gpu_mib": gpu_mib(),
         "date": now(),

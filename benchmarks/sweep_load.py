@@ -7,6 +7,7 @@ start times nor numbers of rounds.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sys
@@ -42,12 +43,14 @@ class Load:
     Attributes:
         new_tokens: the most tokens of an answer.
         to_the_end: whether the end of text ends an answer; otherwise all have `new_tokens` tokens.
+        pause: seconds between an answer and the next request.
     """
 
     prompts: Sequence[Prompt]
     concurrency: int
     new_tokens: int
     to_the_end: bool
+    pause: float = 0.0
 
 
 def run_load(server: Server, model: Path, load: Load) -> tuple[dict[str, Any], list[Request]]:
@@ -62,6 +65,7 @@ def run_load(server: Server, model: Path, load: Load) -> tuple[dict[str, Any], l
     client = serving.ASYNC_REQUEST_FUNCS[_BACKEND]
 
     async def kept(request_func_input: Any, pbar: Any = None) -> Any:
+        await asyncio.sleep(load.pause)
         output = await client(request_func_input, pbar)
         name = request_func_input.extra_request_body.get("rid")
         if name is not None:  # warm-up requests have none

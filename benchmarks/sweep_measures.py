@@ -111,6 +111,11 @@ def serve_measures(metrics: Mapping[str, Any], requests: Sequence[Request]) -> d
     }
 
 
+def median_ttft_ms(requests: Iterable[Request]) -> float:
+    """Of requests that all have an answer."""
+    return _milliseconds(statistics.median(request.ttft for request in requests))
+
+
 def tokens_per_cycle(requests: Iterable[Request]) -> float:
     """(Tokens - 1) over passes, weighted by passes; 1 for plain SGLang."""
     total = _total(requests)

@@ -73,6 +73,7 @@ def peer(point: Json, plain: Sequence[Json], shape: str | None) -> dict[str, Any
         "decode_speed_up_json_and_tools": decode_speed_up(point, plain, STRUCTURED),
         "tokens_per_cycle_json_and_tools": family_tokens_per_cycle(point, STRUCTURED),
         "ttft_ratio": ratio(point["serve"]["median_ttft_ms"], mean_of(plain, "serve", "median_ttft_ms")),
+        "idle_ttft_ratio": ratio(point["serve"]["idle_ttft_ms"], mean_of(plain, "serve", "idle_ttft_ms")),
         "identical_answers": identical(point, plain[0]),
         "computed": [
             {
@@ -147,15 +148,12 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 def table(found: Json) -> str:
     """The report as aligned text."""
-    rows = [
-        ("setting", "server", "step ms", "round ms", "cost = break-even", "tok/cycle", "speed-up", "TTFT", "identical")
-    ]
+    figures = ("round_ms", "round_cost", "tokens_per_cycle", "speed_up", "ttft_ratio", "idle_ttft_ratio")
+    titles = ("round ms", "cost = break-even", "tok/cycle", "speed-up", "TTFT", "idle TTFT")
+    rows: list[tuple[str, ...]] = [("setting", "server", "step ms", *titles, "identical")]
     for line in found["settings"]:
         for label, values in line["peers"].items():
-            numbers = (
-                line["plain_step_ms"],
-                *(values[key] for key in ("round_ms", "round_cost", "tokens_per_cycle", "speed_up", "ttft_ratio")),
-            )
+            numbers = (line["plain_step_ms"], *(values[key] for key in figures))
             cells = ("-" if number is None else f"{number:.2f}" for number in numbers)
             rows.append((line["name"], label, *cells, values["identical_answers"]))
     warning = "\nmeasured on several machines: compare with care" if len(found["machines"]) > 1 else ""

@@ -54,6 +54,7 @@ def test_every_server_runs_every_setting(result: dict[str, Any]) -> None:
             assert point["serve"]["completed"] == point["serve"]["requests"] == 5
             assert point["serve"]["output_throughput"] > 0
             assert point["serve"]["median_ttft_ms"] > 0
+            assert (point["serve"]["idle_ttft_ms"] is not None) == (point is server["points"]["c1"])
             assert set(point["serve"]["families"]) == set(FAMILIES)
             assert point["decode"]["pass_ms"] > 0
             assert point["decode"]["gaps"] > 0

@@ -49,6 +49,7 @@ def point(pass_ms: float, throughput: float, cycle: float = 1.0, answers: str = 
             **dict.fromkeys(SERVE_METRICS, 1.0),
             "output_throughput": throughput,
             "median_ttft_ms": 20.0,
+            "idle_ttft_ms": 10.0,
             "tokens_per_cycle": cycle,
             "families": {"json": family, "prose": family},
             "answers": answers,
