@@ -57,26 +57,10 @@ def share_plans(backend: Any) -> None:
         wrappers = backend.prefill_cuda_graph_metadata.get(bs) if forward_mode.is_target_verify() else None
         if wrappers is None:
             stock(bs, num_tokens, forward_mode, spec_info)
-            for wrapper in backend.prefill_cuda_graph_metadata[bs] if forward_mode.is_target_verify() else ():
-                skip_zeroing(wrapper)
         else:
             backend.forward_metadata = PrefillMetadata(wrappers, False, False)
 
     backend._prepare_cuda_graph_metadata = prepare
-
-
-def skip_zeroing(wrapper: Any) -> None:
-    """Have a FlashInfer wrapper zero no output, as it does if it gets none. A block's rows all see some tokens.
-
-    wrapper: `BatchPrefillWithPagedKVCacheWrapper`.
-    """
-    stock = wrapper.run
-
-    def run(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        output: torch.Tensor = stock(q, *args, out=torch.empty_like(q), **kwargs)
-        return output
-
-    wrapper.run = run
 
 
 def bound_indices(backend: Any) -> None:

@@ -73,7 +73,7 @@ def test_the_plan_is_flashinfers(bs: int, width: int) -> None:
             group=num_heads // num_kv_heads,
             max_work=max_split_work(num_sms, num_kv_heads),
             fine_chunk=MIN_CHUNK,
-            coarse_chunk=0,
+            whole=0,
         )
         assert read_plan(workspace, layout, bs, width) == expected
         assert ours[0].tolist() == lens.tolist()

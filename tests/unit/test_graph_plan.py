@@ -16,7 +16,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus import graph_plan
-from sglang_orthrus.graph_plan import MERGE, GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
+from sglang_orthrus.graph_plan import GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
 
 SHAPES = ((4, 8, 300), (4, 1, 600), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
 WIDTHS = (12, 32)
@@ -43,28 +43,24 @@ def flashinfer_plan(
     tile_rows: int,
     max_work: int,
     fine_chunk: int = 128,
-    coarse_chunk: int = 0,
+    whole: int = 0,
 ) -> dict[str, Any]:
-    """`PrefillSplitQOKVIndptr`, step by step, but for finer or fewer chunks where they fit on the SMs at once."""
+    """`PrefillSplitQOKVIndptr`, step by step, but for finer chunks where they make little work, and whole requests."""
     tiles = -(-width * group // tile_rows)
 
     def count(chunk: int) -> int:
         return sum(-(-length // chunk) for length in kv_lens)
 
-    def smallest(bound: int) -> int:
-        low, high = 128, max(kv_lens)
-        while low < high:
-            middle = (low + high) // 2
-            if tiles * count(middle) > bound:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-    low, coarse = smallest(max_work), smallest(max_work // 2)
-    if coarse <= coarse_chunk and coarse - 2 * low <= MERGE * (count(low) - count(coarse)):
-        low = coarse
-    if tiles * count(fine_chunk) <= max_work // 2:
+    low, high = 128, max(kv_lens)
+    while low < high:
+        middle = (low + high) // 2
+        if tiles * count(middle) > max_work:
+            low = middle + 1
+        else:
+            high = middle
+    if max(kv_lens) - low <= whole * len(kv_lens):
+        low = max(low, *kv_lens)
+    elif tiles * count(fine_chunk) <= max_work:
         low = fine_chunk
     work = []
     o_indptr, merge_indptr = [0], [0]
@@ -89,8 +85,8 @@ def cases() -> list[dict[str, Any]]:
                 prefix_lens = [rng.randrange(1, longest) for _ in range(bs)]
                 sizes = {"width": width, "group": group, "max_work": max_work}
                 found += [
-                    {"layout": layout, "prefix_lens": prefix_lens, "fine_chunk": fine, "coarse_chunk": coarse, **sizes}
-                    for fine, coarse in ((64, 640), (128, 0))
+                    {"layout": layout, "prefix_lens": prefix_lens, "fine_chunk": fine, "whole": whole, **sizes}
+                    for fine, whole in ((64, 35), (128, 0))
                 ]
     return found
 
@@ -106,7 +102,7 @@ def test_the_plan_is_flashinfers() -> None:
     )
     for case, actual in zip(cases(), json.loads(run.stdout.splitlines()[-1]), strict=True):
         width, layout = case["width"], case["layout"]
-        sizes = case["group"], layout.tile_rows, case["max_work"], case["fine_chunk"], case["coarse_chunk"]
+        sizes = case["group"], layout.tile_rows, case["max_work"], case["fine_chunk"], case["whole"]
         lens = [length + width for length in case["prefix_lens"]]
         expected = flashinfer_plan(lens, width, *sizes)
         places = [sum(lens[:count]) for count in range(len(lens) + 1)]
@@ -141,15 +137,14 @@ def test_replays_leave_the_backend_alone_and_captures_do_not(monkeypatch: pytest
 
 
 def test_little_work_is_split_finer() -> None:
-    """And no finer than one CTA per SM allows."""
-    little, much = (flashinfer_plan([length], 32, 4, 128, 33, 64) for length in (1000, 1100))
+    """As far as FlashInfer's bound allows."""
+    little, much = (flashinfer_plan([length], 32, 4, 128, 33, 64) for length in (2100, 2200))
     assert (little["chunk"], much["chunk"]) == (64, 128)
 
 
-def test_even_requests_get_fewer_chunks_and_uneven_ones_do_not() -> None:
-    """As long as the longest of them would not wait for its own."""
-    sizes = 32, 4, 128, 33, 64, 640
-    assert flashinfer_plan([544] * 8, *sizes)["chunk"] == 272  # and 136 with two CTAs per SM
-    assert flashinfer_plan([544] * 8, *sizes[:-1], 0)["chunk"] == 136
-    for lens in ([600, *[40] * 15], [9000] * 8):
-        assert flashinfer_plan(lens, *sizes) == flashinfer_plan(lens, *sizes[:-1], 0)
+def test_many_short_requests_are_left_whole_and_long_ones_are_not() -> None:
+    sizes = 32, 4, 128, 33, 64
+    assert flashinfer_plan([544] * 12, *sizes)["chunk"] == 272
+    assert flashinfer_plan([544] * 12, *sizes, 35)["chunk"] == 544
+    for lens in ([2080] * 12, [544] * 4, [900, *[200] * 7]):
+        assert flashinfer_plan(lens, *sizes, 35) == flashinfer_plan(lens, *sizes)
