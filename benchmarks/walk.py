@@ -25,11 +25,11 @@ from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.provenance import provenance
 from benchmarks.structured_cases import END, Block, blocks, foreign_cases, own_cases
+from benchmarks.wide_tokenizer import widened_tokenizer
 from sglang_orthrus.constrained import NUM_CANDIDATES, BlockGrammars, Proposal
 from sglang_orthrus.demo import NANO
 from sglang_orthrus.grammar_stats import GrammarStats
@@ -42,37 +42,10 @@ ROUNDS = 100
 WARM_UP = 30
 
 
-def wide_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Nano's tokenizer with made-up words up to `size`: text is encoded as before."""
-    data = json.loads((NANO / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary, rng = data["model"]["vocab"], random.Random(0)
-    spell = ByteLevel(add_prefix_space=False, use_regex=False)
-    # Added tokens that are not in there would be moved behind the words.
-    vocabulary |= {token["content"]: token["id"] for token in data["added_tokens"]}
-    num_tokens = len(vocabulary)
-    while num_tokens < size:
-        word = _made_up(rng)
-        spelt = spell.pre_tokenize_str(word)[0][0]
-        if spelt not in vocabulary:
-            vocabulary[spelt] = num_tokens
-            num_tokens += 1
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token=END)
-
-
-def _made_up(rng: random.Random) -> str:
-    """A piece of text as large vocabularies have them: words in several scripts and cases, numbers, punctuation."""
-    letters = rng.choice(("etaoinshrdlucmfwypvbgk",) * 6 + ("абвгдежзиклмнопрст", "的一是不了人我在有他", "éüößçñ"))
-    word = "".join(rng.choices(letters, k=rng.randint(2, 9)))
-    form = rng.random()
-    if form < 0.5:
-        return f" {word}"
-    if form < 0.6:
-        return word.capitalize()
-    if form < 0.65:
-        return "".join(rng.choices('{}[]():;,."<>/=+-*#@_ \n', k=rng.randint(2, 5)))
-    if form < 0.7:
-        return f'{rng.choice(("", " "))}"{word}'
-    return word if form < 0.98 else str(rng.randint(0, 999999))
+def wide_tokenizer() -> PreTrainedTokenizerFast:
+    """Nano's tokenizer in a large vocabulary."""
+    content = widened_tokenizer(json.loads((NANO / "tokenizer.json").read_text(encoding="utf-8")), VOCABULARY)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=END)
 
 
 def backends(tokenizer: Any) -> dict[str, BaseGrammarBackend]:

@@ -10,6 +10,7 @@ With r = wide / nano hidden size, by tiling:
 - heads, neurons and layers that nano lacks are random, and what they would write is zero. Query head i goes where it
   keeps its key-value head;
 - vocabulary rows that nano lacks are the mean of its rows: their logit is the mean of its logits and never the largest.
+  Their tokens are made-up words.
 
 Sampled output differs, since the added rows take some probability. Matrix inputs are mostly zeros, which costs a GPU
 as much time as other numbers do, but less power.
@@ -32,6 +33,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.wide_tokenizer import widened_tokenizer
 from sglang_orthrus.demo import NANO
 
 MAX_POSITIONS = 40960
@@ -243,7 +245,11 @@ def widen(source: Path, target: Path, width: Width, device: str = "cpu") -> Path
             weight_map |= names
     _write_json(target / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     _write_json(target / "config.json", widener.widened_config())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    tokenizer = source / "tokenizer.json"
+    if tokenizer.is_file():
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        _write_json(target / tokenizer.name, widened_tokenizer(content, width.vocab))
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     return target

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from benchmarks.widen import SHAPES, Width, widen
 from sglang_orthrus.checkpoint import check_tensors, export_ar, tensor_names
@@ -63,3 +64,15 @@ def test_the_result_is_a_whole_checkpoint_whose_ar_export_links(tmp_path: Path) 
 def test_a_shape_that_is_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         widen(NANO, tmp_path / "wide", replace(SHAPES["8B"], layers=2))
+
+
+def test_every_id_has_a_text_and_text_is_encoded_as_before(tmp_path: Path) -> None:
+    width = Width(hidden=256, intermediate=768, layers=6, heads=4, kv_heads=2, vocab=6000, tied=True)
+    small, wide = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (NANO, widen(NANO, tmp_path / "wide", width))
+    )
+    assert wide.get_vocab_size() == width.vocab
+    texts = [wide.id_to_token(number) for number in range(width.vocab)]
+    assert all(texts) and len(set(texts)) == width.vocab
+    for text in ('{"name": "Ada Lovelace", "born": 1815}', "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n"):
+        assert wide.encode(text).ids == small.encode(text).ids
