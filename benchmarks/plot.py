@@ -2,8 +2,8 @@
 
     python -m benchmarks.plot results.json OUTDIR
 
-`speed_up` and `round_cost` against concurrency, `throughput` against context length. Every axis of values starts at 0,
-and a line marks plain SGLang, so that a loss is seen as one.
+`speed_up`, `decode_speed_up` and `round_cost` against concurrency, `throughput` against context length. Every axis of
+values starts at 0, and a line marks plain SGLang, so that a loss is seen as one.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def charts(result: Json) -> list[Chart]:
             "requests in flight",
             "output tokens per second, relative",
             peer_lines(loaded, "concurrency", lambda row, peer: peer["speed_up"]),
+            (1, "plain SGLang"),
+        ),
+        Chart(
+            "decode_speed_up",
+            "Speed-up of decoding, JSON and tool calls",
+            "requests in flight",
+            "tokens per second after the first, relative",
+            peer_lines(loaded, "concurrency", lambda row, peer: peer["decode_speed_up_json_and_tools"]),
             (1, "plain SGLang"),
         ),
         Chart(

@@ -14,7 +14,12 @@ from benchmarks.plot import Chart, caption, charts, plot
 
 
 def peer(speed_up: float, cost: float | None) -> dict[str, Any]:
-    return {"speed_up": speed_up, "round_cost": cost, "throughput": 100 * speed_up}
+    return {
+        "speed_up": speed_up,
+        "decode_speed_up_json_and_tools": 2 * speed_up,
+        "round_cost": cost,
+        "throughput": 100 * speed_up,
+    }
 
 
 def row(concurrency: int, context: int | None, **peers: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +56,9 @@ def points(chart: Chart) -> dict[str, tuple[tuple[float, float], ...]]:
 
 
 def test_charts_hold_all_points_losses_included(result: dict[str, Any]) -> None:
-    speed_up, cost, throughput = charts(result)
+    speed_up, decode, cost, throughput = charts(result)
     assert points(speed_up) == {"orthrus": ((1, 5.0), (8, 3.0), (64, 0.7)), "ngram": ((1, 1.2),)}
+    assert points(decode) == {"orthrus": ((1, 10.0), (8, 6.0), (64, 1.4)), "ngram": ((1, 2.4),)}
     assert points(cost) == {"orthrus": ((1, 2.1), (8, 2.6)), "ngram": ((1, 1.1),)}
     assert points(throughput) == {"plain": ((512, 100), (40000, 100)), "orthrus": ((512, 500), (40000, 90))}
 
@@ -72,7 +78,8 @@ def test_the_caption_names_hardware_date_commit_command_and_what_is_missing(resu
 def test_files_are_written_with_every_point_and_axes_from_zero(result: dict[str, Any], tmp_path: Path) -> None:
     paths = plot(json.loads(json.dumps(result)), tmp_path / "img")
     assert {path.name for path in paths} == {
-        f"{name}.{suffix}" for name in ("speed_up", "round_cost", "throughput") for suffix in ("png", "svg")
+        f"{name}.{suffix}" for name in ("speed_up", "decode_speed_up", "round_cost", "throughput")
+        for suffix in ("png", "svg")
     }
     assert all(path.stat().st_size > 1000 for path in paths)
     drawing = (tmp_path / "img" / "speed_up.svg").read_text()
