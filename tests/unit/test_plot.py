@@ -78,7 +78,8 @@ def test_the_caption_names_hardware_date_commit_command_and_what_is_missing(resu
 def test_files_are_written_with_every_point_and_axes_from_zero(result: dict[str, Any], tmp_path: Path) -> None:
     paths = plot(json.loads(json.dumps(result)), tmp_path / "img")
     assert {path.name for path in paths} == {
-        f"{name}.{suffix}" for name in ("speed_up", "decode_speed_up", "round_cost", "throughput")
+        f"{name}.{suffix}"
+        for name in ("speed_up", "decode_speed_up", "round_cost", "throughput")
         for suffix in ("png", "svg")
     }
     assert all(path.stat().st_size > 1000 for path in paths)
