@@ -177,6 +177,20 @@ LEDGER: tuple[Touch, ...] = (
         "they have one",
     ),
     Touch(
+        "sglang.srt.constrained.llguidance_backend:GuidanceBackend",
+        ("tokenizer", "n_vocab"),
+        "gets the three functions that ReasonerGrammarBackend asks of a backend, where it lacks them",
+        "without them every request with a grammar gets a 400 if there is a reasoning parser (patches/0008)",
+        "it has them (sgl-project/sglang#33061)",
+    ),
+    Touch(
+        "sglang.srt.constrained.llguidance_backend:GuidanceGrammar.fill_vocab_mask",
+        ("vocab_mask", "idx"),
+        "wrapped, so that a grammar that failed on a token fills no mask",
+        "behind a reasoning it raises in the scheduler, before its request is gone (patches/0008)",
+        "it checks for itself",
+    ),
+    Touch(
         "sglang.srt.constrained.llguidance_backend:GuidanceGrammar",
         ("ll_matcher",),
         "as above",
@@ -461,6 +475,31 @@ def stream_tool_calls_in_pieces() -> None:
         return parse_stream_chunk
 
     _wrap_once(FunctionCallParser, "parse_stream_chunk", piece_by_piece)
+
+
+def begin_llguidance_behind_a_reasoning() -> None:
+    """Give llguidance's backend what a reasoning parser asks of one, and have a grammar that failed fill no more masks.
+
+    A second call changes nothing.
+    """
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend, GuidanceGrammar, allocate_token_bitmask
+
+    def allocate_vocab_mask(self: Any, vocab_size: int, batch_size: int, device: Any) -> Any:
+        return allocate_token_bitmask(batch_size, self.llguidance_tokenizer.vocab_size)
+
+    def unless_failed(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def fill_vocab_mask(self: Any, vocab_mask: Any, idx: int) -> None:
+            if not self.ll_matcher.is_error():
+                stock(self, vocab_mask, idx)
+
+        return fill_vocab_mask
+
+    if not hasattr(GuidanceBackend, "allocate_vocab_mask"):
+        GuidanceBackend.allocate_vocab_mask = allocate_vocab_mask
+        GuidanceBackend.move_vocab_mask = staticmethod(GuidanceGrammar.move_vocab_mask)
+        GuidanceBackend.apply_vocab_mask = staticmethod(GuidanceGrammar.apply_vocab_mask)
+    _wrap_once(GuidanceGrammar, "fill_vocab_mask", unless_failed)
 
 
 def _look_for_stops(req: Any, new_accepted_len: int) -> None:

@@ -87,6 +87,7 @@ class OrthrusWorker(BaseSpecWorker):
         compat.widen_req_to_token_rows(config.block_size)
         compat.refuse_requests(partial(refusal, are_seeded=get_exec().deterministic.enable_deterministic_inference))
         compat.stop_at_first_match()
+        compat.begin_llguidance_behind_a_reasoning()
         compat.continue_sessions_at_the_end()
         layers = self.model_runner.model_config.hf_config.num_hidden_layers
         compat.check_weight_updates(partial(folder_problem, num_layers=layers))
