@@ -344,9 +344,11 @@ def measure(server: Server, model: Path, setting: Setting, pool: PromptPool) -> 
     started = time.monotonic()
     prompts = pool.take(setting.requests, setting.context)
     metrics, requests = run_load(server, model, Load(prompts, setting.concurrency, MAX_NEW_TOKENS, to_the_end=True))
+    idle_ttft_ms = None
     if setting.concurrency == 1:
         lone = pool.take(LONE_REQUESTS, setting.context)
         _, alone = run_load(server, model, Load(lone, 1, LONE_TOKENS, to_the_end=False, pause=LONE_PAUSE))
+        idle_ttft_ms = median_ttft_ms(alone)
     before = len(step_seconds(server, setting.concurrency))
     _, decoded = run_load(
         server,
@@ -355,8 +357,7 @@ def measure(server: Server, model: Path, setting: Setting, pool: PromptPool) -> 
     )
     recorded = step_seconds(server, setting.concurrency)[before:]
     return {
-        "serve": serve_measures(metrics, requests)
-        | {"idle_ttft_ms": median_ttft_ms(alone) if setting.concurrency == 1 else None},
+        "serve": serve_measures(metrics, requests) | {"idle_ttft_ms": idle_ttft_ms},
         "decode": decode_measures(decoded, setting.concurrency, recorded),
         "gpu_mib": gpu_mib(),
         "date": now(),

@@ -110,7 +110,7 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
                 break
             cursor.accept(ahead[: reach.length])
             row += reach.length
-        chosen, change = _allowed(cursor, candidates[row], scratch)
+        chosen, change, reach = _allowed(cursor, candidates[row], scratch)
         if not chosen:
             break
         if mode is DraftMode.FULL:
@@ -120,7 +120,6 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         if change is Change.FORCED or tokens[row] != drafts[row]:
             changes[place] = change
             num_repairs += change is Change.REPAIRED
-        reach = cursor.reach(chosen[:1])
         if reach.ended or not reach.length:  # llguidance refuses some tokens that its masks allow
             break
         # The rest of a forced string is drafts like others now.
@@ -130,17 +129,22 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
     return Choice(tokens, changes)
 
 
-def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change]:
-    """What to draft from here on: the forced tokens, or the best candidate, or the lowest id; nothing at a dead end."""
+def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change, Reach]:
+    """What to draft from here on: the forced tokens, or the best candidate, or the lowest id; nothing at a dead end.
+
+    And the engine's reach over the first of them.
+    """
     forced = list(cursor.forced())
-    if forced and cursor.reach(forced[:1]).length:
-        return forced, Change.FORCED
+    if forced and (reach := cursor.reach(forced[:1])).length:
+        return forced, Change.FORCED, reach
     for token in candidates[:NUM_TRIED].tolist():
-        if cursor.reach([token]).length:
-            return [token], Change.REPAIRED
+        if (reach := cursor.reach([token])).length:
+            return [token], Change.REPAIRED, reach
     cursor.fill(candidates[:0], scratch)
     best = best_allowed(candidates[NUM_TRIED:], scratch.numpy()[0])
-    return [] if best is None else [best], Change.REPAIRED
+    if best is None:
+        return [], Change.REPAIRED, Reach(0, False)
+    return [best], Change.REPAIRED, cursor.reach([best])
 
 
 def reach_of(tokens: Ids, masks: Masks, stop_ids: Collection[int]) -> Reach:

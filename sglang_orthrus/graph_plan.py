@@ -79,14 +79,14 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     tl.store(kv_indptr + row, tl.cumsum(lens, 0) - lens, mask=is_request)
     tl.store(kv_indptr + num_requests, tl.sum(lens, 0))
 
+    longest = tl.max(lens, 0)
     low = min_chunk + 0
-    high = tl.max(lens, 0)
+    high = longest
     while low < high:
         middle = (low + high) // 2
         is_too_much = tl.sum((lens + middle - 1) // middle, 0) * num_tiles > max_work
         low = tl.where(is_too_much, middle + 1, low)
         high = tl.where(is_too_much, high, middle)
-    longest = tl.max(lens, 0)
     is_fine = tl.sum((lens + fine_chunk - 1) // fine_chunk, 0) * num_tiles <= max_work
     split = tl.where(is_fine, fine_chunk, low)
     low = tl.where(longest - low <= whole * num_requests, tl.maximum(low, longest), split)

@@ -166,13 +166,13 @@ class DualViewRunner:
             runner.attn_backend, runner.decode_cuda_graph_runner = backend, graphs
 
     def _run(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Any:
-        graphs, width = self._model_runner.decode_cuda_graph_runner, forward_batch.spec_info.draft_token_num
-        is_eager = graphs is None or not graphs.can_run_graph(forward_batch)
-        if is_eager and batch.seq_lens_cpu is None and plans_in_graphs(self._model_runner.attn_backend):
+        graphs = self._model_runner.decode_cuda_graph_runner
+        lacks_lens = batch.seq_lens_cpu is None and plans_in_graphs(self._model_runner.attn_backend)
+        if lacks_lens and (graphs is None or not graphs.can_run_graph(forward_batch)):
             # FlashInfer plans this one on the host. Both passes of the round get what is waited for here.
             batch.seq_lens_cpu = batch.seq_lens.cpu()
         if batch.seq_lens_cpu is not None:
             # Planners want the block in them (as DFLASH gives them).
-            forward_batch.seq_lens_cpu = batch.seq_lens_cpu + width
+            forward_batch.seq_lens_cpu = batch.seq_lens_cpu + forward_batch.spec_info.draft_token_num
             forward_batch.seq_lens_sum = int(forward_batch.seq_lens_cpu.sum())
         return self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)

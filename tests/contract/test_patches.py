@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -17,31 +14,14 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBacke
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglang_orthrus import compat
 from sglang_orthrus.cpu.kernels import murmur_hash32
 from sglang_orthrus.demo import NANO
+from tests.patching import PATCHES, apply, installed_sglang
 
 pytestmark = pytest.mark.contract
 
-PATCHES = Path(__file__).resolve().parents[2] / "patches"
 CUSTOM_SPEC_ALGO = PATCHES / "0001-custom-spec-algo-scheduler-methods.patch"
-
-
-def installed_sglang() -> Path:
-    spec = importlib.util.find_spec("sglang")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent
-
-
-def apply(patch: Path, folder: Path) -> list[Path]:
-    """Apply `patch` to copies of the installed files it touches, under `folder`; return them."""
-    names = re.findall(r"^\+\+\+ b/python/sglang/(\S+)$", patch.read_text(), flags=re.MULTILINE)
-    copies = [folder / "sglang" / name for name in names]
-    for name, copy in zip(names, copies, strict=True):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(installed_sglang() / name, copy)
-    done = subprocess.run(["git", "apply", "-p2", str(patch)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return copies
 
 
 def load(name: str, path: Path) -> ModuleType:
@@ -156,8 +136,11 @@ def test_dflash_penalties_do_something(tmp_path: Path) -> None:
     assert adjusted(patched) == [[2.0, 3.0, 4.0]] * 2 + [[4.0, 4.0, 2.0]] * 2
 
 
-def test_llguidance_begins_behind_a_reasoning(tmp_path: Path) -> None:
-    """As shipped, every grammar gets a 400. `test_grammar_setups.py` compares answers on patched servers."""
+def test_llguidance_begins_behind_a_reasoning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shipped, every grammar gets a 400. `compat` does without the patch, on a copy here.
+
+    `test_grammar_setups.py` compares answers on a patched plain server.
+    """
     tokenizer = get_tokenizer(str(NANO))
     end, think_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</think>"])
 
@@ -169,19 +152,22 @@ def test_llguidance_begins_behind_a_reasoning(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="allocate_vocab_mask"):
         grammar_of(llguidance_backend)
 
-    grammar = grammar_of(
-        load("patched_llguidance", apply(PATCHES / "0008-llguidance-behind-a-reasoning.patch", tmp_path)[0])
-    )
-    masks = grammar.allocate_vocab_mask_fn(4096, 3, "cpu")
-    masks.fill_(-1)
-    grammar.fill_vocab_mask(masks, 0)
-    grammar.accept_token(think_end)
-    grammar.fill_vocab_mask(masks, 1)
-    with pytest.raises(ValueError):
-        grammar.accept_token(end)
-    grammar.fill_vocab_mask(masks, 2)
-    logits = torch.zeros(3, 4096)
-    grammar.apply_vocab_mask_fn(logits, grammar.move_vocab_mask_fn(masks, "cpu"))
-    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
-    assert logits.isfinite().sum(dim=1).tolist() == [4096, 2, 4096]
-    assert logits[1, [a, b]].isfinite().all()
+    patched = load("patched_llguidance", apply(PATCHES / "0008-llguidance-behind-a-reasoning.patch", tmp_path)[0])
+    completed = load("completed_llguidance", Path(str(llguidance_backend.__file__)))
+    monkeypatch.setitem(sys.modules, llguidance_backend.__name__, completed)
+    compat.begin_llguidance_behind_a_reasoning()
+    for module in (patched, completed):
+        grammar = grammar_of(module)
+        masks = grammar.allocate_vocab_mask_fn(4096, 3, "cpu")
+        masks.fill_(-1)
+        grammar.fill_vocab_mask(masks, 0)
+        grammar.accept_token(think_end)
+        grammar.fill_vocab_mask(masks, 1)
+        with pytest.raises(ValueError):
+            grammar.accept_token(end)
+        grammar.fill_vocab_mask(masks, 2)
+        logits = torch.zeros(3, 4096)
+        grammar.apply_vocab_mask_fn(logits, grammar.move_vocab_mask_fn(masks, "cpu"))
+        a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+        assert logits.isfinite().sum(dim=1).tolist() == [4096, 2, 4096]
+        assert logits[1, [a, b]].isfinite().all()

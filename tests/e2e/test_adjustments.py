@@ -26,7 +26,7 @@ from sglang_orthrus.demo import NANO
 from sglang_orthrus.server import Server, plain_env
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, prompt_of
-from tests.e2e.overlay import patched_sglang
+from tests.patching import patched_sglang
 from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.e2e

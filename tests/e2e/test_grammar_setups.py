@@ -31,8 +31,8 @@ from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.server import Server, plain_env
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, tokens_per_cycle
-from tests.e2e.overlay import patched_sglang
 from tests.e2e.serving import streaming
+from tests.patching import patched_sglang
 from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
