@@ -58,7 +58,7 @@ def replay(drafted: Sequence[Sequence[Block]], way: Way, any_whitespace: bool) -
         schema, answer = answer_blocks[0].case.grammar["json_schema"], answer_blocks[0].answer
         matcher = GrammarMatcher(compiler.compile_json_schema(schema, any_whitespace=any_whitespace))
         cursor, committed = XGrammarCursor(SimpleNamespace(matcher=matcher), encode), 1
-        cursor.accept(answer[:1])
+        cursor.advance(answer[:1])
         while committed < len(answer):
             candidates = answer_blocks[committed - 1].candidates[:, : way.candidates].numpy()
             done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, way.mode)
@@ -66,7 +66,7 @@ def replay(drafted: Sequence[Sequence[Block]], way: Way, any_whitespace: bool) -
             agrees = np.array(rest[: len(done.tokens)]) == done.tokens[: len(rest)]
             accepted = len(agrees) if agrees.all() else int(agrees.argmin())
             run = rest[: accepted + 1]
-            cursor.accept(run)
+            cursor.advance(run)
             committed += len(run)
             changes += np.bincount(done.changes, minlength=len(Change))
             rounds += 1

@@ -57,10 +57,24 @@ def share_plans(backend: Any) -> None:
         wrappers = backend.prefill_cuda_graph_metadata.get(bs) if forward_mode.is_target_verify() else None
         if wrappers is None:
             stock(bs, num_tokens, forward_mode, spec_info)
+            if forward_mode.is_target_verify():
+                for wrapper in backend.prefill_cuda_graph_metadata[bs]:
+                    _leave_output_empty(wrapper)
         else:
             backend.forward_metadata = PrefillMetadata(wrappers, False, False)
 
     backend._prepare_cuda_graph_metadata = prepare
+
+
+def _leave_output_empty(wrapper: Any) -> None:
+    """Have FlashInfer not zero an output that a plan covers row by row: a fill kernel per layer and pass."""
+    stock = wrapper.run
+
+    def run(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        wrapper._cached_o_data_type = q.dtype  # SGLang plans without a type, and then no output is welcome
+        return stock(q, *args, out=torch.empty_like(q), **kwargs)
+
+    wrapper.run = run
 
 
 def bound_indices(backend: Any) -> None:

@@ -42,15 +42,17 @@ class Reach(NamedTuple):
     length: int
     ended: bool
 
+    @property
+    def moved(self) -> int:
+        """How many tokens a cursor moves over: it stays before one that ends the text."""
+        return self.length - self.ended
+
 
 class Cursor(Protocol):
     """A grammar at some point of a text."""
 
-    def reach(self, tokens: Sequence[int]) -> Reach:
-        """Ask the engine how far it follows tokens. Moves nothing."""
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Move on over tokens within reach, none of which ends the text."""
+    def advance(self, tokens: Sequence[int]) -> Reach:
+        """Move on as far as the engine follows tokens, and stop before one that ends the text."""
 
     def rollback(self, count: int) -> None:
         """Move back over the last `count` tokens."""
@@ -104,12 +106,10 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
     row = num_repairs = 0
     while mode is not DraftMode.OFF and row < len(tokens) and num_repairs < MAX_REPAIRS:
         if mode is DraftMode.REPAIR:
-            ahead = tokens[row:].tolist()
-            reach = cursor.reach(ahead)
-            if reach.ended or reach.length == len(ahead):
+            reach = cursor.advance(tokens[row:].tolist())
+            row += reach.moved
+            if reach.ended or row == len(tokens):
                 break
-            cursor.accept(ahead[: reach.length])
-            row += reach.length
         chosen, change, reach = _allowed(cursor, candidates[row], scratch)
         if not chosen:
             break
@@ -120,11 +120,10 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         if change is Change.FORCED or tokens[row] != drafts[row]:
             changes[place] = change
             num_repairs += change is Change.REPAIRED
-        if reach.ended or not reach.length:  # llguidance refuses some tokens that its masks allow
-            break
         # The rest of a forced string is drafts like others now.
-        cursor.accept(chosen[:1])
-        row += 1
+        row += reach.moved
+        if not reach.moved:  # at the end of the text; and llguidance refuses some tokens that its masks allow
+            break
     cursor.rollback(row)
     return Choice(tokens, changes)
 
@@ -132,19 +131,19 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
 def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change, Reach]:
     """What to draft from here on: the forced tokens, or the best candidate, or the lowest id; nothing at a dead end.
 
-    And the engine's reach over the first of them.
+    Moves over the first of them.
     """
     forced = list(cursor.forced())
-    if forced and (reach := cursor.reach(forced[:1])).length:
+    if forced and (reach := cursor.advance(forced[:1])).length:
         return forced, Change.FORCED, reach
     for token in candidates[:NUM_TRIED].tolist():
-        if (reach := cursor.reach([token])).length:
+        if (reach := cursor.advance([token])).length:
             return [token], Change.REPAIRED, reach
     cursor.fill(candidates[:0], scratch)
     best = best_allowed(candidates[NUM_TRIED:], scratch.numpy()[0])
     if best is None:
         return [], Change.REPAIRED, Reach(0, False)
-    return [best], Change.REPAIRED, cursor.reach([best])
+    return [best], Change.REPAIRED, cursor.advance([best])
 
 
 def reach_of(tokens: Ids, masks: Masks, stop_ids: Collection[int]) -> Reach:

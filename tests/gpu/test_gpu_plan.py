@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_orthrus.flashinfer_plans import _leave_output_empty
 from sglang_orthrus.graph_plan import MIN_CHUNK, PlanLayout, max_split_work, write_plan
 from tests.unit.interpreted_plans import read_plan
 
@@ -80,3 +81,47 @@ def test_the_plan_is_flashinfers(bs: int, width: int) -> None:
         assert ours[1].tolist() == kv_indptr.tolist()
         # What no plan of ours touches is the same in every plan of the size.
         assert constants.view(torch.int32).item() == bs * width
+
+
+@pytest.mark.parametrize("lens", [[40], [300, 5000, 33, 40]])
+def test_every_row_of_an_output_is_written(lens: list[int]) -> None:
+    """Padded requests included, whose blocks have no prefix: an output need not be zeroed."""
+    width, num_heads, num_kv_heads = 32, 32, 8
+    prefix_lens = torch.tensor([*lens, 0], device="cuda")
+    bs, num_pages = len(prefix_lens), int(prefix_lens.sum()) + (len(lens) + 1) * width
+    wrapper = _wrapper(bs, num_pages)
+    kv_indptr = torch.zeros(bs + 1, dtype=torch.int32)
+    kv_indptr[1:] = (prefix_lens.cpu() + width).cumsum(0)
+    wrapper.plan(
+        torch.arange(0, (bs + 1) * width, width, dtype=torch.int32).cuda(),
+        kv_indptr.cuda(),
+        torch.arange(num_pages, dtype=torch.int32, device="cuda"),
+        torch.ones(bs, dtype=torch.int32, device="cuda"),
+        num_heads,
+        num_kv_heads,
+        HEAD_DIM,
+        1,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+    )
+    write_plan(
+        wrapper._int_workspace_buffer,
+        PlanLayout(*wrapper._plan_info),
+        prefix_lens,
+        torch.zeros(bs, dtype=torch.int32, device="cuda"),
+        kv_indptr.cuda(),
+        width=width,
+        group=num_heads // num_kv_heads,
+        max_work=max_split_work(torch.cuda.get_device_properties(0).multi_processor_count, num_kv_heads),
+    )
+    q = torch.randn(bs * width, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cache = tuple(torch.randn(num_pages, 1, num_kv_heads, HEAD_DIM, dtype=q.dtype, device="cuda") for _ in range(2))
+    expected = wrapper.run(q, cache)
+    _leave_output_empty(wrapper)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # What the output finds in its memory: nothing that a kernel could make good use of.
+        torch.full_like(q, float("nan"))
+        out = wrapper.run(q, cache)
+    graph.replay()
+    assert torch.equal(out, expected)

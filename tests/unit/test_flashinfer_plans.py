@@ -12,18 +12,31 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_orthrus.flashinfer_plans import bound_indices, set_workspace_size, share_plans, workspace_bytes
 
 
+class _Wrapper:
+    """FlashInfer's, as far as outputs go: it makes one of zeros, or takes one of the planned type."""
+
+    _cached_o_data_type: torch.dtype | None = None
+
+    def run(self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            return torch.zeros_like(q)
+        assert out.dtype is self._cached_o_data_type
+        assert out.data_ptr() != q.data_ptr()
+        return out.copy_(q + cache)
+
+
 class _Backend:
     """As much of `FlashInferAttnBackend` as is wrapped."""
 
     def __init__(self) -> None:
-        self.prefill_cuda_graph_metadata: dict[int, list[object]] = {}
+        self.prefill_cuda_graph_metadata: dict[int, list[_Wrapper]] = {}
         self.forward_metadata: Any = None
         self.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(9, 1000))
         self.workspace_buffer = torch.zeros(1)
         self.allocated: Any = None
 
     def _prepare_cuda_graph_metadata(self, bs: int, num_tokens: int, forward_mode: Any, spec_info: Any) -> None:
-        self.prefill_cuda_graph_metadata[bs] = [object()]
+        self.prefill_cuda_graph_metadata[bs] = [_Wrapper()]
         self.forward_metadata = "new"
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, kv_indices_buf: Any = None) -> None:
@@ -41,6 +54,17 @@ def test_the_graphs_of_a_batch_size_share_wrappers() -> None:
     assert backend.prefill_cuda_graph_metadata[4] is first
     assert backend.forward_metadata.prefill_wrappers is first
     assert not backend.forward_metadata.use_ragged
+
+
+def test_an_output_is_not_zeroed_first() -> None:
+    backend = _Backend()
+    share_plans(backend)
+    for _ in range(2):
+        backend._prepare_cuda_graph_metadata(4, 128, ForwardMode.TARGET_VERIFY, None)
+    (wrapper,) = backend.prefill_cuda_graph_metadata[4]
+    q = torch.ones(4, 2, dtype=torch.bfloat16)
+    assert torch.equal(wrapper.run(q, q), q + q)
+    assert torch.equal(q, torch.ones_like(q))
 
 
 def test_indices_are_bounded_by_the_requests_and_no_mask_is_allocated() -> None:

@@ -19,7 +19,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal, encoder
 from sglang_orthrus.demo import NANO
-from sglang_orthrus.grammar import Change, Choice, choose, is_allowed
+from sglang_orthrus.grammar import Change, Choice, Cursor, choose, is_allowed
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
@@ -194,14 +194,21 @@ def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend
         for cursor in (cursor_of(grammar, ENCODE, scratch()), ReasonerCursor(waiting, ENCODE, scratch())):
             grammar.fill_vocab_mask(mask, 0)
             allowed = {token for token in range(VOCABULARY) if is_allowed(token, mask.numpy()[0])}
-            followed = {token for token in range(VOCABULARY) if cursor.reach([token]).length}
+            followed = {token for token in range(VOCABULARY) if follows(cursor, token)}
             if followed != allowed:
                 assert not is_xgrammar
                 (forced,) = allowed
                 assert all(TOKENIZER.decode([forced]).startswith(TOKENIZER.decode([token])) for token in followed)
         if given is not None:
             grammar.accept_token(given)
-    assert cursor_of(grammar, ENCODE, scratch()).reach([END, END]) == (1, True)
+    for cursor in (cursor_of(grammar, ENCODE, scratch()), ReasonerCursor(waiting, ENCODE, scratch())):
+        assert cursor.advance([END, END]) == cursor.advance([END]) == (1, True), "it stays before the end"
+
+
+def follows(cursor: Cursor, token: int) -> bool:
+    reach = cursor.advance([token])
+    cursor.rollback(reach.moved)
+    return reach.length == 1
 
 
 def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:

@@ -29,7 +29,7 @@ class Language:
     def _next(self, past: Sequence[int]) -> set[int]:
         return {text[len(past)] for text in self._texts if text[: len(past)] == past and len(text) > len(past)}
 
-    def reach(self, tokens: Sequence[int]) -> Reach:
+    def _reach(self, tokens: Sequence[int]) -> Reach:
         past = list(self.past)
         for place, token in enumerate(tokens):
             if token not in self._next(past):
@@ -39,9 +39,10 @@ class Language:
             past.append(token)
         return Reach(len(tokens), False)
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        assert self.reach(tokens) == Reach(len(tokens), False)
-        self.past += tokens
+    def advance(self, tokens: Sequence[int]) -> Reach:
+        reach = self._reach(tokens)
+        self.past += tokens[: reach.moved]
+        return reach
 
     def rollback(self, count: int) -> None:
         del self.past[len(self.past) - count :]
@@ -53,7 +54,7 @@ class Language:
         return past[len(self.past) :]
 
     def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
-        reach = self.reach(tokens.tolist())
+        reach = self._reach(tokens.tolist())
         for row in range(reach.length + (not reach.ended)):
             masks[row] = mask_of(self._next([*self.past, *tokens.tolist()[:row]]))
         return reach
