@@ -124,6 +124,12 @@ def request_of(prompt: Prompt, output: Any) -> Request:
 
 
 def _dataset(load: Load, names: Sequence[str]) -> type[BaseDataset]:
+    sampling = {
+        **{"temperature": 0, "max_new_tokens": load.new_tokens, "ignore_eos": not load.to_the_end},
+        # A chunk without text is none to the load generator, and the first special tokens of an answer would have none.
+        "skip_special_tokens": False,
+    }
+
     class HeldOut(BaseDataset):
         @classmethod
         def from_args(cls, args: Namespace) -> HeldOut:
@@ -135,7 +141,7 @@ def _dataset(load: Load, names: Sequence[str]) -> type[BaseDataset]:
                     prompt=list(prompt.ids),
                     prompt_len=len(prompt.ids),
                     output_len=load.new_tokens,
-                    extra_request_body={"rid": name},
+                    extra_request_body={"rid": name, "sampling_params": sampling},
                 )
                 for name, prompt in zip(names, load.prompts, strict=True)
             ]

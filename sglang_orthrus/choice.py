@@ -70,11 +70,15 @@ class Drafts:
             is_certain=self.is_certain | where,
         )
 
-    def propose_for(self, requests: torch.Tensor, tokens: torch.Tensor) -> Drafts:
-        """The same with all drafts of some requests chosen by a rule. requests: [R] int64; tokens: [R, Q-1] int64."""
-        where = torch.zeros_like(self.is_certain)
+    def propose_for(self, requests: torch.Tensor | slice, tokens: torch.Tensor) -> Drafts:
+        """The same with all drafts of some requests chosen by a rule.
+
+        requests: their places in the batch, as `rows_index` has them; tokens: [R, Q-1] int64.
+        """
+        where, proposed = torch.zeros_like(self.is_certain), self.tokens.clone()
         where[requests] = True
-        return self.propose(self.tokens.index_copy(0, requests, tokens), where)
+        proposed[requests] = tokens
+        return self.propose(proposed, where)
 
 
 class TokenChoice:

@@ -19,6 +19,7 @@ from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Cursor, Ids, allow_only, choose
 from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.rows import rows_index
 from sglang_orthrus.settings import DraftMode
 
 # What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
@@ -31,7 +32,7 @@ class Chosen(NamedTuple):
     """The drafts of the constrained requests of a round, whose masks are to be filled.
 
     Attributes:
-        rows: [R] int64, the requests' places in the batch, on the model's device.
+        rows: the requests' places in the batch, to index tensors on the model's device with.
         drafts: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
             sampling the proposal puts all its weight on each.
         choices: [R], each with its grammar's cursor; None where a grammar has nothing to say about the block.
@@ -39,7 +40,7 @@ class Chosen(NamedTuple):
         seconds: that the choice took.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | slice
     drafts: torch.Tensor
     choices: list[tuple[Cursor, Choice] | None]
     any_grammar: Any
@@ -88,6 +89,8 @@ class BlockGrammars:
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
+        # [slots, Q-1] int64
+        self._drafts: torch.Tensor | None = None
         # [slots * Q, W]; of slot s the first `_num_filled[s]` rows hold masks of an earlier round, the rest allow all.
         self._masks: torch.Tensor | None = None
         self._num_filled: list[int] = []
@@ -134,12 +137,15 @@ class BlockGrammars:
         self._make_room(grammars[0], len(rows), vocab_size)
         # One by one: short calls, most of them under the interpreter's lock.
         choices = [self._choose(slot, grammar, candidates[slot]) for slot, grammar in enumerate(grammars)]
-        tokens = np.stack(
-            [raw[:, 0] if made is None else made[1].tokens for raw, made in zip(candidates, choices, strict=True)]
+        assert self._drafts is not None
+        drafts = self._drafts[: len(rows)]
+        np.stack(
+            [raw[:, 0] if made is None else made[1].tokens for raw, made in zip(candidates, choices, strict=True)],
+            out=drafts.numpy(),
         )
         return Chosen(
-            self._to_device(torch.tensor(rows)),
-            self._to_device(torch.from_numpy(tokens)),
+            rows_index(rows, self._device),
+            drafts.to(self._device, non_blocking=True),
             choices,
             grammars[0],
             time.perf_counter() - started,
@@ -155,7 +161,8 @@ class BlockGrammars:
         seconds = time.perf_counter() - started
         self._stats.count([made[1] for made in chosen.choices if made is not None], chosen.seconds, seconds)
         assert self._masks is not None
-        return GrammarMask(chosen.any_grammar, self._to_device(self._masks[: len(chosen.choices) * self._width]))
+        masks = self._masks[: len(chosen.choices) * self._width]
+        return GrammarMask(chosen.any_grammar, masks.to(self._device, non_blocking=True))
 
     def _choose(self, slot: int, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
         drafts = np.ascontiguousarray(candidates[:, 0])
@@ -208,15 +215,12 @@ class BlockGrammars:
             num_slots = max(num_slots, 2 * len(self._num_filled))
             masks = grammar.allocate_vocab_mask(vocab_size, num_slots * self._width, "cpu")
             assert masks.shape[1] * 32 >= vocab_size, "an id of the logits may lie beyond the masks"
-            on_cpu = self._device.type == "cpu"
-            self._masks = masks if on_cpu or masks.is_pinned() else masks.pin_memory()
+            self._masks = self._pinned(masks)
+            self._drafts = self._pinned(torch.empty(num_slots, self._width - 1, dtype=torch.int64))
             self._num_filled = [0] * num_slots
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return tensor
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(self._device, non_blocking=True)
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._device.type == "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
 def encoder(tokenizer: Any) -> Encode:

@@ -32,6 +32,18 @@ class Pass(NamedTuple):
     replayed: bool
 
 
+class VerifyPass(NamedTuple):
+    """A verify pass that lacks its tokens.
+
+    Attributes:
+        tokens: [bs, Q] int64, to be filled with the anchors and the drafts.
+    """
+
+    batch: ScheduleBatch
+    forward_batch: ForwardBatch
+    tokens: torch.Tensor
+
+
 class DualViewRunner:
     """Runs draft and verify passes on a target worker, as CUDA graphs where they were captured.
 
@@ -113,25 +125,31 @@ class DualViewRunner:
         Writes the block's diffusion K/V to its slots; the block always has its trained width.
         """
         with self._wide_draft():
-            return self._forward(batch, block, Phase.DRAFT)
+            return self._forward(batch, self._prepare(batch, block, Phase.DRAFT))
 
-    def verify(self, batch: ScheduleBatch, block: DraftBlock, tokens: torch.Tensor, draft: Pass) -> Pass:
-        """AR view over the anchor and the drafts. Overwrites the first Q slots with AR K/V.
+    def prepare_verify(self, batch: ScheduleBatch, block: DraftBlock, draft: Pass) -> VerifyPass:
+        """All of a verify pass that does not depend on the drafts; the host may do this while a GPU drafts.
 
-        tokens: [bs, Q]; draft: the pass that made them, on this batch and block.
+        draft: the pass on this batch and block.
         """
         width = self._verify_width
-        narrowed = DraftBlock(tokens, block.positions[:, :width], block.slots[:, :width])
+        tokens = torch.empty_like(block.ids[:, :width], memory_format=torch.contiguous_format)
+        forward_batch = self._prepare(
+            batch, DraftBlock(tokens, block.positions[:, :width], block.slots[:, :width]), Phase.VERIFY
+        )
         # A plan knows nothing of causality: the draft's graph left buffers and plan as verify's graph wants them.
-        is_planned = draft.replayed and self._draft_backend is None
-        return self._forward(batch, narrowed, Phase.VERIFY, is_planned=is_planned)
-
-    def _forward(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase, *, is_planned: bool = False) -> Pass:
-        forward_batch = self._prepare(batch, block, phase)
-        if is_planned:
+        if draft.replayed and self._draft_backend is None:
             forward_batch.mark_forward_metadata_ready()
+        return VerifyPass(batch, forward_batch, tokens)
+
+    def verify(self, prepared: VerifyPass) -> Pass:
+        """AR view over the anchor and the drafts in `prepared.tokens`. Overwrites the first Q slots with AR K/V."""
+        return self._forward(prepared.batch, prepared.forward_batch)
+
+    def _forward(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Pass:
         result = self._run(batch, forward_batch)
-        hidden_states = result.logits_output.hidden_states.unflatten(0, block.ids.shape)
+        width = forward_batch.spec_info.draft_token_num
+        hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, width))
         return Pass(hidden_states, result.can_run_cuda_graph)
 
     def _prepare(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase) -> ForwardBatch:

@@ -190,11 +190,12 @@ class OrthrusWorker(BaseSpecWorker):
         draft = self._runner.draft(batch, layout)
         drafts = choice.draft(draft.hidden_states[:, : width - 1], guided, self._grammars.num_candidates)
         choose = self._choose(batch, constrained, drafts, grammar_barrier) if constrained else None
+        prepared = self._runner.prepare_verify(batch, layout, draft)
         chosen = choose() if choose is not None and guided else None
         if chosen is not None:
             drafts = drafts.propose_for(chosen.rows, chosen.drafts)
-        block = torch.cat((anchors, drafts.tokens), dim=1)
-        verify = self._runner.verify(batch, layout, block, draft)
+        block = torch.cat((anchors, drafts.tokens), dim=1, out=prepared.tokens)
+        verify = self._runner.verify(prepared)
         # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
         if choose is not None and chosen is None:
             chosen = choose()

@@ -58,8 +58,9 @@ def two_passes(worker: OrthrusWorker, batch: ScheduleBatch, layout: DraftBlock) 
     model = worker.model_runner.model
     draft = worker._runner.draft(batch, layout)
     drafts = model.best_tokens(draft.hidden_states[:, : worker.speculative_num_draft_tokens - 1])
-    block = torch.cat((layout.ids[:, :1], drafts), dim=1)
-    verify = worker._runner.verify(batch, layout, block, draft)
+    prepared = worker._runner.prepare_verify(batch, layout, draft)
+    block = torch.cat((layout.ids[:, :1], drafts), dim=1, out=prepared.tokens)
+    verify = worker._runner.verify(prepared)
     predictions = model.best_tokens(verify.hidden_states)
     path = "split" if draft.replayed and verify.replayed else "eager"
     return [block.tolist(), predictions.tolist()], path
@@ -74,10 +75,11 @@ def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
     found["split"], found["split path"] = two_passes(worker, batch, layout)
     with eagerly(worker):
         found["eager"], found["eager path"] = two_passes(worker, batch, layout)
-        block = torch.tensor(found["eager"][0], device=layout.ids.device)
         draft = worker._runner.draft(batch, layout)
-        found["draft gaps"] = gaps(worker, draft.hidden_states[:, : block.shape[1] - 1])
-        found["gaps"] = gaps(worker, worker._runner.verify(batch, layout, block, draft).hidden_states)
+        prepared = worker._runner.prepare_verify(batch, layout, draft)
+        prepared.tokens.copy_(torch.tensor(found["eager"][0]))
+        found["draft gaps"] = gaps(worker, draft.hidden_states[:, : prepared.tokens.shape[1] - 1])
+        found["gaps"] = gaps(worker, worker._runner.verify(prepared).hidden_states)
     return found
 
 

@@ -74,7 +74,9 @@ def run_round(worker: OrthrusWorker, batch: ScheduleBatch, blocks: torch.Tensor)
     model = worker.model_runner.model
     drafted = worker._runner.draft(batch, layout)
     draft = model.logits(drafted.hidden_states[:, :-1])
-    verify = model.logits(worker._runner.verify(batch, layout, blocks, drafted).hidden_states)
+    prepared = worker._runner.prepare_verify(batch, layout, drafted)
+    prepared.tokens.copy_(blocks)
+    verify = model.logits(worker._runner.verify(prepared).hidden_states)
     return {"draft": draft.view(bs, width - 1, -1), "verify": verify.view(bs, width, -1)}
 
 

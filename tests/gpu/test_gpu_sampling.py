@@ -94,7 +94,7 @@ def test_seeded_answers_are_those_of_plain_sglang_alone(bench: Bench, ar: Path) 
     assert all(found["margin"] is not None and found["margin"] < NEAR_TIE for found in differences), differences
     tokens, rounds = map(sum, zip(*tokens_and_rounds(requests, ours).values(), strict=True))
     assert tokens / rounds > 2
-    assert len({answer.tokens for answer in ours}) > 2 * len(prompts), "seeds and filters make a difference"
+    assert len({answer.tokens for answer in ours}) > len(prompts), "seeds and filters make a difference"
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_tokens_follow_plain_sglangs_distribution(
     """A correct server fails one of these with probability 8e-6: eight comparisons of two samples."""
     ours, theirs = samples[name]
     assert len(ours) == len(theirs) == bench.samples
-    assert len({tuple(reply["output_ids"]) for reply in ours}) > bench.samples / 16
+    assert len({tuple(reply["output_ids"]) for reply in ours}) > bench.samples / 32
     found = misfits(ours, theirs)
     assert min(found) > FALSE_ALARM, found
     rounds = {reply["meta_info"]["spec_verify_ct"] for reply in ours}

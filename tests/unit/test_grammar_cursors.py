@@ -228,7 +228,7 @@ def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGr
         rows = grammars.rows_of(reqs)
         candidates = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, (len(rows), WIDTH - 1, 16)))
         chosen = grammars.choose(reqs, rows, Proposal(candidates), VOCABULARY, lambda: barriers.append(len(reqs)))
-        assert chosen.rows.tolist() == rows
+        assert torch.arange(len(reqs))[chosen.rows].tolist() == rows
         all_masks = grammars.masks(chosen).vocab_mask
         assert all_masks.shape == (len(rows) * WIDTH, VOCABULARY // 32)
         for slot, row in enumerate(rows):
