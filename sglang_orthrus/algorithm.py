@@ -11,7 +11,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_orthrus.compat import require_supported_sglang
 from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
-from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +178,11 @@ def environment_refusals() -> Iterator[str]:
         if variable.get() != served:
             setting = f"{variable.name}={os.environ.get(variable.name)}"
             yield f"{setting}: ORTHRUS does not support it; unset the environment variable."
-    try:
-        DraftMode.from_env()
-    except ValueError as error:
-        yield str(error)
+    for read in (DraftMode.from_env, slow_mask_seconds):
+        try:
+            read()
+        except ValueError as error:
+            yield str(error)
 
 
 def _checkpoint_refusals(args: Any) -> Iterator[str]:

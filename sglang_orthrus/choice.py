@@ -152,6 +152,15 @@ class TokenChoice:
         # Verify overwrites hidden states where it replays a graph.
         return Drafts(tokens, q, is_certain, hidden_states.clone() if is_lost else None, supports, candidates)
 
+    def best_tokens(self, block: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What `judge` would choose after every row without masks: [bs, Q] int64; only of requests that are greedy."""
+        best = torch.zeros_like(block)
+        place = self._verify_place(block)
+        for piece in self._pieces:
+            if piece.way.is_greedy:
+                best[piece.index] = self._logits(hidden_states, piece, place).argmax(dim=-1)
+        return best
+
     def judge(
         self,
         block: torch.Tensor,
@@ -171,9 +180,7 @@ class TokenChoice:
         """
         num_accepted = torch.empty_like(self._anchors)
         bonus = torch.empty_like(self._anchors)
-        offsets = torch.arange(self._width, device=block.device)
-        host = block.tolist() if self._adjustments.read_outputs else None
-        place = Place(block, offsets[:, None] >= offsets, offsets, host)
+        place = self._verify_place(block)
         for piece in self._pieces:
             logits = self._logits(hidden_states, piece, place, masks)
             if self._is_function_of_logits(piece):
@@ -226,6 +233,12 @@ class TokenChoice:
         one_hot = torch.zeros_like(q).scatter_(1, drafts.tokens[piece.index].gather(1, row), 1.0)
         q = torch.where(is_certain, one_hot, q)
         return torch.where(accepted[:, None] < num_drafts, q, 0)
+
+    def _verify_place(self, block: torch.Tensor) -> Place:
+        """A verify row knows the block up to its own token. block: [bs, Q]"""
+        offsets = torch.arange(self._width, device=block.device)
+        host = block.tolist() if self._adjustments.read_outputs else None
+        return Place(block, offsets[:, None] >= offsets, offsets, host)
 
     def _draft_place(self, offsets: torch.Tensor) -> Place:
         """All that a draft row knows of the block is the anchor. offsets: [W] or [bs, W]."""

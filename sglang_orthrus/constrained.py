@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Cursor, Ids, allow_only, choose
+from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Cursor, Ids, allow_only, choose, fill_where_refused
 from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.rows import rows_index
@@ -76,16 +76,26 @@ class BlockGrammars:
         device: of the model.
         tokenizer: of the model, Hugging Face's.
         stats: told of every round.
+        slow_seconds: see `slow_mask_seconds`.
     """
 
     def __init__(
-        self, mode: DraftMode, verify_width: int, device: str | torch.device, tokenizer: Any, stats: GrammarStats
+        self,
+        mode: DraftMode,
+        verify_width: int,
+        device: str | torch.device,
+        tokenizer: Any,
+        stats: GrammarStats,
+        slow_seconds: float = float("inf"),
     ) -> None:
         self._mode = mode
         self._width = verify_width
         self._device = torch.device(device)
         self.encode = encoder(tokenizer)
         self._stats = stats
+        self._slow_seconds = slow_seconds
+        # Keys of grammars whose blocks took that long to fill. SGLang keeps these strings, too, with what it compiled.
+        self._slow: set[str] = set()
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
@@ -151,36 +161,55 @@ class BlockGrammars:
             time.perf_counter() - started,
         )
 
-    def masks(self, chosen: Chosen) -> GrammarMask:
+    def masks(self, chosen: Chosen, best_of: Callable[[], Ids] | None = None) -> GrammarMask:
         """What may follow each token of the chosen blocks: [R * Q, W], on the model's device.
 
-        Host work, while a GPU verifies.
+        Host work, while a GPU verifies. Some engines' masks take tens of milliseconds in some places, so a grammar that
+        was slow once is asked for no mask that makes no difference, if that can be known.
+
+        best_of: waits for verification and gives the best token after every row of the chosen blocks, any token
+            allowed: [R, Q]. None if not all of them choose the best token.
         """
         started = time.perf_counter()
-        self._fill_all(chosen)
+        everywhere, refused = self._by_speed(chosen, best_of is not None)
+        self._in_parallel(everywhere, lambda slot: self._fill(slot, chosen.choices[slot]))
         seconds = time.perf_counter() - started
-        self._stats.count([made[1] for made in chosen.choices if made is not None], chosen.seconds, seconds)
+        if best_of is not None and refused:
+            best = best_of()
+            started = time.perf_counter()
+            self._in_parallel(refused, lambda slot: self._fill_where_refused(slot, chosen.choices[slot], best[slot]))
+            seconds += time.perf_counter() - started
+        made_choices = [made[1] for made in chosen.choices if made is not None]
+        self._stats.count(made_choices, chosen.seconds, seconds, len(refused))
         assert self._masks is not None
         masks = self._masks[: len(chosen.choices) * self._width]
         return GrammarMask(chosen.any_grammar, masks.to(self._device, non_blocking=True))
+
+    def _by_speed(self, chosen: Chosen, is_best_known: bool) -> tuple[list[int], list[int]]:
+        """Slots to fill now, and those of slow grammars, for later."""
+        now, later = list[int](), list[int]()
+        for slot, made in enumerate(chosen.choices):
+            is_slow = is_best_known and made is not None and made[0].key in self._slow
+            (later if is_slow else now).append(slot)
+        return now, later
 
     def _choose(self, slot: int, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
         drafts = np.ascontiguousarray(candidates[:, 0])
         if not is_walkable(grammar) or leaves_block_alone(grammar, drafts):
             return None
-        assert self._masks is not None
-        first = slot * self._width
-        scratch = self._masks[first : first + 1]  # `_fill` fills it anew
+        scratch = self._rows(slot)[:1]  # filled anew later
         cursor = cursor_of(grammar, self.encode, scratch)
         return cursor, choose(cursor, drafts, candidates, scratch, self._mode)
 
     def _fill(self, slot: int, made: tuple[Cursor, Choice] | None) -> None:
-        assert self._masks is not None
-        masks = self._masks[slot * self._width : (slot + 1) * self._width]
+        masks = self._rows(slot)
         num_filled, end = 0, None
         if made is not None:
             cursor, (tokens, _) = made
+            started = time.perf_counter()
             reach = cursor.fill(tokens, masks)
+            if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
+                self._slow.add(cursor.key)
             if reach.ended:
                 end = tokens.item(reach.length - 1)
             num_filled = reach.length + (not reach.ended)
@@ -194,15 +223,26 @@ class BlockGrammars:
             num_filled += 1
         self._num_filled[slot] = num_filled
 
-    def _fill_all(self, chosen: Chosen) -> None:
+    def _fill_where_refused(self, slot: int, made: tuple[Cursor, Choice] | None, best: Ids) -> None:
+        assert made is not None, "a grammar with nothing to say is not slow"
+        cursor, (tokens, _) = made
+        masks = self._rows(slot)
+        masks.numpy()[: max(1, self._num_filled[slot])] = ALL_ALLOWED
+        self._num_filled[slot] = fill_where_refused(cursor, tokens, best, masks)
+
+    def _rows(self, slot: int) -> torch.Tensor:
+        assert self._masks is not None
+        return self._masks[slot * self._width : (slot + 1) * self._width]
+
+    def _in_parallel(self, slots: Sequence[int], fill: Callable[[int], None]) -> None:
         """By this thread and by others that take the next request as they come to it."""
-        slots = iter(range(len(chosen.choices)))
+        queue = iter(slots)
 
         def take() -> None:
-            for slot in slots:
-                self._fill(slot, chosen.choices[slot])
+            for slot in queue:
+                fill(slot)
 
-        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(chosen.choices)) - 1)]
+        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(slots)) - 1)]
         take()
         for other in others:
             # One that has not begun by now finds nothing left to do.

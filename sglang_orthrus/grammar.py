@@ -49,7 +49,13 @@ class Reach(NamedTuple):
 
 
 class Cursor(Protocol):
-    """A grammar at some point of a text."""
+    """A grammar at some point of a text.
+
+    Attributes:
+        key: of the grammar, if its engine follows exactly the tokens that its masks allow; else None.
+    """
+
+    key: str | None
 
     def advance(self, tokens: Sequence[int]) -> Reach:
         """Move on as far as the engine follows tokens, and stop before one that ends the text."""
@@ -144,6 +150,43 @@ def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[li
     if best is None:
         return [], Change.REPAIRED, Reach(0, False)
     return [best], Change.REPAIRED, cursor.advance([best])
+
+
+def fill_where_refused(cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tensor) -> int:
+    """Fill only the masks that change what verification makes of a block, given what it would choose without any.
+
+    A chosen token that the grammar allows is chosen with its mask, too. So a mask is needed where the grammar refuses
+    the choice, and none behind the first place where verification stops.
+
+    Args:
+        cursor: at the committed text, of a grammar that has a `key`; it is there again afterwards.
+        drafts: [Q-1] that were verified.
+        best: [Q] the best token after each row of the block, any token allowed.
+        masks: [Q, W] int32 on the CPU, allowing all.
+
+    Returns:
+        How many leading rows may have been written to.
+    """
+    row = moved = 0
+    for row, token in enumerate(best.tolist()):
+        draft = drafts.item(row) if row < len(drafts) else None
+        reach = cursor.advance([token])
+        if reach.length and token != draft:  # the last token of the round
+            cursor.rollback(reach.moved)
+            break
+        if not reach.length:
+            cursor.fill(drafts[:0], masks[row : row + 1])
+            if draft is None or draft == token:
+                break
+            reach = cursor.advance([draft])
+        moved += reach.moved
+        if reach.ended:  # as behind other blocks: see `BlockGrammars`
+            row += 1
+            allow_only(drafts.item(row - 1), masks.numpy()[row])
+        if not reach.moved:
+            break
+    cursor.rollback(moved)
+    return row + 1
 
 
 def reach_of(tokens: Ids, masks: Masks, stop_ids: Collection[int]) -> Reach:

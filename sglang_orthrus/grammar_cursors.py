@@ -25,6 +25,7 @@ class XGrammarCursor:
     """XGrammar: a chain is filled by one `traverse_draft_tree`, which runs without the interpreter's lock."""
 
     def __init__(self, grammar: XGrammarGrammar, encode: Encode) -> None:
+        self.key: str | None = grammar.key_string
         self._matcher = grammar.matcher
         self._encode = encode
         self._stop_ids: list[int] = grammar.matcher.stop_token_ids
@@ -62,7 +63,12 @@ class XGrammarCursor:
 
 
 class GuidanceCursor:
-    """llguidance: a chain is filled by its executor; its forced tokens stop short of an unsure end by themselves."""
+    """llguidance: a chain is filled by its executor; its forced tokens stop short of an unsure end by themselves.
+
+    Where it forces a string it follows tokens that its mask does not allow, so there is no `key`.
+    """
+
+    key: str | None = None
 
     def __init__(self, grammar: GuidanceGrammar) -> None:
         self._grammar = grammar
@@ -124,6 +130,8 @@ class ReasonerCursor:
         encode: see `cursor_of`.
         scratch: see `cursor_of`.
     """
+
+    key: str | None = None
 
     def __init__(self, grammar: ReasonerGrammarObject, encode: Encode, scratch: torch.Tensor) -> None:
         self._grammar = grammar

@@ -24,8 +24,9 @@ class GrammarStats:
 
     Args:
         log_interval: a log line every so many rounds that have a grammar.
-        with_metrics: whether to export `sglang_orthrus:grammar_drafts_total{change="none"|"repaired"|"forced"}` and
-            the histograms `sglang_orthrus:grammar_choose_seconds`, which verification waits for, and
+        with_metrics: whether to export `sglang_orthrus:grammar_drafts_total{change="none"|"repaired"|"forced"}`,
+            `sglang_orthrus:grammar_blocks_total{masks="all"|"needed"}` and the histograms
+            `sglang_orthrus:grammar_choose_seconds`, which verification waits for, and
             `sglang_orthrus:grammar_walk_seconds`, with the masks, beside SGLang's metrics.
     """
 
@@ -35,6 +36,7 @@ class GrammarStats:
         self._choose_seconds: list[float] = []
         self._seconds: list[float] = []
         self._drafts_metric: Any = None
+        self._blocks_metric: Any = None
         self._choose_metric: Any = None
         self._seconds_metric: Any = None
         if with_metrics:
@@ -43,6 +45,9 @@ class GrammarStats:
 
             self._drafts_metric = Counter(
                 "sglang_orthrus:grammar_drafts_total", "Drafts by what a grammar made of them.", ("change",)
+            )
+            self._blocks_metric = Counter(
+                "sglang_orthrus:grammar_blocks_total", "Blocks by which of their masks were filled.", ("masks",)
             )
             self._choose_metric = Histogram(
                 "sglang_orthrus:grammar_choose_seconds",
@@ -55,8 +60,13 @@ class GrammarStats:
                 buckets=_BUCKETS,
             )
 
-    def count(self, choices: Sequence[Choice], choose_seconds: float, masks_seconds: float) -> None:
-        """Count one round: its drafts, the time to choose them and that to fill their masks."""
+    def count(
+        self, choices: Sequence[Choice], choose_seconds: float, masks_seconds: float, num_sparse: int = 0
+    ) -> None:
+        """Count one round: its drafts, the time to choose them and that to fill their masks.
+
+        num_sparse: how many of the blocks have none but the masks that were needed.
+        """
         if not choices:
             return
         drafts = np.bincount(np.concatenate([made.changes for made in choices]), minlength=len(Change))
@@ -67,6 +77,8 @@ class GrammarStats:
         if self._drafts_metric is not None:
             for change in Change:
                 self._drafts_metric.labels(change=change.name.lower()).inc(int(drafts[change]))
+            self._blocks_metric.labels(masks="all").inc(len(choices) - num_sparse)
+            self._blocks_metric.labels(masks="needed").inc(num_sparse)
             self._choose_metric.observe(choose_seconds)
             self._seconds_metric.observe(seconds)
         if len(self._seconds) >= self._log_interval:

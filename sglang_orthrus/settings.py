@@ -6,6 +6,7 @@ import os
 from enum import Enum
 
 GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
+SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
 
 
 class DraftMode(Enum):
@@ -32,3 +33,21 @@ class DraftMode(Enum):
         except ValueError:
             choices = ", ".join(mode.value for mode in cls)
             raise ValueError(f"{GRAMMAR_DRAFT}={value}: use one of {choices}, or unset it for repair.") from None
+
+
+def slow_mask_seconds(is_cpu: bool = False) -> float:
+    """From when on the masks of a block are slow, by `ORTHRUS_SLOW_MASK_MS`.
+
+    If it is unset, 10 ms, and on a CPU never: what is saved there costs more, a second run of the head.
+
+    Raises:
+        ValueError: naming the value and the fix.
+    """
+    value = os.environ.get(SLOW_MASK_MS, "inf" if is_cpu else "10")
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = -1.0
+    if not milliseconds >= 0:
+        raise ValueError(f"{SLOW_MASK_MS}={value}: use milliseconds, 0 or more, or unset it.")
+    return milliseconds / 1e3

@@ -22,14 +22,15 @@ from sglang_orthrus.checkpoint import folder_problem
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
+from sglang_orthrus.grammar import Ids
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.model_runner import DualViewRunner
 from sglang_orthrus.paths import Path, RoundPaths
-from sglang_orthrus.rows import rows_index
-from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.rows import rows_index, way_of
+from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.verify import Verdict, accept_greedy
 
@@ -71,6 +72,7 @@ class OrthrusWorker(BaseSpecWorker):
             self.device,
             target_worker.tokenizer,
             GrammarStats(*reporting),
+            slow_mask_seconds(is_cpu=self.device == "cpu"),
         )
         # The pools and graphs are made after this, and requests arrive later still.
         compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
@@ -199,7 +201,11 @@ class OrthrusWorker(BaseSpecWorker):
         # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
         if choose is not None and chosen is None:
             chosen = choose()
-        masks = RowMasks(self._grammars.masks(chosen), constrained) if chosen is not None else None
+        masks = None
+        if chosen is not None:
+            best = partial(choice.best_tokens, block, verify.hidden_states)
+            best_of = _best_of(batch, constrained, best)
+            masks = RowMasks(self._grammars.masks(chosen, best_of), constrained)
         logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
         verdict = choice.judge(block, drafts, verify.hidden_states, masks, logprobs)
         logits_output = LogitsProcessorOutput(next_token_logits=None)
@@ -219,6 +225,16 @@ class OrthrusWorker(BaseSpecWorker):
             candidates = drafts.tokens[rows_index(constrained, drafts.tokens.device)][:, :, None]
         vocab_size = batch.sampling_info.vocab_size
         return partial(self._grammars.choose, batch.reqs, constrained, Proposal(candidates), vocab_size, barrier)
+
+
+def _best_of(
+    batch: ScheduleBatch, constrained: Sequence[int], best_tokens: Callable[[], torch.Tensor]
+) -> Callable[[], Ids] | None:
+    """What `BlockGrammars.masks` may ask for: only where a mask can be left out with no other effect."""
+    are_greedy = all(way_of(batch.reqs[row].sampling_params).is_greedy for row in constrained)
+    if not are_greedy or batch.return_logprob or batch.sampling_info.has_custom_logit_processor:
+        return None
+    return lambda: best_tokens().cpu().numpy()[constrained]
 
 
 def _is_plain(batch: ScheduleBatch) -> bool:

@@ -159,9 +159,18 @@ def test_an_unsupported_environment_variable_is_named(
         _resolve(checkpoint)
 
 
-def test_a_grammar_draft_mode_that_does_not_exist_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", "on")
-    with pytest.raises(Refused, match=r"ORTHRUS_GRAMMAR_DRAFT=on: use one of repair, full, off"):
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("ORTHRUS_GRAMMAR_DRAFT=on", "use one of repair, full, off"),
+        ("ORTHRUS_SLOW_MASK_MS=-1", "use milliseconds, 0 or more"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, setting: str, fix: str
+) -> None:
+    monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(Refused, match=f"{setting}: {fix}"):
         _resolve(checkpoint)
 
 

@@ -25,10 +25,12 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from benchmarks.structured import metrics
 from benchmarks.structured_cases import END, Case, foreign_cases, own_cases, tool_cases
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.server import Server, plain_env
+from sglang_orthrus.settings import SLOW_MASK_MS
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming
@@ -49,8 +51,9 @@ LLGUIDANCE = ("--grammar-backend", "llguidance")
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Server]:
-    """XGrammar without white space, and with a reasoning parser."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *REASONING, STRICT, env=SETUP.env) as server:
+    """XGrammar without white space, with a reasoning parser, and with every grammar taken for slow once it was used."""
+    env = {**SETUP.env, SLOW_MASK_MS: "0"}
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *REASONING, STRICT, env=env) as server:
         yield server
 
 
@@ -132,6 +135,11 @@ def mean_tokens_per_cycle(replies: list[Reply]) -> float:
     return sum(len(reply["output_ids"]) - 1 for reply in replies) / rounds
 
 
+def num_sparse_blocks(server: Server) -> float:
+    """Blocks of which only the masks were filled that were needed."""
+    return sum(number for name, number in metrics(server).items() if "blocks_total" in name and "needed" in name)
+
+
 def test_schemas_without_white_space(strict: Server, reference: Reference) -> None:
     """Of kinds that nano was not trained on. With the drafts left alone they come to 1.3 tokens per cycle."""
     replies = assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases()[::10])
@@ -139,8 +147,13 @@ def test_schemas_without_white_space(strict: Server, reference: Reference) -> No
 
 
 def test_own_prompts_without_white_space(strict: Server, reference: Reference) -> None:
-    replies = assert_as_the_reference(strict, reference, xgrammar_backend(), [*own_cases(4), *tool_cases(4)])
+    cases = [*own_cases(4), *tool_cases(4)]
+    replies = assert_as_the_reference(strict, reference, xgrammar_backend(), cases)
     assert mean_tokens_per_cycle(replies) > 10
+    before = num_sparse_blocks(strict)
+    assert [reply["output_ids"] for reply in ask_all(strict, cases)] == [reply["output_ids"] for reply in replies]
+    rounds = sum(reply["meta_info"]["spec_verify_ct"] for reply in replies)
+    assert num_sparse_blocks(strict) - before >= rounds / 2, "their grammars are slow now"
 
 
 @slow

@@ -17,7 +17,7 @@ from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
 from tests.reference import Reference
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, slow]
 
 NEIGHBOUR = """
     import logging
@@ -103,13 +103,11 @@ def test_a_second_plugin_works_beside_ours(served: Server) -> None:
     assert f"neighbour saw a request of {len(ids)} ids" in log
 
 
-@slow
 def test_both_plugins_register_in_one_process(neighbour: dict[str, str]) -> None:
     found = probe(neighbour)
     assert found["ORTHRUS"] == found["NEIGHBOUR"] == found["OrthrusLM"] == ["True"]
 
 
-@slow
 def test_without_our_plugin_sglang_is_untouched(neighbour: dict[str, str]) -> None:
     found = probe({**plain_env(), **neighbour, "SGLANG_PLUGINS": "neighbour"})
     assert found["NEIGHBOUR"] == ["True"]

@@ -23,6 +23,7 @@ from sglang_orthrus.grammar import Change, Choice, Cursor, choose, is_allowed
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
+from tests.grammars import judged
 
 SCHEMA = json.dumps(
     {
@@ -244,6 +245,35 @@ def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGr
     constrain([request(ended), request(json_grammar)])
     constrain([request(regex), request(json_grammar), request(None), request(ended), request(regex.copy())])
     assert barriers == [4, 2, 5]
+
+
+def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBackend) -> None:
+    """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled."""
+    stats = GrammarStats(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats, slow_seconds=0)
+    reqs = [request(backend.dispatch_json(SCHEMA)), request(backend.dispatch_regex("[a-c]{40}"))]
+    rng = np.random.default_rng(2)
+    candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, WIDTH - 1, 16)))
+
+    def chosen() -> Chosen:
+        return grammars.choose(reqs, [0, 1], Proposal(candidates), VOCABULARY, None)
+
+    def filled(masks: torch.Tensor) -> int:
+        return int((masks != -1).any(dim=1).sum())
+
+    everything = grammars.masks(chosen(), lambda: pytest.fail("nothing was slow yet")).vocab_mask.clone()
+    drafts = chosen().drafts.numpy()
+    scores = rng.random((2, WIDTH, VOCABULARY))
+    np.put_along_axis(scores[:, :-1], drafts[:, :, None], 2.0, axis=2)
+    wrong = rng.random((2, WIDTH)) < 0.2
+    scores[wrong, rng.integers(0, VOCABULARY, wrong.sum())] = 3.0
+    few = grammars.masks(chosen(), lambda: scores.argmax(axis=2)).vocab_mask
+    is_xgrammar = isinstance(backend, XGrammarGrammarBackend)
+    assert 0 < filled(few) < filled(everything) / 2 if is_xgrammar else torch.equal(few, everything)
+    for slot in (0, 1):
+        rows = slice(slot * WIDTH, (slot + 1) * WIDTH)
+        emitted = judged(drafts[slot], scores[slot], everything[rows], END)
+        assert len(emitted) > 3 and judged(drafts[slot], scores[slot], few[rows], END) == emitted
 
 
 def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGrammarBackend) -> None:

@@ -38,10 +38,12 @@ def test_the_metrics_count_drafts_and_time() -> None:
 
     stats = GrammarStats(log_interval=100, with_metrics=True)
     for _ in range(2):
-        stats.count(CHOICES, 0.0005, 0.0015)
+        stats.count(CHOICES, 0.0005, 0.0015, 1)
     name = "sglang_orthrus:grammar_drafts_total"
     counts = [REGISTRY.get_sample_value(name, {"change": change}) for change in ("none", "repaired", "forced")]
     assert counts == [10, 2, 4]
+    name = "sglang_orthrus:grammar_blocks_total"
+    assert [REGISTRY.get_sample_value(name, {"masks": masks}) for masks in ("all", "needed")] == [2, 2]
     for times, seconds in (("choose", 0.001), ("walk", 0.004)):
         assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_count") == 2
         assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_sum") == pytest.approx(seconds)

@@ -10,8 +10,20 @@ import pytest
 import torch
 
 from sglang_orthrus import grammar
-from sglang_orthrus.grammar import NUM_TRIED, Change, Reach, allow_only, best_allowed, choose, is_allowed, reach_of
-from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.grammar import (
+    ALL_ALLOWED,
+    NUM_TRIED,
+    Change,
+    Reach,
+    allow_only,
+    best_allowed,
+    choose,
+    fill_where_refused,
+    is_allowed,
+    reach_of,
+)
+from sglang_orthrus.settings import DraftMode, slow_mask_seconds
+from tests.grammars import judged
 
 STOP = 63
 WORDS = 2  # a vocabulary of 64
@@ -20,6 +32,8 @@ UNTOUCHED = 0x55555555
 
 class Language:
     """The cursor of a finite language, ends of text included. It is forced to a string where there is no choice."""
+
+    key = "texts"
 
     def __init__(self, texts: Sequence[Sequence[int]], forces: bool = True) -> None:
         self._texts = [[*text, STOP] for text in texts]
@@ -189,6 +203,33 @@ def test_every_draft_that_can_be_accepted_has_its_mask(mode: DraftMode, seed: in
         past.append(token)
 
 
+@pytest.mark.parametrize("mode", list(DraftMode))
+@pytest.mark.parametrize("seed", range(60))
+def test_masks_where_a_choice_is_refused_decide_as_all_masks_do(mode: DraftMode, seed: int) -> None:
+    rng, noise = random.Random(seed), np.random.default_rng(seed)
+    cursor = Language([[rng.randrange(4) for _ in range(rng.randrange(1, 14))] for _ in range(12)], forces=seed % 2 > 0)
+    text = rng.choice(cursor._texts)
+    drafts = [rng.randrange(4) if rng.random() < 0.2 else (text + [0] * 12)[place] for place in range(12)]
+    tokens, _, num_masks, masks = run(cursor, drafts, mode=mode)
+    masks[num_masks:] = ALL_ALLOWED
+    scores = noise.random((13, WORDS * 32))
+    for row, token in enumerate(tokens):
+        scores[row, token] += rng.random() < 0.9  # a good drafter
+        scores[row, rng.randrange(5)] += rng.random() < 0.3
+    few = torch.full_like(masks, ALL_ALLOWED)
+    num_touched = fill_where_refused(cursor, np.array(tokens), scores.argmax(axis=1), few)
+    assert cursor.past == []
+    assert (few[num_touched:] == ALL_ALLOWED).all()
+    assert judged(tokens, scores, few, STOP) == judged(tokens, scores, masks, STOP)
+    assert (few != ALL_ALLOWED).any(dim=1).sum() <= num_masks + 1
+
+
+def test_no_mask_is_filled_where_all_choices_are_allowed() -> None:
+    cursor, masks = Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False), torch.full((4, WORDS), ALL_ALLOWED)
+    assert fill_where_refused(cursor, np.array([1, 2, 3]), np.array([1, 2, 5, 9]), masks.int()) == 3
+    assert (masks == ALL_ALLOWED).all()
+
+
 def test_repairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_REPAIRS", 2)
     texts = [[first] * 6 for first in (1, 2)]
@@ -225,3 +266,15 @@ def test_the_mode_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", "on")
     with pytest.raises(ValueError, match=r"ORTHRUS_GRAMMAR_DRAFT=on: use one of repair, full, off"):
         DraftMode.from_env()
+
+
+def test_what_is_slow_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORTHRUS_SLOW_MASK_MS", raising=False)
+    assert slow_mask_seconds() == 0.01
+    assert slow_mask_seconds(is_cpu=True) == float("inf")
+    monkeypatch.setenv("ORTHRUS_SLOW_MASK_MS", "0")
+    assert slow_mask_seconds() == slow_mask_seconds(is_cpu=True) == 0
+    for value in ("-1", "nan", "soon"):
+        monkeypatch.setenv("ORTHRUS_SLOW_MASK_MS", value)
+        with pytest.raises(ValueError, match=f"ORTHRUS_SLOW_MASK_MS={value}: use milliseconds, 0 or more"):
+            slow_mask_seconds()
