@@ -42,7 +42,7 @@ def traces(case_blocks: Iterator[Block]) -> Iterator[dict[str, Any]]:
         for token in block.committed:
             matcher.accept_token(token)
         candidates = block.candidates[:, :NUM_CANDIDATES].numpy()
-        cursor = XGrammarCursor(SimpleNamespace(matcher=matcher), encode)
+        cursor = XGrammarCursor(SimpleNamespace(matcher=matcher, key_string=None), encode)
         done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, DraftMode.REPAIR)
         rest = block.answer[len(block.committed) :]
         yield {
