@@ -95,4 +95,7 @@ def test_a_finished_sweep_is_resumed_without_a_server(
 
 def test_it_can_be_drawn(result: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert len(plot(result, tmp_path)) == 4
+    charts = ("speed_up", "decode_speed_up", "round_cost")
+    assert {path.name for path in plot(result, tmp_path)} == {
+        f"{name}.{kind}" for name in charts for kind in ("png", "svg")
+    }
