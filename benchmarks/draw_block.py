@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_token_bitmask
@@ -42,7 +41,7 @@ def traces(case_blocks: Iterator[Block]) -> Iterator[dict[str, Any]]:
         for token in block.committed:
             matcher.accept_token(token)
         candidates = block.candidates[:, :NUM_CANDIDATES].numpy()
-        cursor = XGrammarCursor(SimpleNamespace(matcher=matcher, key_string=None), encode)
+        cursor = XGrammarCursor(matcher, encode)
         done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, DraftMode.REPAIR)
         rest = block.answer[len(block.committed) :]
         yield {

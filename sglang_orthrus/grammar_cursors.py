@@ -15,6 +15,7 @@ from sglang.srt.constrained.llguidance_backend import (
 )
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+from xgrammar import GrammarMatcher
 
 from sglang_orthrus.grammar import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed, reach_of
 
@@ -24,11 +25,11 @@ Encode = Callable[[str], Sequence[int]]
 class XGrammarCursor:
     """XGrammar: a chain is filled by one `traverse_draft_tree`, which runs without the interpreter's lock."""
 
-    def __init__(self, grammar: XGrammarGrammar, encode: Encode) -> None:
-        self.key: str | None = grammar.key_string
-        self._matcher = grammar.matcher
+    def __init__(self, matcher: GrammarMatcher, encode: Encode, key: str | None = None) -> None:
+        self.key = key
+        self._matcher = matcher
         self._encode = encode
-        self._stop_ids: list[int] = grammar.matcher.stop_token_ids
+        self._stop_ids: list[int] = matcher.stop_token_ids
 
     def advance(self, tokens: Sequence[int]) -> Reach:
         """See `Cursor`."""
@@ -211,7 +212,7 @@ def cursor_of(grammar: BaseGrammarObject, encode: Encode, scratch: torch.Tensor)
             return cursor_of(grammar.grammar, encode, scratch)
         return ReasonerCursor(grammar, encode, scratch)
     if isinstance(grammar, XGrammarGrammar):
-        return XGrammarCursor(grammar, encode)
+        return XGrammarCursor(grammar.matcher, encode, grammar.key_string)
     assert isinstance(grammar, GuidanceGrammar), "other grammar backends are refused at start-up"
     return GuidanceCursor(grammar)
 
