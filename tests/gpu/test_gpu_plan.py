@@ -17,13 +17,18 @@ pytestmark = pytest.mark.gpu
 HEAD_DIM = 128
 
 
-def _wrapper(bs: int, num_pages: int) -> Any:
+def _planned(prefix_lens: torch.Tensor, width: int, num_heads: int, num_kv_heads: int) -> tuple[Any, torch.Tensor]:
+    """FlashInfer's wrapper with its plan for blocks behind prefixes, and where each request's pages begin."""
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
     def ints(size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device="cuda")
 
-    return BatchPrefillWithPagedKVCacheWrapper(
+    bs, lens = len(prefix_lens), prefix_lens + width
+    num_pages = int(lens.sum())
+    kv_indptr = ints(bs + 1)
+    kv_indptr[1:] = lens.cumsum(0)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(
         torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
         "NHD",
         use_cuda_graph=True,
@@ -33,6 +38,19 @@ def _wrapper(bs: int, num_pages: int) -> Any:
         paged_kv_indices_buf=ints(num_pages),
         paged_kv_last_page_len_buf=ints(bs) + 1,
     )
+    wrapper.plan(
+        torch.arange(0, (bs + 1) * width, width, dtype=torch.int32, device="cuda"),
+        kv_indptr,
+        torch.arange(num_pages, dtype=torch.int32, device="cuda"),
+        ints(bs) + 1,
+        num_heads,
+        num_kv_heads,
+        HEAD_DIM,
+        1,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+    )
+    return wrapper, kv_indptr
 
 
 @pytest.mark.parametrize("bs", [1, 2, 3, 8, 33, 128])
@@ -41,34 +59,17 @@ def test_the_plan_is_flashinfers(bs: int, width: int) -> None:
     rng = random.Random(bs * width)
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     for num_heads, num_kv_heads, longest in ((32, 8, 400), (16, 8, 5000), (32, 8, 40_000)):
-        prefix_lens = torch.tensor([rng.randrange(1, longest) for _ in range(bs)])
-        lens = prefix_lens + width
-        kv_indptr = torch.zeros(bs + 1, dtype=torch.int32)
-        kv_indptr[1:] = lens.cumsum(0)
-        qo_indptr = torch.arange(0, (bs + 1) * width, width, dtype=torch.int32)
-        num_pages = int(lens.sum())
-        wrapper = _wrapper(bs, num_pages)
-        wrapper.plan(
-            qo_indptr.cuda(),
-            kv_indptr.cuda(),
-            torch.zeros(num_pages, dtype=torch.int32, device="cuda"),
-            torch.ones(bs, dtype=torch.int32, device="cuda"),
-            num_heads,
-            num_kv_heads,
-            HEAD_DIM,
-            1,
-            q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
-        )
+        prefix_lens = torch.tensor([rng.randrange(1, longest) for _ in range(bs)], device="cuda")
+        wrapper, kv_indptr = _planned(prefix_lens, width, num_heads, num_kv_heads)
         layout, workspace = PlanLayout(*wrapper._plan_info), wrapper._int_workspace_buffer
         expected = read_plan(workspace, layout, bs, width)
         constants = workspace[layout.total_rows_offset : layout.total_rows_offset + 4].clone()
         workspace.fill_(1)
-        ours = torch.zeros(bs, dtype=torch.int32, device="cuda"), torch.zeros_like(kv_indptr, device="cuda")
+        ours = torch.zeros(bs, dtype=torch.int32, device="cuda"), torch.zeros_like(kv_indptr)
         write_plan(
             workspace,
             layout,
-            prefix_lens.cuda(),
+            prefix_lens,
             *ours,
             width=width,
             group=num_heads // num_kv_heads,
@@ -77,7 +78,7 @@ def test_the_plan_is_flashinfers(bs: int, width: int) -> None:
             whole=0,
         )
         assert read_plan(workspace, layout, bs, width) == expected
-        assert ours[0].tolist() == lens.tolist()
+        assert ours[0].tolist() == (prefix_lens + width).tolist()
         assert ours[1].tolist() == kv_indptr.tolist()
         # What no plan of ours touches is the same in every plan of the size.
         assert constants.view(torch.int32).item() == bs * width
@@ -88,28 +89,14 @@ def test_every_row_of_an_output_is_written(lens: list[int]) -> None:
     """Padded requests included, whose blocks have no prefix: an output need not be zeroed."""
     width, num_heads, num_kv_heads = 32, 32, 8
     prefix_lens = torch.tensor([*lens, 0], device="cuda")
-    bs, num_pages = len(prefix_lens), int(prefix_lens.sum()) + (len(lens) + 1) * width
-    wrapper = _wrapper(bs, num_pages)
-    kv_indptr = torch.zeros(bs + 1, dtype=torch.int32)
-    kv_indptr[1:] = (prefix_lens.cpu() + width).cumsum(0)
-    wrapper.plan(
-        torch.arange(0, (bs + 1) * width, width, dtype=torch.int32).cuda(),
-        kv_indptr.cuda(),
-        torch.arange(num_pages, dtype=torch.int32, device="cuda"),
-        torch.ones(bs, dtype=torch.int32, device="cuda"),
-        num_heads,
-        num_kv_heads,
-        HEAD_DIM,
-        1,
-        q_data_type=torch.bfloat16,
-        kv_data_type=torch.bfloat16,
-    )
+    wrapper, kv_indptr = _planned(prefix_lens, width, num_heads, num_kv_heads)
+    bs, num_pages = len(prefix_lens), int(kv_indptr[-1])
     write_plan(
         wrapper._int_workspace_buffer,
         PlanLayout(*wrapper._plan_info),
         prefix_lens,
         torch.zeros(bs, dtype=torch.int32, device="cuda"),
-        kv_indptr.cuda(),
+        kv_indptr,
         width=width,
         group=num_heads // num_kv_heads,
         max_work=max_split_work(torch.cuda.get_device_properties(0).multi_processor_count, num_kv_heads),

@@ -225,8 +225,9 @@ def test_masks_where_a_choice_is_refused_decide_as_all_masks_do(mode: DraftMode,
 
 
 def test_no_mask_is_filled_where_all_choices_are_allowed() -> None:
-    cursor, masks = Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False), torch.full((4, WORDS), ALL_ALLOWED)
-    assert fill_where_refused(cursor, np.array([1, 2, 3]), np.array([1, 2, 5, 9]), masks.int()) == 3
+    cursor = Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False)
+    masks = torch.full((4, WORDS), ALL_ALLOWED, dtype=torch.int32)
+    assert fill_where_refused(cursor, np.array([1, 2, 3]), np.array([1, 2, 5, 9]), masks) == 3
     assert (masks == ALL_ALLOWED).all()
 
 
