@@ -41,7 +41,7 @@ def traces(case_blocks: Iterator[Block]) -> Iterator[dict[str, Any]]:
         for token in block.committed:
             matcher.accept_token(token)
         candidates = block.candidates[:, :NUM_CANDIDATES].numpy()
-        cursor = XGrammarCursor(matcher, encode)
+        cursor = XGrammarCursor(matcher, encode, frozenset(matcher.stop_token_ids))
         done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, DraftMode.REPAIR)
         rest = block.answer[len(block.committed) :]
         yield {

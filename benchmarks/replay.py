@@ -56,7 +56,7 @@ def replay(drafted: Sequence[Sequence[Block]], way: Way, any_whitespace: bool) -
     for answer_blocks in drafted:
         schema, answer = answer_blocks[0].case.grammar["json_schema"], answer_blocks[0].answer
         matcher = GrammarMatcher(compiler.compile_json_schema(schema, any_whitespace=any_whitespace))
-        cursor, committed = XGrammarCursor(matcher, encode), 1
+        cursor, committed = XGrammarCursor(matcher, encode, frozenset(matcher.stop_token_ids)), 1
         cursor.advance(answer[:1])
         while committed < len(answer):
             candidates = answer_blocks[committed - 1].candidates[:, : way.candidates].numpy()

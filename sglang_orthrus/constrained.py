@@ -9,15 +9,31 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Choice, Cursor, Ids, allow_only, choose, fill_where_refused
-from sglang_orthrus.grammar_cursors import Encode, cursor_of, is_walkable, leaves_block_alone
+from sglang_orthrus.grammar import (
+    ALL_ALLOWED,
+    Choice,
+    Cursor,
+    Ids,
+    Masks,
+    allow_only,
+    choose,
+    fill_where_refused,
+)
+from sglang_orthrus.grammar_cursors import (
+    Encode,
+    GuidanceCursor,
+    cursor_of,
+    fill_blocks,
+    is_walkable,
+    leaves_block_alone,
+)
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.rows import rows_index
 from sglang_orthrus.settings import DraftMode
@@ -68,6 +84,23 @@ class Proposal:
         return self._host.numpy()
 
 
+@dataclass(slots=True)
+class _Slot:
+    """One request's part of the buffers, kept as views: slicing tensors takes longer than a token of the walk."""
+
+    block: torch.Tensor
+    drafts: Ids
+    masks: torch.Tensor
+    bits: Masks
+    # So many leading rows may hold masks of earlier rounds; the rest allow all.
+    num_filled: int = 0
+
+    def allow_all(self) -> None:
+        # By NumPy: PyTorch would share so small a job among OpenMP threads.
+        self.bits[: self.num_filled] = ALL_ALLOWED
+        self.num_filled = 0
+
+
 class BlockGrammars:
     """Drafts of all constrained requests, and their masks, in parallel, in one buffer.
 
@@ -96,15 +129,15 @@ class BlockGrammars:
         self._stats = stats
         self._slow_seconds = slow_seconds
         # Keys of grammars whose blocks took that long to fill. SGLang keeps these strings, too, with what it compiled.
-        self._slow: set[str] = set()
+        self._slow_keys: set[str] = set()
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
-        # [slots, Q-1] int64
-        self._drafts: torch.Tensor | None = None
-        # [slots * Q, W]; of slot s the first `_num_filled[s]` rows hold masks of an earlier round, the rest allow all.
-        self._masks: torch.Tensor | None = None
-        self._num_filled: list[int] = []
+        # [slots, Q] int64, the drafts of a round from the second column on
+        self._blocks = torch.empty(0, verify_width, dtype=torch.int64)
+        # [slots * Q, W]
+        self._masks = torch.empty(0, 0, dtype=torch.int32)
+        self._slots: list[_Slot] = []
 
     @property
     def changes_drafts(self) -> bool:
@@ -144,21 +177,17 @@ class BlockGrammars:
             barrier()
         candidates = proposal.wait()
         started = time.perf_counter()
-        grammars = [reqs[row].grammar for row in rows]
-        self._make_room(grammars[0], len(rows), vocab_size)
+        self._make_room(reqs[rows[0]].grammar, len(rows), vocab_size)
         # One by one: short calls, most of them under the interpreter's lock.
-        choices = [self._choose(slot, grammar, candidates[slot]) for slot, grammar in enumerate(grammars)]
-        assert self._drafts is not None
-        drafts = self._drafts[: len(rows)]
-        np.stack(
-            [raw[:, 0] if made is None else made[1].tokens for raw, made in zip(candidates, choices, strict=True)],
-            out=drafts.numpy(),
-        )
+        choices = [
+            self._choose(slot, reqs[row].grammar, own)
+            for slot, row, own in zip(self._slots, rows, candidates, strict=False)
+        ]
         return Chosen(
             rows_index(rows, self._device),
-            drafts.to(self._device, non_blocking=True),
+            self._blocks[: len(rows)].to(self._device, non_blocking=True)[:, 1:],
             choices,
-            grammars[0],
+            reqs[rows[0]].grammar,
             time.perf_counter() - started,
         )
 
@@ -172,78 +201,86 @@ class BlockGrammars:
             allowed: [R, Q]. None if not all of them choose the best token.
         """
         started = time.perf_counter()
-        everywhere, refused = self._by_speed(chosen, best_of is not None)
-        self._in_parallel(everywhere, lambda slot: self._fill(slot, chosen.choices[slot]))
+        slow = self._slow_slots(chosen) if best_of is not None else []
+        self._in_parallel(self._fills(chosen, slow))
         seconds = time.perf_counter() - started
-        if best_of is not None and refused:
+        if best_of is not None and slow:
             best = best_of()
             started = time.perf_counter()
-            self._in_parallel(refused, lambda slot: self._fill_where_refused(slot, chosen.choices[slot], best[slot]))
+            self._in_parallel([partial(self._fill_where_refused, chosen, number, best[number]) for number in slow])
             seconds += time.perf_counter() - started
+        self._close_ends(chosen)
         made_choices = [made[1] for made in chosen.choices if made is not None]
-        self._stats.count(made_choices, chosen.seconds, seconds, len(refused))
-        assert self._masks is not None
+        self._stats.count(made_choices, chosen.seconds, seconds, len(slow))
         masks = self._masks[: len(chosen.choices) * self._width]
         return GrammarMask(chosen.any_grammar, masks.to(self._device, non_blocking=True))
 
-    def _by_speed(self, chosen: Chosen, is_best_known: bool) -> tuple[list[int], list[int]]:
-        """Slots to fill now, and those of slow grammars, for later."""
-        now, later = list[int](), list[int]()
-        for slot, made in enumerate(chosen.choices):
-            is_slow = is_best_known and made is not None and made[0].key in self._slow
-            (later if is_slow else now).append(slot)
-        return now, later
-
-    def _choose(self, slot: int, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
-        drafts = np.ascontiguousarray(candidates[:, 0])
-        if not is_walkable(grammar) or leaves_block_alone(grammar, drafts):
+    def _choose(self, slot: _Slot, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
+        slot.drafts[:] = candidates[:, 0]
+        if not is_walkable(grammar) or leaves_block_alone(grammar, slot.drafts):
             return None
-        scratch = self._rows(slot)[:1]  # filled anew later
+        scratch = slot.masks[:1]  # filled anew later
         cursor = cursor_of(grammar, self.encode, scratch)
-        return cursor, choose(cursor, drafts, candidates, scratch, self._mode)
+        choice = choose(cursor, slot.drafts, candidates, scratch, self._mode)
+        slot.drafts[:] = choice.tokens
+        slot.num_filled = self._width
+        return cursor, choice
 
-    def _fill(self, slot: int, made: tuple[Cursor, Choice] | None) -> None:
-        masks = self._rows(slot)
-        num_filled, end = 0, None
-        if made is not None:
-            cursor, (tokens, _) = made
-            started = time.perf_counter()
-            reach = cursor.fill(tokens, masks)
-            if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
-                self._slow.add(cursor.key)
-            if reach.ended:
-                end = tokens.item(reach.length - 1)
-            num_filled = reach.length + (not reach.ended)
-        # By NumPy: PyTorch would share so small a job among OpenMP threads.
-        bits = masks.numpy()
-        bits[num_filled : max(num_filled + 1, self._num_filled[slot])] = ALL_ALLOWED
-        if end is not None:
-            # SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token
-            # but on another one.
-            allow_only(end, bits[num_filled])
-            num_filled += 1
-        self._num_filled[slot] = num_filled
+    def _slow_slots(self, chosen: Chosen) -> list[int]:
+        return [
+            number for number, made in enumerate(chosen.choices) if made is not None and made[0].key in self._slow_keys
+        ]
 
-    def _fill_where_refused(self, slot: int, made: tuple[Cursor, Choice] | None, best: Ids) -> None:
+    def _fills(self, chosen: Chosen, slow: Sequence[int]) -> list[Callable[[], None]]:
+        """What is to be done for the masks of all slots but the slow ones; side by side, if there are several."""
+        fills = list[Callable[[], None]]()
+        guided = list[tuple[int, GuidanceCursor]]()
+        for number, made in enumerate(chosen.choices):
+            if made is None:
+                self._slots[number].allow_all()
+            elif number in slow:
+                continue
+            elif isinstance(made[0], GuidanceCursor):
+                guided.append((number, made[0]))
+            else:
+                fills.append(partial(self._fill, self._slots[number], *made))
+        if guided:
+            fills.append(partial(fill_blocks, guided, self._blocks, self._masks))
+        return fills
+
+    def _fill(self, slot: _Slot, cursor: Cursor, choice: Choice) -> None:
+        started = time.perf_counter()
+        cursor.fill_block(slot.block, slot.masks)
+        if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
+            self._slow_keys.add(cursor.key)
+
+    def _fill_where_refused(self, chosen: Chosen, number: int, best: Ids) -> None:
+        made, slot = chosen.choices[number], self._slots[number]
         assert made is not None, "a grammar with nothing to say is not slow"
-        cursor, (tokens, _) = made
-        masks = self._rows(slot)
-        masks.numpy()[: max(1, self._num_filled[slot])] = ALL_ALLOWED
-        self._num_filled[slot] = fill_where_refused(cursor, tokens, best, masks)
+        slot.allow_all()
+        slot.num_filled = fill_where_refused(made[0], slot.drafts, best, slot.masks)
 
-    def _rows(self, slot: int) -> torch.Tensor:
-        assert self._masks is not None
-        return self._masks[slot * self._width : (slot + 1) * self._width]
+    def _close_ends(self, chosen: Chosen) -> None:
+        """Behind a stop token allow only the same again.
 
-    def _in_parallel(self, slots: Sequence[int], fill: Callable[[int], None]) -> None:
-        """By this thread and by others that take the next request as they come to it."""
-        queue = iter(slots)
+        SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
+        another one.
+        """
+        for slot, made in zip(self._slots, chosen.choices, strict=False):
+            end = None if made is None else made[1].end
+            if end is not None:
+                allow_only(slot.drafts.item(end), slot.bits[end + 1])
+                slot.num_filled = max(slot.num_filled, end + 2)
+
+    def _in_parallel(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """By this thread and by others that take the next job as they come to it."""
+        queue = iter(jobs)
 
         def take() -> None:
-            for slot in queue:
-                fill(slot)
+            for job in queue:
+                job()
 
-        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(slots)) - 1)]
+        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(jobs)) - 1)]
         take()
         for other in others:
             # One that has not begun by now finds nothing left to do.
@@ -252,13 +289,17 @@ class BlockGrammars:
 
     def _make_room(self, grammar: Any, num_slots: int, vocab_size: int) -> None:
         """For the masks of so many requests, pinned where that speeds up copies."""
-        if num_slots > len(self._num_filled):
-            num_slots = max(num_slots, 2 * len(self._num_filled))
-            masks = grammar.allocate_vocab_mask(vocab_size, num_slots * self._width, "cpu")
-            assert masks.shape[1] * 32 >= vocab_size, "an id of the logits may lie beyond the masks"
-            self._masks = self._pinned(masks)
-            self._drafts = self._pinned(torch.empty(num_slots, self._width - 1, dtype=torch.int64))
-            self._num_filled = [0] * num_slots
+        if num_slots <= len(self._slots):
+            return
+        num_slots = max(num_slots, 2 * len(self._slots))
+        masks = grammar.allocate_vocab_mask(vocab_size, num_slots * self._width, "cpu")
+        assert masks.shape[1] * 32 >= vocab_size, "an id of the logits may lie beyond the masks"
+        self._masks = self._pinned(masks)
+        self._blocks = self._pinned(torch.zeros(num_slots, self._width, dtype=torch.int64))
+        self._slots = [
+            _Slot(block, block.numpy()[1:], own, own.numpy())
+            for block, own in zip(self._blocks, self._masks.split(self._width), strict=True)
+        ]
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._device.type == "cpu" or tensor.is_pinned() else tensor.pin_memory()

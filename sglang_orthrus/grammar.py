@@ -9,7 +9,7 @@ single tokens, in about a microsecond each; a mask takes several, and millisecon
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -66,12 +66,15 @@ class Cursor(Protocol):
     def forced(self) -> Sequence[int]:
         """Tokens that must come next, as a model would write them; none if there is a choice."""
 
-    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
-        """Fill masks[0] here and masks[j] after tokens[:j], up to the first that is not allowed. Moves nothing.
+    def fill(self, masks: torch.Tensor) -> None:
+        """Fill masks[0]: what may come next. masks: [n, W] int32 on the CPU."""
 
-        The row behind that one may be written to, rows after it are not.
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+        """Fill masks[0] here and masks[j] after drafts 0..j-1, up to the first draft that it refuses. Moves nothing.
 
-        tokens: [n]; masks: [n + 1, W] int32 on the CPU.
+        Rows behind may be written to or not.
+
+        block: [Q] int64 on the CPU, drafts from the second place on; masks: [Q, W] int32 on the CPU.
         """
 
 
@@ -89,17 +92,20 @@ class Choice(NamedTuple):
     Attributes:
         tokens: [Q-1] the drafts to verify.
         changes: [Q-1] `Change` of each; a forced token may be the draft's own.
+        end: place of the draft with which the text ends, if the grammar follows the drafts to one.
     """
 
     tokens: Ids
     changes: npt.NDArray[np.int8]
+    end: int | None
 
 
 def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, mode: DraftMode) -> Choice:
     """Walk a block once, from the committed text on, and change drafts on the way.
 
-    It ends early at a stop token, where the grammar allows nothing, or with `MAX_REPAIRS`. Positions are kept: the
-    drafts behind a changed one stay where they are, since each was made for its place in the text.
+    It ends early at a stop token, where the grammar allows nothing, or at the first draft that it refuses after
+    `MAX_REPAIRS`. Positions are kept: the drafts behind a changed one stay where they are, since each was made for its
+    place in the text.
 
     Args:
         cursor: at the committed text, anchor included; it is there again afterwards.
@@ -110,11 +116,13 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
     """
     tokens, changes = drafts.copy(), np.zeros(len(drafts), np.int8)
     row = num_repairs = 0
-    while mode is not DraftMode.OFF and row < len(tokens) and num_repairs < MAX_REPAIRS:
-        if mode is DraftMode.REPAIR:
+    reach = Reach(0, False)
+    while row < len(tokens):
+        may_change = mode is not DraftMode.OFF and num_repairs < MAX_REPAIRS
+        if mode is not DraftMode.FULL or not may_change:
             reach = cursor.advance(tokens[row:].tolist())
             row += reach.moved
-            if reach.ended or row == len(tokens):
+            if not may_change or reach.ended or row == len(tokens):
                 break
         chosen, change, reach = _allowed(cursor, candidates[row], scratch)
         if not chosen:
@@ -131,7 +139,7 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         if not reach.moved:  # at the end of the text; and llguidance refuses some tokens that its masks allow
             break
     cursor.rollback(row)
-    return Choice(tokens, changes)
+    return Choice(tokens, changes, row if reach.ended else None)
 
 
 def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change, Reach]:
@@ -145,7 +153,7 @@ def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[li
     for token in candidates[:NUM_TRIED].tolist():
         if (reach := cursor.advance([token])).length:
             return [token], Change.REPAIRED, reach
-    cursor.fill(candidates[:0], scratch)
+    cursor.fill(scratch)
     best = best_allowed(candidates[NUM_TRIED:], scratch.numpy()[0])
     if best is None:
         return [], Change.REPAIRED, Reach(0, False)
@@ -175,30 +183,15 @@ def fill_where_refused(cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tens
             cursor.rollback(reach.moved)
             break
         if not reach.length:
-            cursor.fill(drafts[:0], masks[row : row + 1])
+            cursor.fill(masks[row : row + 1])
             if draft is None or draft == token:
                 break
             reach = cursor.advance([draft])
         moved += reach.moved
-        if reach.ended:  # as behind other blocks: see `BlockGrammars`
-            row += 1
-            allow_only(drafts.item(row - 1), masks.numpy()[row])
         if not reach.moved:
             break
     cursor.rollback(moved)
     return row + 1
-
-
-def reach_of(tokens: Ids, masks: Masks, stop_ids: Collection[int]) -> Reach:
-    """How far filled masks allow tokens, a stop token being the end. tokens: [n] below W * 32; masks: [>= n, W]."""
-    # A loop: runs are short, and cost less this way than the first of several calls of NumPy.
-    word_at = masks.item
-    for place, token in enumerate(tokens.tolist()):
-        if not word_at(place, token >> 5) >> (token & 31) & 1:
-            return Reach(place, False)
-        if token in stop_ids:
-            return Reach(place + 1, True)
-    return Reach(len(tokens), False)
 
 
 def is_allowed(token: int, mask: Masks) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 from sglang.srt.constrained.llguidance_backend import (
@@ -17,19 +17,23 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from xgrammar import GrammarMatcher
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed, reach_of
+from sglang_orthrus.grammar import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed
 
 Encode = Callable[[str], Sequence[int]]
+
+_STOP_IDS: WeakKeyDictionary[XGrammarGrammar, frozenset[int]] = WeakKeyDictionary()
 
 
 class XGrammarCursor:
     """XGrammar: a chain is filled by one `traverse_draft_tree`, which runs without the interpreter's lock."""
 
-    def __init__(self, matcher: GrammarMatcher, encode: Encode, key: str | None = None) -> None:
+    def __init__(
+        self, matcher: GrammarMatcher, encode: Encode, stop_ids: frozenset[int], key: str | None = None
+    ) -> None:
         self.key = key
         self._matcher = matcher
         self._encode = encode
-        self._stop_ids: list[int] = matcher.stop_token_ids
+        self._stop_ids = stop_ids
 
     def advance(self, tokens: Sequence[int]) -> Reach:
         """See `Cursor`."""
@@ -55,12 +59,13 @@ class XGrammarCursor:
             return ()
         return self._encode(text)[:-1] if text else ()
 
-    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+    def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""
-        nodes = np.zeros(len(tokens) + 1, np.int64)  # node 0 stands for the text so far
-        nodes[1:] = tokens
-        self._matcher.traverse_draft_tree(*_chain(len(nodes)), torch.from_numpy(nodes), masks)
-        return reach_of(tokens, masks.numpy(), self._stop_ids)
+        self._matcher.fill_next_token_bitmask(masks, 0)
+
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+        """See `Cursor`."""
+        self._matcher.traverse_draft_tree(*_chain(block.shape[0]), block, masks)
 
 
 class GuidanceCursor:
@@ -113,14 +118,27 @@ class GuidanceCursor:
         tokens: list[int] = self._matcher.compute_ff_tokens()
         return tokens
 
-    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+    def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""
         self._catch_up()
-        if len(tokens):
-            fill_token_bitmask_with_draft_tokens([GrammarDraftRow(0, self._grammar, tokens.tolist())], masks)
-        else:  # the engine refuses an empty chain
-            self._grammar.fill_vocab_mask(masks, 0)
-        return reach_of(tokens, masks.numpy(), self._stop_ids)
+        self._grammar.fill_vocab_mask(masks, 0)
+
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+        """See `Cursor`."""
+        fill_blocks([(0, self)], block[None], masks)
+
+
+def fill_blocks(cursors: Sequence[tuple[int, GuidanceCursor]], blocks: torch.Tensor, masks: torch.Tensor) -> None:
+    """As `Cursor.fill_block` does, for several blocks by llguidance's own threads.
+
+    cursors: with their blocks' numbers; blocks: [B, Q]; masks: [B * Q, W].
+    """
+    width = blocks.shape[1]
+    entries = []
+    for number, cursor in cursors:
+        cursor._catch_up()
+        entries.append(GrammarDraftRow(number * width, cursor._grammar, blocks[number, 1:].tolist()))
+    fill_token_bitmask_with_draft_tokens(entries, masks)
 
 
 class ReasonerCursor:
@@ -181,21 +199,23 @@ class ReasonerCursor:
         begun = self._begun()
         return () if begun is None else begun.forced()
 
-    def fill(self, tokens: Ids, masks: torch.Tensor) -> Reach:
+    def fill(self, masks: torch.Tensor) -> None:
+        """See `Cursor`. A grammar that does not constrain yet leaves a row as it is."""
+        masks.numpy()[0] = ALL_ALLOWED
+        self._grammar.fill_vocab_mask(masks, 0)
+
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
         """See `Cursor`."""
-        length, reach, bits = 0, Reach(0, False), masks.numpy()
-        for token in [*tokens.tolist(), None]:
-            # A grammar that does not constrain yet leaves the row as it is.
-            bits[length] = ALL_ALLOWED
-            self._grammar.fill_vocab_mask(masks, length)
-            is_allowed_here = token is not None and is_allowed(token, bits[length])
-            reach = self._reach(token) if is_allowed_here else Reach(0, False)
-            if not reach.moved:
+        length, bits = 0, masks.numpy()
+        for token in block[1:].tolist():
+            self.fill(masks[length:])
+            if not is_allowed(token, bits[length]) or not self._reach(token).moved:
                 break
             self._grammar.accept_token(token)
             length += 1
+        else:
+            self.fill(masks[length:])
         self.rollback(length)
-        return Reach(length + reach.length, reach.ended)
 
 
 def cursor_of(grammar: BaseGrammarObject, encode: Encode, scratch: torch.Tensor) -> Cursor:
@@ -212,7 +232,7 @@ def cursor_of(grammar: BaseGrammarObject, encode: Encode, scratch: torch.Tensor)
             return cursor_of(grammar.grammar, encode, scratch)
         return ReasonerCursor(grammar, encode, scratch)
     if isinstance(grammar, XGrammarGrammar):
-        return XGrammarCursor(grammar.matcher, encode, grammar.key_string)
+        return XGrammarCursor(grammar.matcher, encode, _stop_ids(grammar), grammar.key_string)
     assert isinstance(grammar, GuidanceGrammar), "other grammar backends are refused at start-up"
     return GuidanceCursor(grammar)
 
@@ -233,6 +253,13 @@ def leaves_block_alone(grammar: BaseGrammarObject, tokens: Ids) -> bool:
         and not grammar.enable_token_filter
         and grammar.think_end_ids[-1] not in tokens
     )
+
+
+def _stop_ids(grammar: XGrammarGrammar) -> frozenset[int]:
+    """Remembered: XGrammar makes a new list each time it is asked."""
+    if grammar not in _STOP_IDS:
+        _STOP_IDS[grammar] = frozenset(grammar.matcher.stop_token_ids)
+    return _STOP_IDS[grammar]
 
 
 @cache

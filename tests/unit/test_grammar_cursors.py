@@ -74,12 +74,18 @@ def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = 
     cursor = cursor_of(grammar, ENCODE, scratch())
     done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
-    reach = cursor.fill(done.tokens, masks)
+    cursor.fill_block(block_of(done.tokens), masks)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
+    reach = cursor.advance(done.tokens.tolist())
+    cursor.rollback(reach.moved)
+    assert done.end == (reach.length - 1 if reach.ended else None)
     num_masks = reach.length + (not reach.ended)
     assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, done.tokens)[:num_masks])
-    assert (masks[num_masks + 1 :] == -1).all()
     return done
+
+
+def block_of(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *tokens])
 
 
 @pytest.mark.parametrize("mode", list(DraftMode))
@@ -152,7 +158,8 @@ def test_a_special_token_that_spells_a_forced_string() -> None:
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
     for mode in DraftMode:
         cursor = cursor_of(grammar, ENCODE, scratch())
-        cursor.fill(choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode).tokens, masks)
+        done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
+        cursor.fill_block(block_of(done.tokens), masks)
         assert is_walkable(grammar), mode
 
 
@@ -216,7 +223,7 @@ def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
     return SimpleNamespace(grammar=grammar, finished=lambda: finished)
 
 
-def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGrammarBackend) -> None:
+def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(backend: BaseGrammarBackend) -> None:
     stats = GrammarStats(log_interval=100, with_metrics=False)
     grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats)
     ended = backend.dispatch_regex("a")
@@ -239,7 +246,12 @@ def test_a_batch_is_walked_in_parallel_and_old_masks_are_cleared(backend: BaseGr
                 assert (masks == -1).all()
                 assert torch.equal(chosen.drafts[slot], candidates[slot, :, 0])
             else:
-                assert torch.equal(masks, allowed_by_sglang(grammar, chosen.drafts[slot].tolist()))
+                expected = allowed_by_sglang(grammar, chosen.drafts[slot].tolist())
+                cursor = cursor_of(grammar, ENCODE, scratch())
+                reach = cursor.advance(chosen.drafts[slot].tolist())
+                cursor.rollback(reach.moved)
+                num_masks = reach.length + (not reach.ended)
+                assert torch.equal(masks[:num_masks], expected[:num_masks])
 
     constrain([request(None), request(json_grammar), request(regex), request(json_grammar.copy(), finished=True)])
     constrain([request(ended), request(json_grammar)])

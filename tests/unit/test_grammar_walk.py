@@ -20,7 +20,6 @@ from sglang_orthrus.grammar import (
     choose,
     fill_where_refused,
     is_allowed,
-    reach_of,
 )
 from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from tests.grammars import judged
@@ -67,11 +66,18 @@ class Language:
             past += allowed
         return past[len(self.past) :]
 
-    def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
-        reach = self._reach(tokens.tolist())
-        for row in range(reach.length + (not reach.ended)):
-            masks[row] = mask_of(self._next([*self.past, *tokens.tolist()[:row]]))
-        return reach
+    def fill(self, masks: torch.Tensor) -> None:
+        masks[0] = mask_of(self._next(self.past))
+
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+        tokens = block.tolist()[1:]
+        for row in range(self.num_masks(tokens)):
+            masks[row] = mask_of(self._next([*self.past, *tokens[:row]]))
+
+    def num_masks(self, tokens: Sequence[int]) -> int:
+        """Rows that matter: up to the first token that is refused, or the one that ends the text."""
+        reach = self._reach(tokens)
+        return reach.length + (not reach.ended)
 
 
 def mask_of(allowed: set[int]) -> torch.Tensor:
@@ -92,10 +98,12 @@ def run(
     masks = torch.full((len(drafts) + 1, WORDS), UNTOUCHED, dtype=torch.int32)
     before = list(cursor.past)
     done = choose(cursor, candidates[:, 0].copy(), candidates, torch.empty(1, WORDS, dtype=torch.int32), mode)
-    reach = cursor.fill(done.tokens, masks)
+    tokens = done.tokens.tolist()
+    cursor.fill_block(torch.tensor([0, *tokens]), masks)
     assert cursor.past == before
-    num_masks = reach.length + (not reach.ended)
-    return done.tokens.tolist(), [Change(change) for change in done.changes], num_masks, masks
+    reach = cursor._reach(tokens)
+    assert done.end == (reach.length - 1 if reach.ended else None)
+    return tokens, [Change(change) for change in done.changes], cursor.num_masks(tokens), masks
 
 
 @pytest.mark.parametrize("mode", list(DraftMode))
@@ -156,9 +164,8 @@ def test_a_token_that_the_engine_refuses_ends_the_walk_if_its_mask_allows_no_oth
     """llguidance does that where a special token spells a forced string."""
 
     class Liar(Language):
-        def fill(self, tokens: np.ndarray, masks: torch.Tensor) -> Reach:
+        def fill(self, masks: torch.Tensor) -> None:
             masks[0] = mask_of({50})
-            return Reach(0, False)
 
     cursor, drafts = Liar([[1, 2, 3, 4]], forces=False), np.array([1, draft, 3, 9, 9])
     scratch = torch.empty(1, WORDS, dtype=torch.int32)
@@ -243,11 +250,6 @@ def test_bits_of_masks() -> None:
     masks = torch.stack([mask_of({0, 31}), mask_of({32, 63}), mask_of(set())]).numpy()
     assert [token for token in range(64) if is_allowed(token, masks[0])] == [0, 31]
     assert [token for token in range(64) if is_allowed(token, masks[1])] == [32, 63]
-    assert reach_of(np.array([31, 63, 5]), masks, {9}) == Reach(2, False)
-    assert reach_of(np.array([31, 63, 5]), masks, {63}) == Reach(2, True)
-    assert reach_of(np.array([31, 32]), masks, {5}) == Reach(2, False)
-    assert reach_of(np.array([5, 63]), masks, {5}) == Reach(0, False)
-    assert reach_of(np.array([], np.int64), masks, {63}) == Reach(0, False)
     for token in (0, 31, 32, 63):
         only = masks.copy()[1]
         allow_only(token, only)
