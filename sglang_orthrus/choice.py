@@ -8,7 +8,7 @@ autoregressive view would have chosen it, too. For the third, drafts are accepte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from sglang_orthrus.sampling import (
     draw,
     is_accepted,
     joint_support,
+    largest,
     residual,
     sequential_support,
     sorted_support,
@@ -41,44 +42,42 @@ class Drafts:
     """What a round's block was filled with, and how likely that was.
 
     Attributes:
-        tokens: [bs, Q-1] int64.
-        q: [bs, Q-1] fp32, the probability with which each was drawn; 1 where it was not drawn at random.
+        block: [bs, Q] int64, the anchors and the drafts.
+        q: [bs, Q-1] fp32, the probability with which each draft was drawn; 1 where it was not drawn at random.
         is_certain: [bs, Q-1] bool, where a token was proposed without drawing lots: q is one-hot there.
+        are_drawn: whether any was drawn at random.
         hidden_states: [bs, Q-1, hidden] of the diffusion view, to compute q again.
         supports: the distributions of the rows of some pieces, by the piece's requests.
         candidates: [R, Q-1, K] int64, of the requests that were asked for, their best tokens in every place, best
             first; where a seed acts, its choice is the first.
     """
 
-    tokens: torch.Tensor
+    block: torch.Tensor
     q: torch.Tensor
     is_certain: torch.Tensor
+    are_drawn: bool
     hidden_states: torch.Tensor | None
     supports: dict[tuple[int, ...], Support]
     candidates: torch.Tensor | None = None
 
-    def propose(self, tokens: torch.Tensor, where: torch.Tensor) -> Drafts:
-        """The same with other tokens in some places, chosen by a rule (say, by a grammar).
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[bs, Q-1] int64, a view of the block."""
+        return self.block[:, 1:]
+
+    def propose_inplace(self, where: Any, tokens: torch.Tensor) -> None:
+        """Take other tokens in some places, chosen by a rule (say, by a grammar).
 
         NOTE: `where` must not depend on what was drawn: a rule that replaces some draws and lets others be would
-        need the distribution of the draws that it lets be. tokens: [bs, Q-1] int64; where: [bs, Q-1] bool.
-        """
-        return replace(
-            self,
-            tokens=torch.where(where, tokens, self.tokens),
-            q=self.q.masked_fill(where, 1.0),
-            is_certain=self.is_certain | where,
-        )
+        need the distribution of the draws that it lets be.
 
-    def propose_for(self, requests: torch.Tensor | slice, tokens: torch.Tensor) -> Drafts:
-        """The same with all drafts of some requests chosen by a rule.
-
-        requests: their places in the batch, as `rows_index` has them; tokens: [R, Q-1] int64.
+        where: an index into [bs, Q-1], such as the places of some requests, by `rows_index`; tokens: int64, of the
+            shape that it selects.
         """
-        where, proposed = torch.zeros_like(self.is_certain), self.tokens.clone()
-        where[requests] = True
-        proposed[requests] = tokens
-        return self.propose(proposed, where)
+        self.tokens[where] = tokens
+        if self.are_drawn:
+            self.q[where] = 1.0
+            self.is_certain[where] = True
 
 
 class TokenChoice:
@@ -122,24 +121,27 @@ class TokenChoice:
         shape = hidden_states.shape[:2]
         slots = {request: slot for slot, request in enumerate(candidates_of)}
         candidates = self._anchors.new_empty(len(slots), shape[1], num_candidates) if slots else None
-        tokens = self._anchors.new_empty(shape)
+        block = self._anchors.new_empty(shape[0], self._width)
+        block[:, 0] = self._anchors
+        tokens = block[:, 1:]
         q = torch.ones(shape, device=tokens.device)
         is_certain = torch.ones(shape, dtype=torch.bool, device=tokens.device)
         place = self._draft_place(torch.arange(shape[1], device=tokens.device))
         supports = {}
-        is_lost = False
+        are_drawn = is_lost = False
         for piece in self._pieces:
             logits = self._logits(hidden_states, piece, place)
             own = [(number, slots[request]) for number, request in enumerate(piece.requests) if request in slots]
             if candidates is not None and own:
                 numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
-                candidates[rows] = logits[numbers].topk(num_candidates, dim=-1).indices
+                candidates[rows] = largest(logits[numbers], num_candidates)
             if self._is_function_of_logits(piece):
                 chosen = self._chosen(logits, piece)
                 tokens[piece.index] = chosen
                 if candidates is not None and own:
                     candidates[rows, :, 0] = chosen[numbers]
                 continue
+            are_drawn = True
             support = self._support(self._scaled(logits, piece), piece)
             drawn = support.draw()
             tokens[piece.index] = drawn.view(-1, shape[1])
@@ -150,12 +152,18 @@ class TokenChoice:
             else:
                 is_lost = True
         # Verify overwrites hidden states where it replays a graph.
-        return Drafts(tokens, q, is_certain, hidden_states.clone() if is_lost else None, supports, candidates)
+        kept = hidden_states.clone() if is_lost else None
+        return Drafts(block, q, is_certain, are_drawn, kept, supports, candidates)
 
-    def best_tokens(self, block: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    @property
+    def greedy_requests(self) -> frozenset[int]:
+        """Places of the requests that choose the largest logit."""
+        return frozenset(request for piece in self._pieces if piece.way.is_greedy for request in piece.requests)
+
+    def best_tokens(self, drafts: Drafts, hidden_states: torch.Tensor) -> torch.Tensor:
         """What `judge` would choose after every row without masks: [bs, Q] int64; only of requests that are greedy."""
-        best = torch.zeros_like(block)
-        place = self._verify_place(block)
+        best = torch.zeros_like(drafts.block)
+        place = self._verify_place(drafts.block)
         for piece in self._pieces:
             if piece.way.is_greedy:
                 best[piece.index] = self._logits(hidden_states, piece, place).argmax(dim=-1)
@@ -163,7 +171,6 @@ class TokenChoice:
 
     def judge(
         self,
-        block: torch.Tensor,
         drafts: Drafts,
         hidden_states: torch.Tensor,
         masks: RowMasks | None = None,
@@ -172,12 +179,12 @@ class TokenChoice:
         """Decide what the round emits.
 
         Args:
-            block: [bs, Q] int64, the anchors and the drafts.
-            drafts: how the block came about.
+            drafts: the block, and how it came about.
             hidden_states: [bs, Q, hidden] of the autoregressive view.
             masks: what grammars allow after each row.
             logprobs: takes the log probabilities of what is emitted.
         """
+        block = drafts.block
         num_accepted = torch.empty_like(self._anchors)
         bonus = torch.empty_like(self._anchors)
         place = self._verify_place(block)
@@ -189,7 +196,7 @@ class TokenChoice:
                 num_accepted[piece.index] = accepted
                 bonus[piece.index] = predictions.gather(1, accepted[:, None]).squeeze(1)
             else:
-                num_accepted[piece.index], bonus[piece.index] = self._reject(logits, piece, block, drafts)
+                num_accepted[piece.index], bonus[piece.index] = self._reject(logits, piece, drafts)
             if logprobs is not None and logprobs.wants(piece):
                 emitted = block[piece.index].roll(-1, dims=1)
                 emitted.scatter_(1, num_accepted[piece.index][:, None], bonus[piece.index][:, None])
@@ -199,15 +206,15 @@ class TokenChoice:
                 logprobs.add(piece, rows, temperatures, emitted)
         return accept_drafts(block, num_accepted, bonus, self._prefix_lens)
 
-    def _reject(
-        self, logits: torch.Tensor, piece: Piece, block: torch.Tensor, drafts: Drafts
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reject(self, logits: torch.Tensor, piece: Piece, drafts: Drafts) -> tuple[torch.Tensor, torch.Tensor]:
         """Rejection sampling over a piece's rows: accepted drafts and the token after them, both [r]."""
         requests, width, vocab_size = logits.shape
         p = self._support(self._scaled(logits, piece), piece)
-        p_of_draft = p.probability_of(block[piece.index].roll(-1, dims=1).flatten()).view(requests, width)[:, :-1]
+        p_of_draft = p.probability_of(drafts.block[piece.index].roll(-1, dims=1).flatten()).view(requests, width)[
+            :, :-1
+        ]
         accepted = leading(is_accepted(p_of_draft, drafts.q[piece.index], torch.rand_like(p_of_draft)))
-        first = torch.arange(requests, device=block.device)
+        first = torch.arange(requests, device=logits.device)
         p_after = p.at(first * width + accepted).probabilities(vocab_size)
         q_after = self._q_after(piece, drafts, accepted, vocab_size)
         return accepted, draw(residual(p_after, q_after))

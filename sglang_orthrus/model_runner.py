@@ -33,15 +33,10 @@ class Pass(NamedTuple):
 
 
 class VerifyPass(NamedTuple):
-    """A verify pass that lacks its tokens.
-
-    Attributes:
-        tokens: [bs, Q] int64, to be filled with the anchors and the drafts.
-    """
+    """A verify pass that is ready to run."""
 
     batch: ScheduleBatch
     forward_batch: ForwardBatch
-    tokens: torch.Tensor
 
 
 class DualViewRunner:
@@ -127,23 +122,26 @@ class DualViewRunner:
         with self._wide_draft():
             return self._forward(batch, self._prepare(batch, block, Phase.DRAFT))
 
-    def prepare_verify(self, batch: ScheduleBatch, block: DraftBlock, draft: Pass) -> VerifyPass:
+    def prepare_verify(self, batch: ScheduleBatch, layout: DraftBlock, draft: Pass, block: torch.Tensor) -> VerifyPass:
         """All of a verify pass that does not depend on the drafts; the host may do this while a GPU drafts.
 
-        draft: the pass on this batch and block.
+        Args:
+            batch: as it was drafted.
+            layout: of its blocks.
+            draft: the pass on both.
+            block: [bs, Q] int64, contiguous; the drafts in it may change until `verify`.
         """
         width = self._verify_width
-        tokens = torch.empty_like(block.ids[:, :width], memory_format=torch.contiguous_format)
         forward_batch = self._prepare(
-            batch, DraftBlock(tokens, block.positions[:, :width], block.slots[:, :width]), Phase.VERIFY
+            batch, DraftBlock(block, layout.positions[:, :width], layout.slots[:, :width]), Phase.VERIFY
         )
         # A plan knows nothing of causality: the draft's graph left buffers and plan as verify's graph wants them.
         if draft.replayed and self._draft_backend is None:
             forward_batch.mark_forward_metadata_ready()
-        return VerifyPass(batch, forward_batch, tokens)
+        return VerifyPass(batch, forward_batch)
 
     def verify(self, prepared: VerifyPass) -> Pass:
-        """AR view over the anchor and the drafts in `prepared.tokens`. Overwrites the first Q slots with AR K/V."""
+        """AR view over the anchor and the drafts. Overwrites the first Q slots with AR K/V."""
         return self._forward(prepared.batch, prepared.forward_batch)
 
     def _forward(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Pass:

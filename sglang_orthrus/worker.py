@@ -29,7 +29,7 @@ from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.model_runner import DualViewRunner
 from sglang_orthrus.paths import Path, RoundPaths
-from sglang_orthrus.rows import rows_index, way_of
+from sglang_orthrus.rows import rows_index
 from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from sglang_orthrus.spec_input import OrthrusState
 from sglang_orthrus.verify import Verdict, accept_greedy
@@ -192,26 +192,30 @@ class OrthrusWorker(BaseSpecWorker):
         draft = self._runner.draft(batch, layout)
         drafts = choice.draft(draft.hidden_states[:, : width - 1], guided, self._grammars.num_candidates)
         choose = self._choose(batch, constrained, drafts, grammar_barrier) if constrained else None
-        prepared = self._runner.prepare_verify(batch, layout, draft)
+        prepared = self._runner.prepare_verify(batch, layout, draft, drafts.block)
         chosen = choose() if choose is not None and guided else None
         if chosen is not None:
-            drafts = drafts.propose_for(chosen.rows, chosen.drafts)
-        block = torch.cat((anchors, drafts.tokens), dim=1, out=prepared.tokens)
+            drafts.propose_inplace(chosen.rows, chosen.drafts)
         verify = self._runner.verify(prepared)
         # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
         if choose is not None and chosen is None:
             chosen = choose()
         masks = None
         if chosen is not None:
-            best = partial(choice.best_tokens, block, verify.hidden_states)
-            best_of = _best_of(batch, constrained, best)
+            # A mask can be left out with no other effect than that it is.
+            can_be_spared = (
+                choice.greedy_requests.issuperset(constrained)
+                and not batch.return_logprob
+                and not batch.sampling_info.has_custom_logit_processor
+            )
+            best_of = partial(_best_of, choice, drafts, verify.hidden_states, constrained) if can_be_spared else None
             masks = RowMasks(self._grammars.masks(chosen, best_of), constrained)
         logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
-        verdict = choice.judge(block, drafts, verify.hidden_states, masks, logprobs)
+        verdict = choice.judge(drafts, verify.hidden_states, masks, logprobs)
         logits_output = LogitsProcessorOutput(next_token_logits=None)
         if logprobs is not None:
             logprobs.write_to(logits_output)
-        self._history.extend(batch, adjustments, block, verdict)
+        self._history.extend(batch, adjustments, drafts.block, verdict)
         return verdict, logits_output, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
 
     def _choose(
@@ -227,14 +231,8 @@ class OrthrusWorker(BaseSpecWorker):
         return partial(self._grammars.choose, batch.reqs, constrained, Proposal(candidates), vocab_size, barrier)
 
 
-def _best_of(
-    batch: ScheduleBatch, constrained: Sequence[int], best_tokens: Callable[[], torch.Tensor]
-) -> Callable[[], Ids] | None:
-    """What `BlockGrammars.masks` may ask for: only where a mask can be left out with no other effect."""
-    are_greedy = all(way_of(batch.reqs[row].sampling_params).is_greedy for row in constrained)
-    if not are_greedy or batch.return_logprob or batch.sampling_info.has_custom_logit_processor:
-        return None
-    return lambda: best_tokens().cpu().numpy()[constrained]
+def _best_of(choice: TokenChoice, drafts: Drafts, hidden_states: torch.Tensor, requests: Sequence[int]) -> Ids:
+    return choice.best_tokens(drafts, hidden_states).cpu().numpy()[requests]
 
 
 def _is_plain(batch: ScheduleBatch) -> bool:

@@ -58,9 +58,8 @@ def two_passes(worker: OrthrusWorker, batch: ScheduleBatch, layout: DraftBlock) 
     model = worker.model_runner.model
     draft = worker._runner.draft(batch, layout)
     drafts = model.best_tokens(draft.hidden_states[:, : worker.speculative_num_draft_tokens - 1])
-    prepared = worker._runner.prepare_verify(batch, layout, draft)
-    block = torch.cat((layout.ids[:, :1], drafts), dim=1, out=prepared.tokens)
-    verify = worker._runner.verify(prepared)
+    block = torch.cat((layout.ids[:, :1], drafts), dim=1)
+    verify = worker._runner.verify(worker._runner.prepare_verify(batch, layout, draft, block))
     predictions = model.best_tokens(verify.hidden_states)
     path = "split" if draft.replayed and verify.replayed else "eager"
     return [block.tolist(), predictions.tolist()], path
@@ -76,9 +75,9 @@ def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
     with eagerly(worker):
         found["eager"], found["eager path"] = two_passes(worker, batch, layout)
         draft = worker._runner.draft(batch, layout)
-        prepared = worker._runner.prepare_verify(batch, layout, draft)
-        prepared.tokens.copy_(torch.tensor(found["eager"][0]))
-        found["draft gaps"] = gaps(worker, draft.hidden_states[:, : prepared.tokens.shape[1] - 1])
+        block = layout.ids.new_tensor(found["eager"][0])
+        prepared = worker._runner.prepare_verify(batch, layout, draft, block)
+        found["draft gaps"] = gaps(worker, draft.hidden_states[:, : block.shape[1] - 1])
         found["gaps"] = gaps(worker, worker._runner.verify(prepared).hidden_states)
     return found
 

@@ -74,8 +74,7 @@ def run_round(worker: OrthrusWorker, batch: ScheduleBatch, blocks: torch.Tensor)
     model = worker.model_runner.model
     drafted = worker._runner.draft(batch, layout)
     draft = model.logits(drafted.hidden_states[:, :-1])
-    prepared = worker._runner.prepare_verify(batch, layout, drafted)
-    prepared.tokens.copy_(blocks)
+    prepared = worker._runner.prepare_verify(batch, layout, drafted, blocks)
     verify = model.logits(worker._runner.verify(prepared).hidden_states)
     return {"draft": draft.view(bs, width - 1, -1), "verify": verify.view(bs, width, -1)}
 

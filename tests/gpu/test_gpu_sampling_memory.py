@@ -61,8 +61,7 @@ def choose(head: Head, options: dict[str, Any], vocab_size: int, device: str, ba
     chooser = TokenChoice(head, batch, anchors, Adjustments(batch, None, {}), WIDTH, backend)
     # Row j of either view predicts the same token, so equal states accept every draft and others hardly any.
     drafts = chooser.draft(torch.where(torch.arange(WIDTH - 1, device=device)[:, None] < 5, states[:, :-1], 0))
-    block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
-    return chooser.judge(block, drafts, states).accept_lens
+    return chooser.judge(drafts, states).accept_lens
 
 
 OPTIONS = [{"top_p": 0.9}, {"temperature": 0.8}, {"top_k": 50, "top_p": 0.9}, {"min_p": 0.05, "top_p": 0.9}]

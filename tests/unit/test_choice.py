@@ -73,9 +73,8 @@ def _round(
     chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), width, backend)
     drafts = chooser.draft(diffusion[: width - 1].expand(len(anchors), -1, -1))
     if propose is not None:
-        drafts = propose(drafts)
-    block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
-    return chooser.judge(block, drafts, ar[block]), drafts
+        propose(drafts)
+    return chooser.judge(drafts, ar[drafts.block]), drafts
 
 
 def _texts(
@@ -193,10 +192,9 @@ def test_drafts_that_were_not_drawn_change_nothing() -> None:
     """Every other row's second draft is proposed without drawing lots: q is one-hot there."""
     torch.manual_seed(0)
 
-    def propose(drafts: Drafts) -> Drafts:
-        where = torch.zeros_like(drafts.tokens, dtype=torch.bool)
-        where[::2, 1] = True
-        return drafts.propose(torch.full_like(drafts.tokens, 1), where)
+    def propose(drafts: Drafts) -> None:
+        where = (slice(None, None, 2), 1)
+        drafts.propose_inplace(where, torch.ones_like(drafts.tokens[where]))
 
     assert _misfit(_texts(FILTERS["top_p"], 6000, 3, propose), FILTERS["top_p"]) > FALSE_ALARM
 
@@ -226,10 +224,10 @@ def test_masks_of_some_requests_hold_for_them_alone_and_drafts_may_come_from_the
     assert torch.equal(drafts.candidates[0], diffusion.argsort(dim=-1, descending=True))
     is_even = drafts.candidates % 2 == 0
     best_even = drafts.candidates.gather(2, is_even.int().argmax(dim=2, keepdim=True)).squeeze(2)
-    drafts = drafts.propose_for(torch.tensor(constrained), best_even)
-    block = torch.cat((anchors[:, None], drafts.tokens), dim=1)
+    drafts.propose_inplace(torch.tensor(constrained), best_even)
+    block = drafts.block
     even = (torch.arange(VOCAB) % 2 == 0).expand(len(constrained) * WIDTH, -1)
-    verdict = chooser.judge(block, drafts, ar[block], RowMasks(Allow(even), constrained))
+    verdict = chooser.judge(drafts, ar[block], RowMasks(Allow(even), constrained))
     odd = 0
     for row in range(count):
         last = 0

@@ -14,6 +14,7 @@ from sglang_orthrus.sampling import (
     draw,
     is_accepted,
     joint_support,
+    largest,
     residual,
     sequential_support,
     sorted_support,
@@ -122,3 +123,16 @@ def test_what_is_emitted_follows_p_whatever_q_is(seed: int) -> None:
 def test_where_q_equals_p_the_residual_is_p() -> None:
     p = _probs(3)
     assert torch.equal(residual(p, p), p)
+
+
+@pytest.mark.parametrize("vocab_size", [640, 1280, 1281])
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_the_largest_are_those_of_a_sort(vocab_size: int, count: int) -> None:
+    """In several chunks and in one, and in a vocabulary that no chunks fit."""
+    generator = torch.Generator().manual_seed(vocab_size + count)
+    logits = torch.randn(2, 5, vocab_size, generator=generator)
+    logits[0, 0, 128:256] += 100  # more in one chunk than are wanted
+    assert torch.equal(largest(logits, count), logits.argsort(dim=-1, descending=True)[..., :count])
+    bound = logits.masked_fill(logits < 2, float("-inf"))
+    found = bound.gather(-1, largest(bound, count))
+    assert torch.equal(found, bound.sort(dim=-1, descending=True).values[..., :count])
