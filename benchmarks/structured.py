@@ -8,6 +8,8 @@ Prompts: nano's own JSON and tool calls, free and constrained, and the schemas o
 trained on. Every setting is served once with XGrammar's default, white space anywhere in JSON, and once without
 (`--constrained-json-disable-any-whitespace`), where much more of a text is forced.
 
+ORTHRUS answers own prompts `--repeat` times, free and constrained in turns; a row is the run of the median time.
+
 identical: answers that are plain SGLang's token by token, others are named; valid: those that follow their schema; the
 rest is explained in `structured_figures.py`. Ends with one JSON line.
 """
@@ -42,9 +44,9 @@ ARGS = {
     "cpu": ("--dtype", "float32", "--context-length", "2048"),
     "gpu": (
         *("--dtype", "bfloat16", "--attention-backend", "flashinfer", "--context-length", "2048"),
-        # The same graphs for all servers, and no capture of prefills, which takes minutes.
+        # The same graphs for all servers; no batch of these prompts is longer once they are cached.
         *("--max-running-requests", "32", "--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "24", "32"),
-        *("--cuda-graph-backend-prefill", "disabled"),
+        *("--cuda-graph-bs-prefill", "8", "16", "32", "64", "128", "256", "512"),
     ),
 }
 CONCURRENCIES = {"cpu": (4,), "gpu": (1, 8, 32)}
@@ -52,7 +54,10 @@ STRICT = "--constrained-json-disable-any-whitespace"
 SERVERS = ("plain", "off", "repair", "full", "plain_again")
 MAX_NEW_TOKENS = 160
 
+FOREIGN = "tests/data"
+
 Answer = dict[str, Any]
+Run = tuple[Answer, list[list[int]]]  # counts and token ids
 
 
 def ask(server: Server, tokenizer: Tokenizer, free: bool, case: Case, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
@@ -77,9 +82,7 @@ def metrics(server: Server) -> dict[str, float]:
     return found
 
 
-def measure(
-    server: Server, tokenizer: Tokenizer, cases: Sequence[Case], free: bool, concurrency: int
-) -> tuple[Answer, list[list[int]]]:
+def measure(server: Server, tokenizer: Tokenizer, cases: Sequence[Case], free: bool, concurrency: int) -> Run:
     """All cases of a set, so many at a time: counts and token ids.
 
     Each is asked for one token first, which compiles its grammar: a schema is compiled once and used many times.
@@ -119,7 +122,7 @@ def rows(options: argparse.Namespace) -> Iterator[Answer]:
     all_sets = {
         "own json": own_cases(options.own),
         "own tools": tool_cases(options.own // 3),
-        "tests/data": foreign_cases()[: options.schemas],
+        FOREIGN: foreign_cases()[: options.schemas],
     }
     sets = {key: part for key, cases in all_sets.items() if (part := options.slice.of(cases))}
     with tempfile.TemporaryDirectory() as folder:
@@ -132,17 +135,37 @@ def rows(options: argparse.Namespace) -> Iterator[Answer]:
                     with launch(options.mode, name, options.model, exported, args) as server:
                         measure(server, tokenizer, all_sets["own json"][:4], False, 2)  # warm-up
                         for concurrency in CONCURRENCIES[options.mode]:
-                            for prompts, free in ((key, free) for free in (False, True) for key in sets):
-                                if free and prompts == "tests/data":
-                                    continue  # left alone, nano answers these in a text of its own length
-                                counts, ids = measure(server, tokenizer, sets[prompts], free, concurrency)
-                                expected = truth.setdefault((prompts, free), ids)
-                                pairs = zip(sets[prompts], ids, expected, strict=True)
-                                counts["different"] = [case.name for case, own, plain in pairs if own != plain]
-                                counts["identical"] = len(ids) - len(counts["different"])
+                            count = 1 if name.startswith("plain") else options.repeat
+                            found = repeated(server, tokenizer, sets, concurrency, count)
+                            for (prompts, free), runs in found.items():
+                                expected = truth.setdefault((prompts, free), runs[0][1])
                                 label = f"{prompts}{', free' if free else ''}"
                                 setting = dict(zip(SETTING, (backend, strict, name, label, concurrency), strict=True))
-                                yield setting | counts | rates(counts)
+                                yield setting | figures(sets[prompts], runs, expected)
+
+
+def repeated(
+    server: Server, tokenizer: Tokenizer, sets: dict[str, list[Case]], concurrency: int, count: int
+) -> dict[tuple[str, bool], list[Run]]:
+    """Runs of every set, by set and whether it is free; constrained and free in turns.
+
+    The foreign set is run once, and not free: left alone, nano answers it in a text of its own length.
+    """
+    keys = [(key, free) for key in sets for free in (False, True) if not (free and key == FOREIGN)]
+    found: dict[tuple[str, bool], list[Run]] = {key: [] for key in keys}
+    for number in range(count):
+        for prompts, free in keys:
+            if prompts != FOREIGN or not number:
+                found[prompts, free].append(measure(server, tokenizer, sets[prompts], free, concurrency))
+    return found
+
+
+def figures(cases: Sequence[Case], runs: Sequence[Run], expected: list[list[int]]) -> Answer:
+    """Of the run that took the median time. expected: the token ids of plain SGLang."""
+    counts, ids = sorted(runs, key=lambda run: run[0]["seconds"])[len(runs) // 2]
+    different = [case.name for case, own, plain in zip(cases, ids, expected, strict=True) if own != plain]
+    found = {"all_seconds": [run[0]["seconds"] for run in runs], "different": different}
+    return counts | found | {"identical": len(ids) - len(different)} | rates(counts)
 
 
 def main() -> None:
@@ -151,6 +174,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--own", type=int, default=300, help="held-out JSON prompts; a third as many tool calls")
     parser.add_argument("--schemas", type=int, help="so many of those in tests/data; all by default")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="times that ORTHRUS answers own prompts; the median counts"
+    )
     parser.add_argument("--backends", nargs="+", default=["xgrammar", "llguidance"])
     parser.add_argument("--whitespace", nargs="+", default=["any", "none"], choices=["any", "none"])
     parser.add_argument("--servers", nargs="+", default=SERVERS, choices=SERVERS)

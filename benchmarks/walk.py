@@ -32,6 +32,7 @@ from benchmarks.structured_cases import END, Block, blocks, foreign_cases, own_c
 from benchmarks.wide_tokenizer import widened_tokenizer
 from sglang_orthrus.constrained import NUM_CANDIDATES, BlockGrammars, Proposal
 from sglang_orthrus.demo import NANO
+from sglang_orthrus.grammar_cursors import cursor_of
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
 
@@ -66,7 +67,7 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
     rng, templates = random.Random(0), dict[str, Any]()
     stats = GrammarStats(log_interval=1 << 30, with_metrics=False)
     grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, stats)
-    taken = []
+    taken, scratch = [], torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
     for _ in range(WARM_UP + ROUNDS):
         chosen, reqs = rng.choices(drafted, k=bs), []
         for block in chosen:
@@ -76,6 +77,7 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
             grammar = templates[schema].copy()
             for token in block.committed:
                 grammar.accept_token(token)
+            cursor_of(grammar, grammars.encode, scratch)  # as in a request's earlier rounds
             reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
         proposal = Proposal(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
         start = _clocks()

@@ -135,6 +135,9 @@ class TokenChoice:
             if candidates is not None and own:
                 numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
                 candidates[rows] = largest(logits[numbers], num_candidates)
+            if candidates is not None and piece.way.is_greedy and len(own) == len(piece.requests):
+                tokens[piece.index] = candidates[rows, :, 0]
+                continue
             if self._is_function_of_logits(piece):
                 chosen = self._chosen(logits, piece)
                 tokens[piece.index] = chosen

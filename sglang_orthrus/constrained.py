@@ -133,6 +133,8 @@ class BlockGrammars:
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
+        is_cpu = self._device.type == "cpu"
+        self._copies = None if is_cpu else torch.get_device_module(self._device).Stream(self._device)
         # [slots, Q] int64, the drafts of a round from the second column on
         self._blocks = torch.empty(0, verify_width, dtype=torch.int64)
         # [slots * Q, W]
@@ -164,7 +166,7 @@ class BlockGrammars:
         """Bring the grammars to the committed text and choose the drafts of every constrained request.
 
         Host work, while a GPU still drafts. The same buffers serve every round: the former round's copies out of them
-        are done once this round's candidates are here, since all are made on one stream.
+        are done once this round's candidates are here, since the stream that drafts has waited for them.
 
         Args:
             reqs: the batch.
@@ -195,14 +197,14 @@ class BlockGrammars:
         """What may follow each token of the chosen blocks: [R * Q, W], on the model's device.
 
         Host work, while a GPU verifies. Some engines' masks take tens of milliseconds in some places, so a grammar that
-        was slow once is asked for no mask that makes no difference, if that can be known.
+        is slow, or was so once, is asked for no mask that makes no difference, if that can be known.
 
         best_of: waits for verification and gives the best token after every row of the chosen blocks, any token
             allowed: [R, Q]. None if not all of them choose the best token.
         """
         started = time.perf_counter()
-        slow = self._slow_slots(chosen) if best_of is not None else []
-        self._in_parallel(self._fills(chosen, slow))
+        slow = [] if best_of is None else self._slow_slots(chosen)
+        self._in_parallel(self._fills(chosen, slow, float("inf") if best_of is None else self._slow_seconds))
         seconds = time.perf_counter() - started
         if best_of is not None and slow:
             best = best_of()
@@ -212,8 +214,19 @@ class BlockGrammars:
         self._close_ends(chosen)
         made_choices = [made[1] for made in chosen.choices if made is not None]
         self._stats.count(made_choices, chosen.seconds, seconds, len(slow))
-        masks = self._masks[: len(chosen.choices) * self._width]
-        return GrammarMask(chosen.any_grammar, masks.to(self._device, non_blocking=True))
+        return GrammarMask(chosen.any_grammar, self._on_device(self._masks[: len(chosen.choices) * self._width]))
+
+    def _on_device(self, masks: torch.Tensor) -> torch.Tensor:
+        """Copied beside the verify pass: 32 requests have 20 MB of masks."""
+        if self._copies is None:
+            return masks
+        streams = torch.get_device_module(self._device)
+        with streams.stream(self._copies):
+            copy = masks.to(self._device, non_blocking=True)
+        current = streams.current_stream()
+        current.wait_stream(self._copies)
+        copy.record_stream(current)
+        return copy
 
     def _choose(self, slot: _Slot, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
         slot.drafts[:] = candidates[:, 0]
@@ -231,8 +244,11 @@ class BlockGrammars:
             number for number, made in enumerate(chosen.choices) if made is not None and made[0].key in self._slow_keys
         ]
 
-    def _fills(self, chosen: Chosen, slow: Sequence[int]) -> list[Callable[[], None]]:
-        """What is to be done for the masks of all slots but the slow ones; side by side, if there are several."""
+    def _fills(self, chosen: Chosen, slow: list[int], limit: float) -> list[Callable[[], None]]:
+        """What is to be done for the masks of all slots but the slow ones; side by side, if there are several.
+
+        Slots that do not meet the limit join the slow ones.
+        """
         fills = list[Callable[[], None]]()
         guided = list[tuple[int, GuidanceCursor]]()
         for number, made in enumerate(chosen.choices):
@@ -243,16 +259,19 @@ class BlockGrammars:
             elif isinstance(made[0], GuidanceCursor):
                 guided.append((number, made[0]))
             else:
-                fills.append(partial(self._fill, self._slots[number], *made))
+                fills.append(partial(self._fill, number, made[0], slow, limit))
         if guided:
             fills.append(partial(fill_blocks, guided, self._blocks, self._masks))
         return fills
 
-    def _fill(self, slot: _Slot, cursor: Cursor, choice: Choice) -> None:
+    def _fill(self, number: int, cursor: Cursor, slow: list[int], limit: float) -> None:
+        slot = self._slots[number]
         started = time.perf_counter()
-        cursor.fill_block(slot.block, slot.masks)
+        is_done = cursor.fill_block(slot.block, slot.masks, float("inf") if cursor.key is None else limit)
         if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
             self._slow_keys.add(cursor.key)
+        if not is_done:
+            slow.append(number)
 
     def _fill_where_refused(self, chosen: Chosen, number: int, best: Ids) -> None:
         made, slot = chosen.choices[number], self._slots[number]

@@ -69,12 +69,18 @@ class Cursor(Protocol):
     def fill(self, masks: torch.Tensor) -> None:
         """Fill masks[0]: what may come next. masks: [n, W] int32 on the CPU."""
 
-    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> bool:
         """Fill masks[0] here and masks[j] after drafts 0..j-1, up to the first draft that it refuses. Moves nothing.
 
         Rows behind may be written to or not.
 
-        block: [Q] int64 on the CPU, drafts from the second place on; masks: [Q, W] int32 on the CPU.
+        Args:
+            block: [Q] int64 on the CPU, drafts from the second place on.
+            masks: [Q, W] int32 on the CPU.
+            limit: in seconds, after which an engine that can be interrupted gives up.
+
+        Returns:
+            Whether all is done.
         """
 
 

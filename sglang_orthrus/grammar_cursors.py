@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import isfinite
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,9 +64,10 @@ class XGrammarCursor:
         """See `Cursor`."""
         self._matcher.fill_next_token_bitmask(masks, 0)
 
-    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> bool:
         """See `Cursor`."""
-        self._matcher.traverse_draft_tree(*_chain(block.shape[0]), block, masks)
+        threshold = limit if isfinite(limit) else -1.0  # XGrammar's for none
+        return bool(self._matcher.traverse_draft_tree(*_chain(block.shape[0]), block, masks, threshold))
 
 
 class GuidanceCursor:
@@ -123,9 +125,10 @@ class GuidanceCursor:
         self._catch_up()
         self._grammar.fill_vocab_mask(masks, 0)
 
-    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> bool:
         """See `Cursor`."""
         fill_blocks([(0, self)], block[None], masks)
+        return True
 
 
 def fill_blocks(cursors: Sequence[tuple[int, GuidanceCursor]], blocks: torch.Tensor, masks: torch.Tensor) -> None:
@@ -204,7 +207,7 @@ class ReasonerCursor:
         masks.numpy()[0] = ALL_ALLOWED
         self._grammar.fill_vocab_mask(masks, 0)
 
-    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> bool:
         """See `Cursor`."""
         length, bits = 0, masks.numpy()
         for token in block[1:].tolist():
@@ -216,6 +219,7 @@ class ReasonerCursor:
         else:
             self.fill(masks[length:])
         self.rollback(length)
+        return True
 
 
 def cursor_of(grammar: BaseGrammarObject, encode: Encode, scratch: torch.Tensor) -> Cursor:

@@ -259,10 +259,14 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
     assert barriers == [4, 2, 5]
 
 
-def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBackend) -> None:
-    """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled."""
+@pytest.mark.parametrize("slow_seconds", [0, 1e-9])
+def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBackend, slow_seconds: float) -> None:
+    """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled.
+
+    No time sets no limit, so that grammars are known to be slow in the second round; a nanosecond ends the first.
+    """
     stats = GrammarStats(log_interval=100, with_metrics=False)
-    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats, slow_seconds=0)
+    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats, slow_seconds)
     reqs = [request(backend.dispatch_json(SCHEMA)), request(backend.dispatch_regex("[a-c]{40}"))]
     rng = np.random.default_rng(2)
     candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, WIDTH - 1, 16)))
@@ -273,12 +277,15 @@ def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBacke
     def filled(masks: torch.Tensor) -> int:
         return int((masks != -1).any(dim=1).sum())
 
-    everything = grammars.masks(chosen(), lambda: pytest.fail("nothing was slow yet")).vocab_mask.clone()
+    everything = grammars.masks(chosen()).vocab_mask.clone()
+    grammars._slow_keys.clear()
     drafts = chosen().drafts.numpy()
     scores = rng.random((2, WIDTH, VOCABULARY))
     np.put_along_axis(scores[:, :-1], drafts[:, :, None], 2.0, axis=2)
     wrong = rng.random((2, WIDTH)) < 0.2
     scores[wrong, rng.integers(0, VOCABULARY, wrong.sum())] = 3.0
+    if not slow_seconds:
+        grammars.masks(chosen(), lambda: pytest.fail("nothing is slow yet"))
     few = grammars.masks(chosen(), lambda: scores.argmax(axis=2)).vocab_mask
     is_xgrammar = isinstance(backend, XGrammarGrammarBackend)
     assert 0 < filled(few) < filled(everything) / 2 if is_xgrammar else torch.equal(few, everything)
