@@ -174,9 +174,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--own", type=int, default=300, help="held-out JSON prompts; a third as many tool calls")
     parser.add_argument("--schemas", type=int, help="so many of those in tests/data; all by default")
-    parser.add_argument(
-        "--repeat", type=int, default=1, help="times that ORTHRUS answers own prompts; the median counts"
-    )
+    parser.add_argument("--repeat", type=int, default=1, help="runs of own prompts with ORTHRUS; the median counts")
     parser.add_argument("--backends", nargs="+", default=["xgrammar", "llguidance"])
     parser.add_argument("--whitespace", nargs="+", default=["any", "none"], choices=["any", "none"])
     parser.add_argument("--servers", nargs="+", default=SERVERS, choices=SERVERS)
