@@ -260,9 +260,11 @@ class TokenChoice:
     def _logits(
         self, hidden_states: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None
     ) -> torch.Tensor:
-        """[r, W, V] fp32, adjusted."""
+        """[r, W, V], adjusted; fp32 where there is arithmetic with it."""
         states = hidden_states[piece.index]
-        logits: torch.Tensor = self._model.logits(states).unflatten(0, states.shape[:2])
+        # On a CPU XGrammar masks fp32 alone.
+        in_fp32 = not piece.way.is_greedy or self._adjustments.do_arithmetic or (masks is not None and states.is_cpu)
+        logits: torch.Tensor = self._model.logits(states, in_fp32=in_fp32).unflatten(0, states.shape[:2])
         self._adjustments.apply_inplace(logits, piece, place, masks)
         return logits
 

@@ -45,6 +45,13 @@ NUM_CANDIDATES = 64
 MAX_THREADS = 8
 
 
+class Walk(NamedTuple):
+    """A grammar along a block: its cursor, at the committed text, and what became of the drafts."""
+
+    cursor: Cursor
+    choice: Choice
+
+
 class Chosen(NamedTuple):
     """The drafts of the constrained requests of a round, whose masks are to be filled.
 
@@ -52,14 +59,14 @@ class Chosen(NamedTuple):
         rows: the requests' places in the batch, to index tensors on the model's device with.
         drafts: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
             sampling the proposal puts all its weight on each.
-        choices: [R], each with its grammar's cursor; None where a grammar has nothing to say about the block.
+        walks: [R], None where a grammar has nothing to say about the block.
         any_grammar: the object that applies the masks of all.
         seconds: that the choice took.
     """
 
     rows: torch.Tensor | slice
     drafts: torch.Tensor
-    choices: list[tuple[Cursor, Choice] | None]
+    walks: list[Walk | None]
     any_grammar: Any
     seconds: float
 
@@ -177,21 +184,17 @@ class BlockGrammars:
         """
         if barrier is not None:
             barrier()
+        grammars = [reqs[row].grammar for row in rows]
+        self._make_room(grammars[0], len(rows), vocab_size)
+        slots = self._slots[: len(rows)]
+        cursors = [self._cursor(slot, grammar) for slot, grammar in zip(slots, grammars, strict=True)]
+        index = rows_index(rows, self._device)
         candidates = proposal.wait()
         started = time.perf_counter()
-        self._make_room(reqs[rows[0]].grammar, len(rows), vocab_size)
         # One by one: short calls, most of them under the interpreter's lock.
-        choices = [
-            self._choose(slot, reqs[row].grammar, own)
-            for slot, row, own in zip(self._slots, rows, candidates, strict=False)
-        ]
-        return Chosen(
-            rows_index(rows, self._device),
-            self._blocks[: len(rows)].to(self._device, non_blocking=True)[:, 1:],
-            choices,
-            reqs[rows[0]].grammar,
-            time.perf_counter() - started,
-        )
+        walks = list(map(self._choose, slots, grammars, cursors, candidates))
+        drafts = self._blocks[: len(rows)].to(self._device, non_blocking=True)[:, 1:]
+        return Chosen(index, drafts, walks, grammars[0], time.perf_counter() - started)
 
     def masks(self, chosen: Chosen, best_of: Callable[[], Ids] | None = None) -> GrammarMask:
         """What may follow each token of the chosen blocks: [R * Q, W], on the model's device.
@@ -212,9 +215,9 @@ class BlockGrammars:
             self._in_parallel([partial(self._fill_where_refused, chosen, number, best[number]) for number in slow])
             seconds += time.perf_counter() - started
         self._close_ends(chosen)
-        made_choices = [made[1] for made in chosen.choices if made is not None]
-        self._stats.count(made_choices, chosen.seconds, seconds, len(slow))
-        return GrammarMask(chosen.any_grammar, self._on_device(self._masks[: len(chosen.choices) * self._width]))
+        choices = [walk.choice for walk in chosen.walks if walk is not None]
+        self._stats.count(choices, chosen.seconds, seconds, len(slow))
+        return GrammarMask(chosen.any_grammar, self._on_device(self._masks[: len(chosen.walks) * self._width]))
 
     def _on_device(self, masks: torch.Tensor) -> torch.Tensor:
         """Copied beside the verify pass: 32 requests have 20 MB of masks."""
@@ -228,20 +231,25 @@ class BlockGrammars:
         copy.record_stream(current)
         return copy
 
-    def _choose(self, slot: _Slot, grammar: Any, candidates: Ids) -> tuple[Cursor, Choice] | None:
+    def _cursor(self, slot: _Slot, grammar: Any) -> Cursor | None:
+        # What a cursor writes to a mask here is filled anew later.
+        return cursor_of(grammar, self.encode, slot.masks) if is_walkable(grammar) else None
+
+    def _choose(self, slot: _Slot, grammar: Any, cursor: Cursor | None, candidates: Ids) -> Walk | None:
         slot.drafts[:] = candidates[:, 0]
-        if not is_walkable(grammar) or leaves_block_alone(grammar, slot.drafts):
+        if cursor is None or leaves_block_alone(grammar, slot.drafts):
+            slot.allow_all()
             return None
-        scratch = slot.masks[:1]  # filled anew later
-        cursor = cursor_of(grammar, self.encode, scratch)
-        choice = choose(cursor, slot.drafts, candidates, scratch, self._mode)
+        choice = choose(cursor, slot.drafts, candidates, slot.masks, self._mode)
         slot.drafts[:] = choice.tokens
         slot.num_filled = self._width
-        return cursor, choice
+        return Walk(cursor, choice)
 
     def _slow_slots(self, chosen: Chosen) -> list[int]:
         return [
-            number for number, made in enumerate(chosen.choices) if made is not None and made[0].key in self._slow_keys
+            number
+            for number, walk in enumerate(chosen.walks)
+            if walk is not None and walk.cursor.key in self._slow_keys
         ]
 
     def _fills(self, chosen: Chosen, slow: list[int], limit: float) -> list[Callable[[], None]]:
@@ -251,15 +259,13 @@ class BlockGrammars:
         """
         fills = list[Callable[[], None]]()
         guided = list[tuple[int, GuidanceCursor]]()
-        for number, made in enumerate(chosen.choices):
-            if made is None:
-                self._slots[number].allow_all()
-            elif number in slow:
-                continue
-            elif isinstance(made[0], GuidanceCursor):
-                guided.append((number, made[0]))
+        walks = [(number, walk) for number, walk in enumerate(chosen.walks) if walk is not None and number not in slow]
+        # The longest first, so that the threads end together.
+        for number, (cursor, _) in sorted(walks, key=lambda one: one[1].choice.reach.length, reverse=True):
+            if isinstance(cursor, GuidanceCursor):
+                guided.append((number, cursor))
             else:
-                fills.append(partial(self._fill, number, made[0], slow, limit))
+                fills.append(partial(self._fill, number, cursor, slow, limit))
         if guided:
             fills.append(partial(fill_blocks, guided, self._blocks, self._masks))
         return fills
@@ -274,10 +280,10 @@ class BlockGrammars:
             slow.append(number)
 
     def _fill_where_refused(self, chosen: Chosen, number: int, best: Ids) -> None:
-        made, slot = chosen.choices[number], self._slots[number]
-        assert made is not None, "a grammar with nothing to say is not slow"
+        walk, slot = chosen.walks[number], self._slots[number]
+        assert walk is not None, "a grammar with nothing to say is not slow"
         slot.allow_all()
-        slot.num_filled = fill_where_refused(made[0], slot.drafts, best, slot.masks)
+        slot.num_filled = fill_where_refused(walk.cursor, slot.drafts, best, slot.masks)
 
     def _close_ends(self, chosen: Chosen) -> None:
         """Behind a stop token allow only the same again.
@@ -285,11 +291,11 @@ class BlockGrammars:
         SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
         another one.
         """
-        for slot, made in zip(self._slots, chosen.choices, strict=False):
-            end = None if made is None else made[1].end
-            if end is not None:
-                allow_only(slot.drafts.item(end), slot.bits[end + 1])
-                slot.num_filled = max(slot.num_filled, end + 2)
+        for slot, walk in zip(self._slots, chosen.walks, strict=False):
+            if walk is not None and walk.choice.reach.ended:
+                behind = walk.choice.reach.length
+                allow_only(slot.drafts.item(behind - 1), slot.bits[behind])
+                slot.num_filled = max(slot.num_filled, behind + 1)
 
     def _in_parallel(self, jobs: Sequence[Callable[[], None]]) -> None:
         """By this thread and by others that take the next job as they come to it."""

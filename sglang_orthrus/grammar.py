@@ -98,12 +98,12 @@ class Choice(NamedTuple):
     Attributes:
         tokens: [Q-1] the drafts to verify.
         changes: [Q-1] `Change` of each; a forced token may be the draft's own.
-        end: place of the draft with which the text ends, if the grammar follows the drafts to one.
+        reach: how far the grammar follows them.
     """
 
     tokens: Ids
     changes: npt.NDArray[np.int8]
-    end: int | None
+    reach: Reach
 
 
 def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, mode: DraftMode) -> Choice:
@@ -117,7 +117,7 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         cursor: at the committed text, anchor included; it is there again afterwards.
         drafts: [Q-1] the diffusion view's first choices.
         candidates: [Q-1, K] its K best choices, best first.
-        scratch: [1, W] int32 on the CPU, for a mask where the first candidates are not allowed.
+        scratch: [n, W] int32 on the CPU; its first row is for a mask where the first candidates are not allowed.
         mode: see `DraftMode`.
     """
     tokens, changes = drafts.copy(), np.zeros(len(drafts), np.int8)
@@ -145,7 +145,7 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         if not reach.moved:  # at the end of the text; and llguidance refuses some tokens that its masks allow
             break
     cursor.rollback(row)
-    return Choice(tokens, changes, row if reach.ended else None)
+    return Choice(tokens, changes, Reach(row + reach.ended, reach.ended))
 
 
 def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change, Reach]:

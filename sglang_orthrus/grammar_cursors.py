@@ -228,7 +228,7 @@ def cursor_of(grammar: BaseGrammarObject, encode: Encode, scratch: torch.Tensor)
     Args:
         grammar: one that `is_walkable`.
         encode: text to token ids, no special ones added.
-        scratch: [1, W] int32 on the CPU, for the cursor to write to while it is asked for its reach.
+        scratch: [n, W] int32 on the CPU; the cursor writes to its first row while it is asked for its reach.
     """
     if isinstance(grammar, ReasonerGrammarObject):
         # Past the reasoning it only counts tokens, which a walk that goes back to its start need not tell it.

@@ -43,13 +43,13 @@ class RoundLogprobs:
         """Take them from a piece's logits.
 
         Args:
-            logits: [r * Q, V] fp32, adjusted, not divided by temperatures.
+            logits: [r * Q, V], adjusted, not divided by temperatures.
             temperatures: [r * Q, 1]; None for greedy requests, whose temperature plain SGLang ignores.
             tokens: [r, Q] int64, emitted after each row.
         """
         if temperatures is not None and not envs.SGLANG_RETURN_ORIGINAL_LOGPROB.get():
             logits = logits / temperatures
-        logprobs = torch.log_softmax(logits, dim=-1)
+        logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)
         self._chosen[piece.index] = logprobs.gather(1, tokens.reshape(-1, 1)).view(tokens.shape)
         rows = [request * self._width + row for request in piece.requests for row in range(self._width)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 # Columns of which `largest` takes the maximum first.
-CHUNK = 128
+CHUNK = 64
 
 # (probabilities [n, V], one parameter per row [n]) -> renormalised probabilities [n, V]
 Renorm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

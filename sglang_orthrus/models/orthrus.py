@@ -102,9 +102,16 @@ class OrthrusLM(Qwen3ForCausalLM):
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
 
     @torch.no_grad()
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The head on rows of a block: [..., hidden] -> [rows, vocabulary] fp32."""
+    def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
+        """The head on rows of a block: [..., hidden] -> [rows, vocabulary], contiguous.
+
+        in_fp32: as SGLang gives logits to its sampler; else of the type that the head computes in, which says the same
+            in fewer bytes.
+        """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not in_fp32:
+            logits: torch.Tensor = self.logits_processor._compute_lm_head(rows, self.lm_head)
+            return logits[:, : self.config.vocab_size].contiguous()
         # A row of its own kind for SGLang's head: every row is wanted, into no shared buffer.
         metadata = LogitsMetadata(ForwardMode.TARGET_VERIFY)
         return self.logits_processor(None, rows, self.lm_head, metadata).next_token_logits
@@ -116,9 +123,7 @@ class OrthrusLM(Qwen3ForCausalLM):
         At most `HEAD_ROWS` rows of logits exist at a time: 128 blocks of 32 rows would take 2.5 GB of them.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        # Rounded as `logits` rounds them, but not copied to fp32 for it.
-        head, size = self.logits_processor._compute_lm_head, self.config.vocab_size
-        pieces = (head(piece, self.lm_head)[:, :size] for piece in rows.split(HEAD_ROWS))
+        pieces = (self.logits(piece, in_fp32=False) for piece in rows.split(HEAD_ROWS))
         best = [_without_nan_inplace(piece).argmax(dim=-1) for piece in pieces]
         return torch.cat(best).view(hidden_states.shape[:-1])
 

@@ -27,7 +27,7 @@ class Head:
         generator = torch.Generator().manual_seed(0)
         self._weights = torch.randn(HIDDEN, vocab_size, generator=generator).to(device) / 4
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
         return hidden_states.flatten(0, 1) @ self._weights
 
 

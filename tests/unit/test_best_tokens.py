@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ def best_tokens(logits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         config=SimpleNamespace(vocab_size=VOCABULARY),
         lm_head=None,
     )
+    model.logits = partial(OrthrusLM.logits, model)
     return OrthrusLM.best_tokens(model, torch.arange(float(len(logits))).view(*shape, 1))
 
 

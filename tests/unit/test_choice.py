@@ -38,10 +38,11 @@ FILTERS: dict[str, dict[str, Any]] = {
 
 
 class Model:
-    """Hidden states are logits."""
+    """Hidden states are logits, of values that bf16 has."""
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.reshape(-1, VOCAB).clone()
+    def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
+        logits = hidden_states.reshape(-1, VOCAB).bfloat16()
+        return logits.float() if in_fp32 else logits
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,8 @@ def _tables(closeness: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     ar = 1.5 * torch.randn(VOCAB, VOCAB, generator=generator)
     noise = torch.randn(WIDTH - 1, VOCAB, generator=generator)
-    return ar, closeness * ar[:1].expand(WIDTH - 1, -1) + noise
+    diffusion = closeness * ar[:1].expand(WIDTH - 1, -1) + noise
+    return ar.bfloat16().float(), diffusion.bfloat16().float()
 
 
 _batch = partial(decode_batch, vocab_size=VOCAB)

@@ -78,7 +78,7 @@ def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = 
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
     reach = cursor.advance(done.tokens.tolist())
     cursor.rollback(reach.moved)
-    assert done.end == (reach.length - 1 if reach.ended else None)
+    assert done.reach == reach
     num_masks = reach.length + (not reach.ended)
     assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, done.tokens)[:num_masks])
     return done

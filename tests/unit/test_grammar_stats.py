@@ -7,12 +7,12 @@ import logging
 import numpy as np
 import pytest
 
-from sglang_orthrus.grammar import Change, Choice
+from sglang_orthrus.grammar import Change, Choice, Reach
 from sglang_orthrus.grammar_stats import GrammarStats
 
 
 def choice_of(*changes: Change) -> Choice:
-    return Choice(np.zeros(len(changes), np.int64), np.array(changes, np.int8))
+    return Choice(np.zeros(len(changes), np.int64), np.array(changes, np.int8), Reach(len(changes), False))
 
 
 CHOICES = [

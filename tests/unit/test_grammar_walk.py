@@ -101,8 +101,7 @@ def run(
     tokens = done.tokens.tolist()
     cursor.fill_block(torch.tensor([0, *tokens]), masks)
     assert cursor.past == before
-    reach = cursor._reach(tokens)
-    assert done.end == (reach.length - 1 if reach.ended else None)
+    assert done.reach == cursor._reach(tokens)
     return tokens, [Change(change) for change in done.changes], cursor.num_masks(tokens), masks
 
 
