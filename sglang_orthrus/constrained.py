@@ -9,19 +9,17 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
+from sglang_orthrus.block_buffers import BlockBuffers, Slot
 from sglang_orthrus.grammar import (
-    ALL_ALLOWED,
     Choice,
     Cursor,
     Ids,
-    Masks,
     allow_only,
     choose,
     fill_where_refused,
@@ -91,23 +89,6 @@ class Proposal:
         return self._host.numpy()
 
 
-@dataclass(slots=True)
-class _Slot:
-    """One request's part of the buffers, kept as views: slicing tensors takes longer than a token of the walk."""
-
-    block: torch.Tensor
-    drafts: Ids
-    masks: torch.Tensor
-    bits: Masks
-    # So many leading rows may hold masks of earlier rounds; the rest allow all.
-    num_filled: int = 0
-
-    def allow_all(self) -> None:
-        # By NumPy: PyTorch would share so small a job among OpenMP threads.
-        self.bits[: self.num_filled] = ALL_ALLOWED
-        self.num_filled = 0
-
-
 class BlockGrammars:
     """Drafts of all constrained requests, and their masks, in parallel, in one buffer.
 
@@ -130,8 +111,7 @@ class BlockGrammars:
         slow_seconds: float = float("inf"),
     ) -> None:
         self._mode = mode
-        self._width = verify_width
-        self._device = torch.device(device)
+        self._device = device
         self.encode = encoder(tokenizer)
         self._stats = stats
         self._slow_seconds = slow_seconds
@@ -140,13 +120,7 @@ class BlockGrammars:
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
-        is_cpu = self._device.type == "cpu"
-        self._copies = None if is_cpu else torch.get_device_module(self._device).Stream(self._device)
-        # [slots, Q] int64, the drafts of a round from the second column on
-        self._blocks = torch.empty(0, verify_width, dtype=torch.int64)
-        # [slots * Q, W]
-        self._masks = torch.empty(0, 0, dtype=torch.int32)
-        self._slots: list[_Slot] = []
+        self._buffers = BlockBuffers(verify_width, device)
 
     @property
     def changes_drafts(self) -> bool:
@@ -185,15 +159,14 @@ class BlockGrammars:
         if barrier is not None:
             barrier()
         grammars = [reqs[row].grammar for row in rows]
-        self._make_room(grammars[0], len(rows), vocab_size)
-        slots = self._slots[: len(rows)]
+        slots = self._buffers.take(len(rows), grammars[0], vocab_size)
         cursors = [self._cursor(slot, grammar) for slot, grammar in zip(slots, grammars, strict=True)]
         index = rows_index(rows, self._device)
         candidates = proposal.wait()
         started = time.perf_counter()
         # One by one: short calls, most of them under the interpreter's lock.
         walks = list(map(self._choose, slots, grammars, cursors, candidates))
-        drafts = self._blocks[: len(rows)].to(self._device, non_blocking=True)[:, 1:]
+        drafts = self._buffers.drafts_on_device(len(rows))
         return Chosen(index, drafts, walks, grammars[0], time.perf_counter() - started)
 
     def masks(self, chosen: Chosen, best_of: Callable[[], Ids] | None = None) -> GrammarMask:
@@ -217,32 +190,20 @@ class BlockGrammars:
         self._close_ends(chosen)
         choices = [walk.choice for walk in chosen.walks if walk is not None]
         self._stats.count(choices, chosen.seconds, seconds, len(slow))
-        return GrammarMask(chosen.any_grammar, self._on_device(self._masks[: len(chosen.walks) * self._width]))
+        return GrammarMask(chosen.any_grammar, self._buffers.masks_on_device(len(chosen.walks)))
 
-    def _on_device(self, masks: torch.Tensor) -> torch.Tensor:
-        """Copied beside the verify pass: 32 requests have 20 MB of masks."""
-        if self._copies is None:
-            return masks
-        streams = torch.get_device_module(self._device)
-        with streams.stream(self._copies):
-            copy = masks.to(self._device, non_blocking=True)
-        current = streams.current_stream()
-        current.wait_stream(self._copies)
-        copy.record_stream(current)
-        return copy
-
-    def _cursor(self, slot: _Slot, grammar: Any) -> Cursor | None:
+    def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:
         # What a cursor writes to a mask here is filled anew later.
         return cursor_of(grammar, self.encode, slot.masks) if is_walkable(grammar) else None
 
-    def _choose(self, slot: _Slot, grammar: Any, cursor: Cursor | None, candidates: Ids) -> Walk | None:
+    def _choose(self, slot: Slot, grammar: Any, cursor: Cursor | None, candidates: Ids) -> Walk | None:
         slot.drafts[:] = candidates[:, 0]
         if cursor is None or leaves_block_alone(grammar, slot.drafts):
             slot.allow_all()
             return None
         choice = choose(cursor, slot.drafts, candidates, slot.masks, self._mode)
         slot.drafts[:] = choice.tokens
-        slot.num_filled = self._width
+        slot.num_filled = len(slot.bits)
         return Walk(cursor, choice)
 
     def _slow_slots(self, chosen: Chosen) -> list[int]:
@@ -267,11 +228,11 @@ class BlockGrammars:
             else:
                 fills.append(partial(self._fill, number, cursor, slow, limit))
         if guided:
-            fills.append(partial(fill_blocks, guided, self._blocks, self._masks))
+            fills.append(partial(fill_blocks, guided, self._buffers.blocks, self._buffers.masks))
         return fills
 
     def _fill(self, number: int, cursor: Cursor, slow: list[int], limit: float) -> None:
-        slot = self._slots[number]
+        slot = self._buffers.slots[number]
         started = time.perf_counter()
         is_done = cursor.fill_block(slot.block, slot.masks, float("inf") if cursor.key is None else limit)
         if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
@@ -280,7 +241,7 @@ class BlockGrammars:
             slow.append(number)
 
     def _fill_where_refused(self, chosen: Chosen, number: int, best: Ids) -> None:
-        walk, slot = chosen.walks[number], self._slots[number]
+        walk, slot = chosen.walks[number], self._buffers.slots[number]
         assert walk is not None, "a grammar with nothing to say is not slow"
         slot.allow_all()
         slot.num_filled = fill_where_refused(walk.cursor, slot.drafts, best, slot.masks)
@@ -291,7 +252,7 @@ class BlockGrammars:
         SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
         another one.
         """
-        for slot, walk in zip(self._slots, chosen.walks, strict=False):
+        for slot, walk in zip(self._buffers.slots, chosen.walks, strict=False):
             if walk is not None and walk.choice.reach.ended:
                 behind = walk.choice.reach.length
                 allow_only(slot.drafts.item(behind - 1), slot.bits[behind])
@@ -311,23 +272,6 @@ class BlockGrammars:
             # One that has not begun by now finds nothing left to do.
             if not other.cancel():
                 other.result()
-
-    def _make_room(self, grammar: Any, num_slots: int, vocab_size: int) -> None:
-        """For the masks of so many requests, pinned where that speeds up copies."""
-        if num_slots <= len(self._slots):
-            return
-        num_slots = max(num_slots, 2 * len(self._slots))
-        masks = grammar.allocate_vocab_mask(vocab_size, num_slots * self._width, "cpu")
-        assert masks.shape[1] * 32 >= vocab_size, "an id of the logits may lie beyond the masks"
-        self._masks = self._pinned(masks)
-        self._blocks = self._pinned(torch.zeros(num_slots, self._width, dtype=torch.int64))
-        self._slots = [
-            _Slot(block, block.numpy()[1:], own, own.numpy())
-            for block, own in zip(self._blocks, self._masks.split(self._width), strict=True)
-        ]
-
-    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._device.type == "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
 def encoder(tokenizer: Any) -> Encode:
