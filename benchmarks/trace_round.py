@@ -1,9 +1,11 @@
 """Where the time of a pass goes on a GPU: kernels by kind, idle time, launches and waits, from SGLang's own profiler.
 
-    python -m benchmarks.trace_round --model /tmp/wide-8b [--concurrency 1 8 32] [--plain] [--out FILE]
+    python -m benchmarks.trace_round --model /tmp/wide-8b [--concurrency 1 8 32] [--plain] [--constrained] [--out FILE]
 
 A pass is a decode step of plain SGLang (`--plain`: the AR-only export) or a draft-and-verify round. Ten of them are
-traced while all requests decode. Tracing slows the host down, so idle time is an upper bound; kernels run as always.
+traced while all requests decode, constrained if that is wanted by a grammar that allows all but the text's end, so that
+passes go the way of constrained ones for as long as it takes. Tracing slows the host down, so idle time is an upper
+bound; kernels run as always.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ PASSES = 10
 NEW_TOKENS = 16384
 LONGEST, NAME_LENGTH = 40, 120
 SHORT_GAP = 10  # microseconds; what lies between two kernels that are queued, with room to spare
+ENDLESS = r"root ::= [^\0] root"  # EBNF
 # The first kind whose words a kernel's name contains.
 KINDS = {
     "attention": ("BatchPrefill", "BatchDecode", "flash", "MergeStates", "VariableLength", "_fwd_", "decode_attention"),
@@ -93,12 +96,12 @@ def summarise(events: Sequence[dict[str, Any]], passes: int) -> dict[str, Any]:
     }
 
 
-def trace(server: Server, prompts: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
-    """The events of PASSES passes in which all prompts are being answered."""
+def trace(server: Server, prompts: Sequence[Any], folder: Path, grammar: dict[str, str]) -> list[dict[str, Any]]:
+    """The events of PASSES passes in which all prompts are being answered. grammar: sampling parameters."""
     folder.mkdir()
 
     def ask(prompt: Any) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, **grammar}
         server.post("/generate", {"input_ids": list(prompt.ids), "sampling_params": sampling, "rid": prompt.name})
 
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -109,7 +112,7 @@ def trace(server: Server, prompts: Sequence[Any], folder: Path) -> list[dict[str
         deadline = time.monotonic() + 120
         while not (found := list(folder.rglob("*.trace.json.gz"))) and time.monotonic() < deadline:
             time.sleep(0.2)
-        time.sleep(2.0)
+        _wait_until_written(found[0])
         requests.post(f"{server.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
         for answer in answers:
             answer.result()
@@ -118,8 +121,16 @@ def trace(server: Server, prompts: Sequence[Any], folder: Path) -> list[dict[str
     return events
 
 
-def run(model: Path, concurrencies: Sequence[int], is_plain: bool) -> dict[str, Any]:
+def _wait_until_written(file: Path) -> None:
+    """A profile takes seconds to be written."""
+    size = -1
+    while size != (size := file.stat().st_size):
+        time.sleep(2.0)
+
+
+def run(model: Path, concurrencies: Sequence[int], is_plain: bool, is_constrained: bool) -> dict[str, Any]:
     """Trace one server at every concurrency."""
+    grammar = {"ebnf": ENDLESS} if is_constrained else {}
     contender = PLAIN if is_plain else ORTHRUS
     pool = PromptPool(model)
     with tempfile.TemporaryDirectory() as name:
@@ -128,10 +139,11 @@ def run(model: Path, concurrencies: Sequence[int], is_plain: bool) -> dict[str, 
         env = {**(plain_env() if is_plain else {}), **GPU.setup.env}
         with Server(served, *GPU.setup.args, *GPU.args, *contender.args, env=env, timeout=900) as server:
             traced = {
-                str(number): summarise(trace(server, pool.take(number), folder / f"trace-{number}"), PASSES)
+                str(number): summarise(trace(server, pool.take(number), folder / f"trace-{number}", grammar), PASSES)
                 for number in concurrencies
             }
-    return {"server": contender.label, "concurrency": traced, "provenance": provenance()}
+    label = f"{contender.label}{'-constrained' if is_constrained else ''}"
+    return {"server": label, "concurrency": traced, "provenance": provenance()}
 
 
 def main() -> int:
@@ -140,9 +152,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--constrained", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = run(arguments.model, arguments.concurrency, arguments.plain)
+    result = run(arguments.model, arguments.concurrency, arguments.plain, arguments.constrained)
     out = arguments.out or RESULTS / f"trace-{result['server']}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["concurrency"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
 
-from benchmarks.trace_round import gaps, kind_of, summarise
+from benchmarks.structured_cases import END, fast, nano
+from benchmarks.trace_round import ENDLESS, gaps, kind_of, summarise
 
 
 def test_gaps_are_where_nothing_runs() -> None:
@@ -46,3 +48,14 @@ def test_a_pass_is_its_share_of_the_trace() -> None:
     assert summary["kernels"] == 1.5
     assert summary["launches"] == {"cudaGraphLaunch": 0.5}
     assert summary["waits"] == {"cudaEventSynchronize": 1.0}
+
+
+def test_a_traced_answer_never_ends() -> None:
+    """It may say whatever it likes until it is cut off."""
+    tokenizer, _ = nano()
+    end = tokenizer.token_to_id(END)
+    info = TokenizerInfo.from_huggingface(fast(tokenizer), stop_token_ids=[end])
+    matcher = GrammarMatcher(GrammarCompiler(info).compile_grammar(ENDLESS))
+    for token in tokenizer.encode('Größe: {"a": 1}\n', add_special_tokens=False).ids:
+        assert not matcher.accept_token(end)
+        assert matcher.accept_token(token)
