@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ CONCURRENCIES = {"cpu": (4,), "gpu": (1, 8, 32)}
 STRICT = "--constrained-json-disable-any-whitespace"
 SERVERS = ("plain", "off", "repair", "full", "plain_again")
 MAX_NEW_TOKENS = 160
-
 FOREIGN = "tests/data"
 
 Answer = dict[str, Any]
@@ -127,21 +127,20 @@ def rows(options: argparse.Namespace) -> Iterator[Answer]:
     sets = {key: part for key, cases in all_sets.items() if (part := options.slice.of(cases))}
     with tempfile.TemporaryDirectory() as folder:
         exported = export_ar(options.model, Path(folder) / "ar")
-        for backend in options.backends:
-            for strict in options.whitespace:
-                args = ("--grammar-backend", backend, *((STRICT,) if strict == "none" else ()))
-                truth: dict[Any, list[list[int]]] = {}
-                for name in options.servers:
-                    with launch(options.mode, name, options.model, exported, args) as server:
-                        measure(server, tokenizer, all_sets["own json"][:4], False, 2)  # warm-up
-                        for concurrency in CONCURRENCIES[options.mode]:
-                            count = 1 if name.startswith("plain") else options.repeat
-                            found = repeated(server, tokenizer, sets, concurrency, count)
-                            for (prompts, free), runs in found.items():
-                                expected = truth.setdefault((prompts, free), runs[0][1])
-                                label = f"{prompts}{', free' if free else ''}"
-                                setting = dict(zip(SETTING, (backend, strict, name, label, concurrency), strict=True))
-                                yield setting | figures(sets[prompts], runs, expected)
+        for backend, strict in product(options.backends, options.whitespace):
+            args = ("--grammar-backend", backend, *((STRICT,) if strict == "none" else ()))
+            truth: dict[Any, list[list[int]]] = {}
+            for name in options.servers:
+                with launch(options.mode, name, options.model, exported, args) as server:
+                    measure(server, tokenizer, all_sets["own json"][:4], False, 2)  # warm-up
+                    for concurrency in CONCURRENCIES[options.mode]:
+                        count = 1 if name.startswith("plain") else options.repeat
+                        found = repeated(server, tokenizer, sets, concurrency, count)
+                        for (prompts, free), runs in found.items():
+                            expected = truth.setdefault((prompts, free), runs[0][1])
+                            label = f"{prompts}{', free' if free else ''}"
+                            setting = dict(zip(SETTING, (backend, strict, name, label, concurrency), strict=True))
+                            yield setting | figures(sets[prompts], runs, expected)
 
 
 def repeated(

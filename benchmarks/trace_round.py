@@ -112,10 +112,10 @@ def trace(server: Server, prompts: Sequence[Any], folder: Path, grammar: dict[st
         deadline = time.monotonic() + 120
         while not (found := list(folder.rglob("*.trace.json.gz"))) and time.monotonic() < deadline:
             time.sleep(0.2)
-        _wait_until_written(found[0])
         requests.post(f"{server.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
         for answer in answers:
             answer.result()
+    _wait_until_written(found[0])
     with gzip.open(found[0]) as stream:
         events: list[dict[str, Any]] = json.load(stream)["traceEvents"]
     return events

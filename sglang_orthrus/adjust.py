@@ -63,6 +63,19 @@ def reads_output(req: Any) -> bool:
     return req.custom_logit_processor is not None and isinstance(req.sampling_params.custom_params, dict)
 
 
+def are_adjusted(info: Any) -> bool:
+    """Whether any option of a batch does more to logits than to forbid tokens, as grammars do.
+
+    info: SGLang's `SamplingBatchInfo`.
+    """
+    return bool(
+        info.has_custom_logit_processor
+        or info.logit_bias is not None
+        or info.acc_additive_penalties is not None
+        or info.acc_scaling_penalties is not None
+    )
+
+
 class Adjustments:
     """The options of a batch's requests that change logits.
 
@@ -91,22 +104,12 @@ class Adjustments:
         return self._penalties is not None
 
     @property
-    def do_arithmetic(self) -> bool:
-        """Whether any option does more to logits than to forbid tokens, as grammars do."""
-        return (
-            self._penalties is not None
-            or self._min_new is not None
-            or self._info.logit_bias is not None
-            or self._info.has_custom_logit_processor
-        )
-
-    @property
     def read_outputs(self) -> bool:
         """Whether the custom processor of any request may."""
         return self._info.has_custom_logit_processor and any(map(reads_output, self._batch.reqs))
 
     def apply_inplace(self, logits: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None) -> None:
-        """Change the logits of a piece's rows. logits: [r, W, V], fp32 if options `do_arithmetic`"""
+        """Change the logits of a piece's rows. logits: [r, W, V], fp32 if they `are_adjusted`"""
         index = piece.index
         if self._min_new is not None:
             num_before = self._min_new.num_before(self._prefix_lens, place)

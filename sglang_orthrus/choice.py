@@ -16,7 +16,7 @@ from sglang.kernels.ops.sampling import softmax
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_orthrus.adjust import Adjustments, Place, RowMasks
+from sglang_orthrus.adjust import Adjustments, Place, RowMasks, are_adjusted
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.rows import Piece, pieces, rows_index
 from sglang_orthrus.sampling import (
@@ -120,7 +120,7 @@ class TokenChoice:
         """
         shape = hidden_states.shape[:2]
         slots = {request: slot for slot, request in enumerate(candidates_of)}
-        candidates = self._anchors.new_empty(len(slots), shape[1], num_candidates) if slots else None
+        candidates = self._anchors.new_empty(len(slots), shape[1], num_candidates)
         block = self._anchors.new_empty(shape[0], self._width)
         block[:, 0] = self._anchors
         tokens = block[:, 1:]
@@ -132,16 +132,16 @@ class TokenChoice:
         for piece in self._pieces:
             logits = self._logits(hidden_states, piece, place)
             own = [(number, slots[request]) for number, request in enumerate(piece.requests) if request in slots]
-            if candidates is not None and own:
+            if own:
                 numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
                 candidates[rows] = largest(logits[numbers], num_candidates)
-            if candidates is not None and piece.way.is_greedy and len(own) == len(piece.requests):
+            if piece.way.is_greedy and len(own) == len(piece.requests):
                 tokens[piece.index] = candidates[rows, :, 0]
                 continue
             if self._is_function_of_logits(piece):
                 chosen = self._chosen(logits, piece)
                 tokens[piece.index] = chosen
-                if candidates is not None and own:
+                if own:
                     candidates[rows, :, 0] = chosen[numbers]
                 continue
             are_drawn = True
@@ -156,7 +156,7 @@ class TokenChoice:
                 is_lost = True
         # Verify overwrites hidden states where it replays a graph.
         kept = hidden_states.clone() if is_lost else None
-        return Drafts(block, q, is_certain, are_drawn, kept, supports, candidates)
+        return Drafts(block, q, is_certain, are_drawn, kept, supports, candidates if slots else None)
 
     @property
     def greedy_requests(self) -> frozenset[int]:
@@ -263,7 +263,7 @@ class TokenChoice:
         """[r, W, V], adjusted; fp32 where there is arithmetic with it."""
         states = hidden_states[piece.index]
         # On a CPU XGrammar masks fp32 alone.
-        in_fp32 = not piece.way.is_greedy or self._adjustments.do_arithmetic or (masks is not None and states.is_cpu)
+        in_fp32 = not piece.way.is_greedy or are_adjusted(self._info) or (masks is not None and states.is_cpu)
         logits: torch.Tensor = self._model.logits(states, in_fp32=in_fp32).unflatten(0, states.shape[:2])
         self._adjustments.apply_inplace(logits, piece, place, masks)
         return logits

@@ -16,14 +16,7 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus.block_buffers import BlockBuffers, Slot
-from sglang_orthrus.grammar import (
-    Choice,
-    Cursor,
-    Ids,
-    allow_only,
-    choose,
-    fill_where_refused,
-)
+from sglang_orthrus.grammar import Choice, Cursor, Ids, allow_only, choose, fill_where_refused
 from sglang_orthrus.grammar_cursors import (
     Encode,
     GuidanceCursor,

@@ -173,10 +173,8 @@ class ReasonerCursor:
         """Whether limits on the reasoning allow a token."""
         if not (self._grammar.enable_token_filter and self._grammar._is_thinking()):
             return True
-        mask = self._scratch.numpy()[0]
-        mask[:] = ALL_ALLOWED
-        self._grammar.fill_vocab_mask(self._scratch, 0)
-        return is_allowed(token, mask)
+        self.fill(self._scratch)
+        return is_allowed(token, self._scratch.numpy()[0])
 
     def _reach(self, token: int) -> Reach:
         """What the grammar, if it has begun, says of a token."""

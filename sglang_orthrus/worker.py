@@ -15,7 +15,7 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from sglang_orthrus import compat, flashinfer_plans
-from sglang_orthrus.adjust import RowMasks
+from sglang_orthrus.adjust import RowMasks, are_adjusted
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
@@ -182,10 +182,9 @@ class OrthrusWorker(BaseSpecWorker):
     ) -> tuple[Verdict, LogitsProcessorOutput, Path]:
         """Draft, then verify, for whatever is not in one graph: grammars, sampling and other options, large batches."""
         width = self.speculative_num_draft_tokens
-        anchors = layout.ids[:, :1]
         adjustments = self._history.adjustments(batch)
         model = self.model_runner.model
-        choice = TokenChoice(model, batch, anchors.squeeze(1), adjustments, width, self._sampling_backend)
+        choice = TokenChoice(model, batch, layout.ids[:, 0], adjustments, width, self._sampling_backend)
         constrained = self._grammars.rows_of(batch.reqs) if batch.has_grammar else []
         guided = constrained if self._grammars.changes_drafts else []
 
@@ -202,7 +201,7 @@ class OrthrusWorker(BaseSpecWorker):
             chosen = choose()
         masks = None
         if chosen is not None:
-            # A mask can be left out with no other effect than that it is.
+            # Whether nothing but the choice itself would tell that a mask was left out.
             can_be_spared = (
                 choice.greedy_requests.issuperset(constrained)
                 and not batch.return_logprob
@@ -238,15 +237,7 @@ def _best_of(choice: TokenChoice, drafts: Drafts, hidden_states: torch.Tensor, r
 def _is_plain(batch: ScheduleBatch) -> bool:
     """Greedy requests without options, whose rounds fit one CUDA graph."""
     info = batch.sampling_info
-    has_options = (
-        batch.has_grammar
-        or batch.return_logprob
-        or info.has_custom_logit_processor
-        or info.logit_bias is not None
-        or info.acc_additive_penalties is not None
-        or info.acc_scaling_penalties is not None
-    )
-    return info.is_all_greedy and not has_options
+    return info.is_all_greedy and not (batch.has_grammar or batch.return_logprob or are_adjusted(info))
 
 
 def _publish(on_publish: Publish | None, new_seq_lens: torch.Tensor) -> None:

@@ -110,8 +110,7 @@ class OrthrusLM(Qwen3ForCausalLM):
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not in_fp32:
-            logits: torch.Tensor = self.logits_processor._compute_lm_head(rows, self.lm_head)
-            return logits[:, : self.config.vocab_size].contiguous()
+            return self._head(rows).contiguous()
         # A row of its own kind for SGLang's head: every row is wanted, into no shared buffer.
         metadata = LogitsMetadata(ForwardMode.TARGET_VERIFY)
         return self.logits_processor(None, rows, self.lm_head, metadata).next_token_logits
@@ -123,9 +122,13 @@ class OrthrusLM(Qwen3ForCausalLM):
         At most `HEAD_ROWS` rows of logits exist at a time: 128 blocks of 32 rows would take 2.5 GB of them.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        pieces = (self.logits(piece, in_fp32=False) for piece in rows.split(HEAD_ROWS))
-        best = [_without_nan_inplace(piece).argmax(dim=-1) for piece in pieces]
+        best = [_without_nan_inplace(self._head(piece)).argmax(dim=-1) for piece in rows.split(HEAD_ROWS)]
         return torch.cat(best).view(hidden_states.shape[:-1])
+
+    def _head(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, vocabulary], rounded as `logits` rounds it; a view without the head's padding."""
+        logits: torch.Tensor = self.logits_processor._compute_lm_head(rows, self.lm_head)
+        return logits[:, : self.config.vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load both views; Qwen3's own name mapping covers `*_diff`.

@@ -27,7 +27,7 @@ def best_tokens(logits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         config=SimpleNamespace(vocab_size=VOCABULARY),
         lm_head=None,
     )
-    model.logits = partial(OrthrusLM.logits, model)
+    model._head = partial(OrthrusLM._head, model)
     return OrthrusLM.best_tokens(model, torch.arange(float(len(logits))).view(*shape, 1))
 
 

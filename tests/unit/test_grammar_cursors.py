@@ -19,7 +19,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal, encoder
 from sglang_orthrus.demo import NANO
-from sglang_orthrus.grammar import Change, Choice, Cursor, choose, is_allowed
+from sglang_orthrus.grammar import Change, Choice, Cursor, Reach, choose, is_allowed
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
@@ -76,12 +76,21 @@ def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = 
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
     cursor.fill_block(block_of(done.tokens), masks)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
-    reach = cursor.advance(done.tokens.tolist())
-    cursor.rollback(reach.moved)
-    assert done.reach == reach
-    num_masks = reach.length + (not reach.ended)
+    assert done.reach == reach_of(cursor, done.tokens.tolist())
+    num_masks = num_masks_of(done.reach)
     assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, done.tokens)[:num_masks])
     return done
+
+
+def reach_of(cursor: Cursor, tokens: Sequence[int]) -> Reach:
+    reach = cursor.advance(tokens)
+    cursor.rollback(reach.moved)
+    return reach
+
+
+def num_masks_of(reach: Reach) -> int:
+    """Rows that matter: up to the first token that is refused, or the one that ends the text."""
+    return reach.length + (not reach.ended)
 
 
 def block_of(tokens: Sequence[int]) -> torch.Tensor:
@@ -214,9 +223,7 @@ def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend
 
 
 def follows(cursor: Cursor, token: int) -> bool:
-    reach = cursor.advance([token])
-    cursor.rollback(reach.moved)
-    return reach.length == 1
+    return reach_of(cursor, [token]).length == 1
 
 
 def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
@@ -246,12 +253,9 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
                 assert (masks == -1).all()
                 assert torch.equal(chosen.drafts[slot], candidates[slot, :, 0])
             else:
-                expected = allowed_by_sglang(grammar, chosen.drafts[slot].tolist())
-                cursor = cursor_of(grammar, ENCODE, scratch())
-                reach = cursor.advance(chosen.drafts[slot].tolist())
-                cursor.rollback(reach.moved)
-                num_masks = reach.length + (not reach.ended)
-                assert torch.equal(masks[:num_masks], expected[:num_masks])
+                drafts = chosen.drafts[slot].tolist()
+                num_masks = num_masks_of(reach_of(cursor_of(grammar, ENCODE, scratch()), drafts))
+                assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, drafts)[:num_masks])
 
     constrain([request(None), request(json_grammar), request(regex), request(json_grammar.copy(), finished=True)])
     constrain([request(ended), request(json_grammar)])
