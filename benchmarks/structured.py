@@ -45,9 +45,9 @@ ARGS = {
     "cpu": ("--dtype", "float32", "--context-length", "2048"),
     "gpu": (
         *("--dtype", "bfloat16", "--attention-backend", "flashinfer", "--context-length", "2048"),
-        # The same graphs for all servers; no batch of these prompts is longer once they are cached.
+        # The same graphs for all servers. Once prompts are cached, batches have a token of each of them or a few more.
         *("--max-running-requests", "32", "--cuda-graph-bs-decode", "1", "2", "4", "8", "16", "24", "32"),
-        *("--cuda-graph-bs-prefill", "8", "16", "32", "64", "128", "256", "512"),
+        *("--cuda-graph-bs-prefill", "2", "4", "8", "16", "32", "64", "128", "256", "512"),
     ),
 }
 CONCURRENCIES = {"cpu": (4,), "gpu": (1, 8, 32)}

@@ -81,7 +81,7 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
             reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
         proposal = Proposal(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
         start = _clocks()
-        drafts = grammars.choose(reqs, range(bs), proposal, VOCABULARY, None)
+        drafts = grammars.choose(reqs, range(bs), proposal, VOCABULARY)
         between = _clocks()
         grammars.masks(drafts)
         taken.append((start, between, _clocks()))

@@ -53,7 +53,7 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
     def supports_grammar_overlap(self) -> bool:
-        """The worker advances the grammar inside verify, through the scheduler's barrier."""
+        """A round asks grammars after the former one's result was taken in: see `OrthrusWorker`."""
         return True
 
     def supports_prefill_shared_read_done(self) -> bool:

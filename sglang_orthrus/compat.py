@@ -34,6 +34,21 @@ LEDGER: tuple[Touch, ...] = (
         "CustomSpecAlgo has a request-validation hook",
     ),
     Touch(
+        "sglang.srt.managers.scheduler:Scheduler.launch_batch_sample_if_needed",
+        ("batch_result", "cur_batch"),
+        "wrapped, so that the fence of a step comes behind its delayed part, too",
+        "SGLang delays only sampling; with grammars a round delays its verify pass, so that the former round's result "
+        "is taken in while it drafts",
+        "the scheduler takes results in before it calls a worker's grammar barrier",
+    ),
+    Touch(
+        "sglang.srt.managers.scheduler:Scheduler._apply_war_barrier",
+        (),
+        "called after that",
+        "as above",
+        "as above",
+    ),
+    Touch(
         "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater.update_weights_from_disk",
         ("model_path",),
         "wrapped, so that a checkpoint without the diffusion view gets a 400",
@@ -164,6 +179,7 @@ LEDGER: tuple[Touch, ...] = (
             "new_seq_lens",
             "can_run_cuda_graph",
             "speculative_num_draft_tokens",
+            "delay_sample_func",
         ),
         "returned from every round",
         "it is the spec-V2 result",
@@ -500,6 +516,26 @@ def begin_llguidance_behind_a_reasoning() -> None:
         GuidanceBackend.move_vocab_mask = staticmethod(GuidanceGrammar.move_vocab_mask)
         GuidanceBackend.apply_vocab_mask = staticmethod(GuidanceGrammar.apply_vocab_mask)
     _wrap_once(GuidanceGrammar, "fill_vocab_mask", unless_failed)
+
+
+def fence_delayed_rounds() -> None:
+    """Keep what the scheduler writes next behind what the rest of a round reads (see `OrthrusWorker`).
+
+    Must run in the scheduler process; a second call changes nothing.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def fenced(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def launch_batch_sample_if_needed(self: Any, batch_result: Any, cur_batch: Any) -> None:
+            is_delayed = batch_result is not None and batch_result.delay_sample_func is not None
+            stock(self, batch_result, cur_batch)
+            if is_delayed:
+                self._apply_war_barrier()
+
+        return launch_batch_sample_if_needed
+
+    _wrap_once(Scheduler, "launch_batch_sample_if_needed", fenced)
 
 
 def _look_for_stops(req: Any, new_accepted_len: int) -> None:

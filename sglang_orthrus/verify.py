@@ -56,6 +56,15 @@ def accept_drafts(
     return Verdict(*_lens(num_accepted, prefix_lens, tokens, bonus))
 
 
+def accept_nothing(block: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:
+    """End a round that nobody waits for any more, without verification: the anchor again, and no draft.
+
+    block: [bs, Q]; prefix_lens: [bs], as above.
+    """
+    anchors = block[:, 0]
+    return accept_drafts(block, torch.zeros_like(anchors), anchors, prefix_lens)
+
+
 def leading(agrees: torch.Tensor) -> torch.Tensor:
     """How many of the first entries hold: [n, drafts] bool -> [n] int64."""
     return agrees.cumprod(dim=1).sum(dim=1)

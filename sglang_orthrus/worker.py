@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -15,7 +16,7 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from sglang_orthrus import compat, flashinfer_plans
-from sglang_orthrus.adjust import RowMasks, are_adjusted
+from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
@@ -27,16 +28,54 @@ from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
-from sglang_orthrus.model_runner import DualViewRunner
+from sglang_orthrus.model_runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rows import rows_index
 from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from sglang_orthrus.spec_input import OrthrusState
-from sglang_orthrus.verify import Verdict, accept_greedy
+from sglang_orthrus.verify import Verdict, accept_greedy, accept_nothing
 
 logger = logging.getLogger(__name__)
 
 Publish = Callable[[torch.Tensor], None]
+
+
+class DraftedRound(NamedTuple):
+    """A round whose draft pass has begun.
+
+    Attributes:
+        batch: as the passes want it.
+        adjustments: what its requests' options do to logits.
+        choice: of its tokens.
+        constrained: places of the requests whose grammars matter.
+        draft_replayed: whether a CUDA graph drafts.
+        drafts: to be verified.
+        proposal: what the grammars choose drafts from; None if there are none.
+        prepared: the verify pass.
+    """
+
+    batch: ScheduleBatch
+    adjustments: Adjustments
+    choice: TokenChoice
+    constrained: Sequence[int]
+    draft_replayed: bool
+    drafts: Drafts
+    proposal: Proposal | None
+    prepared: VerifyPass
+
+
+class RoundEnd(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+        verdict: what it commits.
+        path: how it was run.
+        logprobs: of what it emits, if a request wants them.
+    """
+
+    verdict: Verdict
+    path: Path
+    logprobs: RoundLogprobs | None = None
 
 
 class OrthrusWorker(BaseSpecWorker):
@@ -91,6 +130,7 @@ class OrthrusWorker(BaseSpecWorker):
         compat.stop_at_first_match()
         compat.begin_llguidance_behind_a_reasoning()
         compat.continue_sessions_at_the_end()
+        compat.fence_delayed_rounds()
         layers = self.model_runner.model_config.hf_config.num_hidden_layers
         compat.check_weight_updates(partial(folder_problem, num_layers=layers))
         logger.info(
@@ -129,12 +169,15 @@ class OrthrusWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         """One scheduler step: a prefill in the AR view, or a round for every running request.
 
-        on_publish is called once with the new committed lengths [bs]; grammar_barrier brings the grammars of the
-        batch to its committed state.
+        The overlap scheduler gets a round with grammars when its draft pass has begun. It takes in the former round's
+        result then, so that answers do not wait for drafts to be chosen, and calls for the rest (`delay_sample_func`).
+
+        on_publish is called once with the new committed lengths [bs]. grammar_barrier is not needed: by then the
+        grammars are where the former round ended.
         """
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
-        return self._round(batch, on_publish, grammar_barrier)
+        return self._round(batch, on_publish)
 
     def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
         self._history.resume(batch)
@@ -145,42 +188,48 @@ class OrthrusWorker(BaseSpecWorker):
         _publish(on_publish, batch.seq_lens)
         return result
 
-    def _round(
-        self,
-        batch: ScheduleBatch,
-        on_publish: Publish | None,
-        grammar_barrier: Callable[[], None] | None,
-    ) -> GenerationBatchResult:
+    def _round(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
         prefix_lens = batch.seq_lens
         if prefix_lens.is_cuda:
             # Made on another stream under overlap scheduling.
             prefix_lens.record_stream(torch.cuda.current_stream())
 
         layout = self._runner.layout(batch)
+        # The state is the former round's until this one ends.
+        result = GenerationBatchResult(
+            next_draft_input=OrthrusState(layout.ids[:, 0], prefix_lens),
+            speculative_num_draft_tokens=self.speculative_num_draft_tokens,
+        )
         fused = self._runner.round(batch, layout) if _is_plain(batch) else None
         if fused is not None:
-            path = Path.GRAPH
-            verdict = accept_greedy(*fused, prefix_lens)
-            logits_output = LogitsProcessorOutput(next_token_logits=None)
-        else:
-            verdict, logits_output, path = self._two_passes(batch, layout, grammar_barrier)
-        self._paths.count(path)
+            end = RoundEnd(accept_greedy(*fused, prefix_lens), Path.GRAPH)
+            return self._finish(result, end, on_publish)
+        if batch.has_grammar and on_publish is not None:
+            # The scheduler takes back what a pass changes in its batch.
+            drafted = self._draft(copy(batch), layout)
+            result.delay_sample_func = lambda: self._finish(result, self._verify(drafted), on_publish)
+            return result
+        return self._finish(result, self._verify(self._draft(batch, layout)), on_publish)
 
+    def _finish(
+        self, result: GenerationBatchResult, end: RoundEnd, on_publish: Publish | None
+    ) -> GenerationBatchResult:
+        """Publish a round's end and tell the scheduler of it."""
+        self._paths.count(end.path)
+        verdict = end.verdict
         _publish(on_publish, verdict.new_seq_lens)
-        return GenerationBatchResult(
-            logits_output=logits_output,
-            next_token_ids=verdict.tokens.flatten(),
-            accept_lens=verdict.accept_lens,
-            next_draft_input=OrthrusState(verdict.bonus, verdict.new_seq_lens),
-            new_seq_lens=verdict.new_seq_lens,
-            speculative_num_draft_tokens=verdict.tokens.shape[1],
-            can_run_cuda_graph=path is not Path.EAGER,
-        )
+        result.logits_output = LogitsProcessorOutput(next_token_logits=None)
+        if end.logprobs is not None:
+            end.logprobs.write_to(result.logits_output)
+        result.next_token_ids = verdict.tokens.flatten()
+        result.accept_lens = verdict.accept_lens
+        result.next_draft_input.bonus_tokens = verdict.bonus
+        result.next_draft_input.new_seq_lens = result.new_seq_lens = verdict.new_seq_lens
+        result.can_run_cuda_graph = end.path is not Path.EAGER
+        return result
 
-    def _two_passes(
-        self, batch: ScheduleBatch, layout: DraftBlock, grammar_barrier: Callable[[], None] | None
-    ) -> tuple[Verdict, LogitsProcessorOutput, Path]:
-        """Draft, then verify, for whatever is not in one graph: grammars, sampling and other options, large batches."""
+    def _draft(self, batch: ScheduleBatch, layout: DraftBlock) -> DraftedRound:
+        """The first of two passes, for whatever is not in one graph: grammars, sampling and the like, large batches."""
         width = self.speculative_num_draft_tokens
         adjustments = self._history.adjustments(batch)
         model = self.model_runner.model
@@ -190,15 +239,31 @@ class OrthrusWorker(BaseSpecWorker):
 
         draft = self._runner.draft(batch, layout)
         drafts = choice.draft(draft.hidden_states[:, : width - 1], guided, self._grammars.num_candidates)
-        choose = self._choose(batch, constrained, drafts, grammar_barrier) if constrained else None
+        proposal = None
+        if constrained:
+            # What prefill left there would be applied again by SGLang's sampler.
+            batch.sampling_info.grammar_mask = None
+            candidates = drafts.candidates
+            if candidates is None:
+                candidates = drafts.tokens[rows_index(constrained, drafts.tokens.device)][:, :, None]
+            proposal = Proposal(candidates)
         prepared = self._runner.prepare_verify(batch, layout, draft, drafts.block)
-        chosen = choose() if choose is not None and guided else None
-        if chosen is not None:
+        return DraftedRound(batch, adjustments, choice, constrained, draft.replayed, drafts, proposal, prepared)
+
+    def _verify(self, round_: DraftedRound) -> RoundEnd:
+        """The second pass and what it decides."""
+        batch, choice, drafts, constrained = round_.batch, round_.choice, round_.drafts, round_.constrained
+        path = Path.SPLIT if round_.draft_replayed else Path.EAGER
+        if all(req.finished() for req in batch.reqs):
+            return RoundEnd(accept_nothing(drafts.block, batch.seq_lens), path)
+        chosen = None
+        if constrained and self._grammars.changes_drafts:
+            chosen = self._choose(round_)
             drafts.propose_inplace(chosen.rows, chosen.drafts)
-        verify = self._runner.verify(prepared)
+        verify = self._runner.verify(round_.prepared)
         # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
-        if choose is not None and chosen is None:
-            chosen = choose()
+        if constrained and chosen is None:
+            chosen = self._choose(round_)
         masks = None
         if chosen is not None:
             # Whether nothing but the choice itself would tell that a mask was left out.
@@ -209,25 +274,16 @@ class OrthrusWorker(BaseSpecWorker):
             )
             best_of = partial(_best_of, choice, drafts, verify.hidden_states, constrained) if can_be_spared else None
             masks = RowMasks(self._grammars.masks(chosen, best_of), constrained)
-        logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
+        logprobs = RoundLogprobs(batch, self.speculative_num_draft_tokens) if batch.return_logprob else None
         verdict = choice.judge(drafts, verify.hidden_states, masks, logprobs)
-        logits_output = LogitsProcessorOutput(next_token_logits=None)
-        if logprobs is not None:
-            logprobs.write_to(logits_output)
-        self._history.extend(batch, adjustments, drafts.block, verdict)
-        return verdict, logits_output, Path.SPLIT if draft.replayed and verify.replayed else Path.EAGER
+        self._history.extend(batch, round_.adjustments, drafts.block, verdict)
+        return RoundEnd(verdict, path if verify.replayed else Path.EAGER, logprobs)
 
-    def _choose(
-        self, batch: ScheduleBatch, constrained: Sequence[int], drafts: Drafts, barrier: Callable[[], None] | None
-    ) -> Callable[[], Chosen]:
-        """Start the copy that the constrained requests' grammars need; to be called is the host's part."""
-        # What prefill left there would be applied again by SGLang's sampler.
-        batch.sampling_info.grammar_mask = None
-        candidates = drafts.candidates
-        if candidates is None:
-            candidates = drafts.tokens[rows_index(constrained, drafts.tokens.device)][:, :, None]
-        vocab_size = batch.sampling_info.vocab_size
-        return partial(self._grammars.choose, batch.reqs, constrained, Proposal(candidates), vocab_size, barrier)
+    def _choose(self, round_: DraftedRound) -> Chosen:
+        """Choose the drafts of the constrained requests."""
+        assert round_.proposal is not None, "made for every round with constrained requests"
+        vocab_size = round_.batch.sampling_info.vocab_size
+        return self._grammars.choose(round_.batch.reqs, round_.constrained, round_.proposal, vocab_size)
 
 
 def _best_of(choice: TokenChoice, drafts: Drafts, hidden_states: torch.Tensor, requests: Sequence[int]) -> Ids:

@@ -93,3 +93,23 @@ def test_a_session_s_next_prompt_ends_with_the_answer(monkeypatch: pytest.Monkey
     assert next_prompt() == [1, 2, 3, 4, 9], "SGLang trims it now: drop the wrapper and the patch"
     compat.continue_sessions_at_the_end()
     assert next_prompt() == [1, 2, 3, 9]
+
+
+def test_the_delayed_part_of_a_round_is_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind it, and not where nothing was delayed."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    calls = list[str]()
+
+    def launch(self: Any, batch_result: Any, cur_batch: Any) -> None:
+        if batch_result is not None and batch_result.delay_sample_func is not None:
+            calls.append(batch_result.delay_sample_func())
+            batch_result.delay_sample_func = None
+
+    monkeypatch.setattr(Scheduler, "launch_batch_sample_if_needed", launch)
+    monkeypatch.setattr(Scheduler, "_apply_war_barrier", lambda self: calls.append("fence"))
+    compat.fence_delayed_rounds()
+    scheduler = object.__new__(Scheduler)
+    for result in (None, SimpleNamespace(delay_sample_func=None), SimpleNamespace(delay_sample_func=lambda: "rest")):
+        Scheduler.launch_batch_sample_if_needed(scheduler, result, None)
+    assert calls == ["rest", "fence"]

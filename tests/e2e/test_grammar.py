@@ -200,3 +200,17 @@ def test_what_grammars_did_to_drafts_is_told(orthrus: Server) -> None:
     for time in ("walk", "choose"):
         assert f"sglang_orthrus:grammar_{time}_seconds_bucket" in metrics
     assert re.search(r"ORTHRUS grammar: \d+ drafts, [\d.]+ % repaired, [\d.]+ % forced", orthrus.log_tail(1000))
+
+
+def test_no_round_is_verified_behind_an_answer(orthrus: Server) -> None:
+    """The overlap scheduler begins one before it knows of the end."""
+
+    def num_walks() -> float:
+        name = "sglang_orthrus:grammar_walk_seconds_count"
+        return sum(float(line.rsplit(" ", 1)[1]) for line in orthrus.get("/metrics").text.splitlines() if name in line)
+
+    before = num_walks()
+    reply = generate(orthrus, prompt_of("json"), 20, json_schema=json.dumps(SCHEMA))
+    generate(orthrus, prompt_of("chat"), 1)  # comes behind what was begun
+    assert reply["meta_info"]["finish_reason"]["type"] == "length", "so that its grammar could go on"
+    assert num_walks() - before == reply["meta_info"]["spec_verify_ct"]

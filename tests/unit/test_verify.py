@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_orthrus.verify import accept_greedy
+from sglang_orthrus.verify import accept_greedy, accept_nothing
 
 
 def _by_loop(block: list[int], predictions: list[int]) -> list[int]:
@@ -43,3 +43,10 @@ def test_lengths_keep_the_dtype_that_the_scheduler_uses() -> None:
     verdict = accept_greedy(torch.zeros(1, 2).long(), torch.zeros(1, 2).long(), torch.tensor([7], dtype=torch.int32))
     assert verdict.new_seq_lens.dtype == torch.int32
     assert verdict.accept_lens.dtype == torch.int32
+
+
+def test_a_round_without_verification_ends_where_it_began() -> None:
+    verdict = accept_nothing(torch.tensor([[9, 1, 5, 3], [8, 2, 2, 2]]), torch.tensor([10, 20]))
+    assert verdict.accept_lens.tolist() == [1, 1]
+    assert verdict.bonus.tolist() == verdict.tokens[:, 0].tolist() == [9, 8]
+    assert verdict.new_seq_lens.tolist() == [11, 21]
