@@ -193,6 +193,28 @@ LEDGER: tuple[Touch, ...] = (
         "they have one",
     ),
     Touch(
+        "xgrammar.base:XGRObject._handle",
+        (),
+        "read, to call XGrammar's native methods of a matcher",
+        "its Python methods let go of the interpreter's lock at every token, so that other threads delay a walk by "
+        "milliseconds, and take half as long again",
+        "XGrammar walks along a chain of tokens in one call, without masks",
+    ),
+    Touch(
+        "xgrammar.base:_core.GrammarMatcher.__tvm_ffi_type_info__",
+        (),
+        "searched for these methods",
+        "as above",
+        "as above",
+    ),
+    Touch(
+        "tvm_ffi.core:Function.release_gil",
+        (),
+        "set to False for them",
+        "as above",
+        "as above",
+    ),
+    Touch(
         "sglang.srt.constrained.llguidance_backend:GuidanceBackend",
         ("tokenizer", "n_vocab"),
         "gets the three functions that ReasonerGrammarBackend asks of a backend, where it lacks them",

@@ -153,6 +153,7 @@ class BlockGrammars:
         index = rows_index(rows, self._device)
         candidates = proposal.wait()
         started = time.perf_counter()
+        self._buffers.set_drafts(candidates[:, :, 0])
         # One by one: short calls, most of them under the interpreter's lock.
         walks = list(map(self._choose, slots, grammars, cursors, candidates))
         drafts = self._buffers.drafts_on_device(len(rows))
@@ -186,12 +187,12 @@ class BlockGrammars:
         return cursor_of(grammar, self.encode, slot.masks) if is_walkable(grammar) else None
 
     def _choose(self, slot: Slot, grammar: Any, cursor: Cursor | None, candidates: Ids) -> Walk | None:
-        slot.drafts[:] = candidates[:, 0]
         if cursor is None or leaves_block_alone(grammar, slot.drafts):
             slot.allow_all()
             return None
         choice = choose(cursor, slot.drafts, candidates, slot.masks, self._mode)
-        slot.drafts[:] = choice.tokens
+        if choice.tokens is not slot.drafts:
+            slot.drafts[:] = choice.tokens
         slot.num_filled = len(slot.bits)
         return Walk(cursor, choice)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -96,7 +97,7 @@ class Choice(NamedTuple):
     """The drafts of a block.
 
     Attributes:
-        tokens: [Q-1] the drafts to verify.
+        tokens: [Q-1] the drafts to verify; the very array that was given, if none was changed.
         changes: [Q-1] `Change` of each; a forced token may be the draft's own.
         reach: how far the grammar follows them.
     """
@@ -120,13 +121,14 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         scratch: [n, W] int32 on the CPU; its first row is for a mask where the first candidates are not allowed.
         mode: see `DraftMode`.
     """
-    tokens, changes = drafts.copy(), np.zeros(len(drafts), np.int8)
+    tokens = drafts.tolist()
+    changes = list[tuple[slice, Change]]()
     row = num_repairs = 0
     reach = Reach(0, False)
     while row < len(tokens):
         may_change = mode is not DraftMode.OFF and num_repairs < MAX_REPAIRS
         if mode is not DraftMode.FULL or not may_change:
-            reach = cursor.advance(tokens[row:].tolist())
+            reach = cursor.advance(tokens[row:])
             row += reach.moved
             if not may_change or reach.ended or row == len(tokens):
                 break
@@ -135,17 +137,30 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
             break
         if mode is DraftMode.FULL:
             del chosen[1:]
-        place = slice(row, row + len(chosen))
-        tokens[place] = chosen[: len(tokens) - row]
-        if change is Change.FORCED or tokens[row] != drafts[row]:
-            changes[place] = change
+        place = slice(row, min(row + len(chosen), len(tokens)))
+        if change is Change.FORCED or chosen[0] != drafts.item(row):
+            changes.append((place, change))
             num_repairs += change is Change.REPAIRED
+        tokens[place] = chosen[: place.stop - row]
         # The rest of a forced string is drafts like others now.
         row += reach.moved
         if not reach.moved:  # at the end of the text; and llguidance refuses some tokens that its masks allow
             break
     cursor.rollback(row)
-    return Choice(tokens, changes, Reach(row + reach.ended, reach.ended))
+    reach = Reach(row + reach.ended, reach.ended)
+    if not changes:
+        return Choice(drafts, _unchanged(len(drafts)), reach)
+    marks = np.zeros(len(drafts), np.int8)
+    for place, change in changes:
+        marks[place] = change
+    return Choice(np.array(tokens, np.int64), marks, reach)
+
+
+@cache
+def _unchanged(length: int) -> npt.NDArray[np.int8]:
+    marks = np.zeros(length, np.int8)
+    marks.flags.writeable = False
+    return marks
 
 
 def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change, Reach]:

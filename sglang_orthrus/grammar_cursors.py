@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import isfinite
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,12 +18,34 @@ from sglang.srt.constrained.llguidance_backend import (
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from xgrammar import GrammarMatcher
+from xgrammar.base import _core
 
 from sglang_orthrus.grammar import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed
 
 Encode = Callable[[str], Sequence[int]]
 
 _STOP_IDS: WeakKeyDictionary[XGrammarGrammar, frozenset[int]] = WeakKeyDictionary()
+
+
+class _ShortCalls(NamedTuple):
+    """XGrammar's native methods of a matcher, of these names; the matcher's handle is the first argument."""
+
+    accept_token: Any
+    rollback: Any
+    find_jump_forward_string: Any
+
+
+@cache
+def _short_calls() -> _ShortCalls:
+    """They take microseconds, and from now on they keep the interpreter's lock.
+
+    At every call that lets go of it another thread may take it, for as long as 5 ms.
+    """
+    native = {method.name: method.func for method in _core.GrammarMatcher.__tvm_ffi_type_info__.methods}
+    calls = _ShortCalls(*(native[name] for name in _ShortCalls._fields))
+    for call in calls:
+        call.release_gil = False
+    return calls
 
 
 class XGrammarCursor:
@@ -33,14 +56,16 @@ class XGrammarCursor:
     ) -> None:
         self.key = key
         self._matcher = matcher
+        self._handle = matcher._handle
+        self._calls = _short_calls()
         self._encode = encode
         self._stop_ids = stop_ids
 
     def advance(self, tokens: Sequence[int]) -> Reach:
         """See `Cursor`."""
-        accept, stop_ids = self._matcher.accept_token, self._stop_ids
+        accept, handle, stop_ids = self._calls.accept_token, self._handle, self._stop_ids
         for place, token in enumerate(tokens):
-            if not accept(token):
+            if not accept(handle, token, False):
                 return Reach(place, False)
             if token in stop_ids:
                 self.rollback(1)
@@ -50,12 +75,12 @@ class XGrammarCursor:
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
         if count:
-            self._matcher.rollback(count)
+            self._calls.rollback(self._handle, count)
 
     def forced(self) -> Sequence[int]:
         """See `Cursor`. Without the last token, which a model may join with what follows the forced string."""
         try:
-            text = self._matcher.find_jump_forward_string()
+            text = str(self._calls.find_jump_forward_string(self._handle))
         except UnicodeDecodeError:  # in the middle of a character
             return ()
         return self._encode(text)[:-1] if text else ()

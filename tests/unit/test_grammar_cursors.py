@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -326,3 +329,35 @@ def test_no_request_is_constrained_twice_or_past_its_end() -> None:
     grammars = BlockGrammars(DraftMode.OFF, WIDTH, "cpu", TOKENIZER, stats)
     assert grammars.rows_of([request(None), request(BaseGrammarObject()), request(BaseGrammarObject(), True)]) == [1]
     assert (grammars.num_candidates, grammars.changes_drafts) == (1, False)
+
+
+def test_xgrammar_keeps_the_interpreters_lock_along_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that wants it all the time does not run; it may once somebody has had it for a minute."""
+    backend = XGrammarGrammarBackend(TOKENIZER, vocab_size=VOCABULARY, model_eos_token_ids=[END], any_whitespace=False)
+    grammar = backend.dispatch_regex("a*")
+    cursor, tokens = cursor_of(grammar, ENCODE, scratch()), [ENCODE("a")[0]] * 100
+    turns, over = [0], threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            turns[0] += 1
+            time.sleep(0)
+
+    def turns_during(walk: Callable[[], object]) -> int:
+        before = turns[0]
+        walk()
+        return turns[0] - before
+
+    interval, other = sys.getswitchinterval(), threading.Thread(target=work)
+    sys.setswitchinterval(60)
+    other.start()
+    try:
+        time.sleep(0.01)
+        assert turns_during(lambda: time.sleep(0.01)), "it runs wherever it can"
+        assert turns_during(lambda: cursor.advance(tokens)) == 0
+        assert turns_during(cursor.forced) == 0
+        assert turns_during(lambda: cursor.rollback(len(tokens))) == 0
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+        other.join()
