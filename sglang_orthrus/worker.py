@@ -250,20 +250,21 @@ class OrthrusWorker(BaseSpecWorker):
         prepared = self._runner.prepare_verify(batch, layout, draft, drafts.block)
         return DraftedRound(batch, adjustments, choice, constrained, draft.replayed, drafts, proposal, prepared)
 
-    def _verify(self, round_: DraftedRound) -> RoundEnd:
+    def _verify(self, drafted: DraftedRound) -> RoundEnd:
         """The second pass and what it decides."""
-        batch, choice, drafts, constrained = round_.batch, round_.choice, round_.drafts, round_.constrained
-        path = Path.SPLIT if round_.draft_replayed else Path.EAGER
+        batch, choice, drafts, constrained = drafted.batch, drafted.choice, drafted.drafts, drafted.constrained
+        path = Path.SPLIT if drafted.draft_replayed else Path.EAGER
+        logprobs = RoundLogprobs(batch, self.speculative_num_draft_tokens) if batch.return_logprob else None
         if all(req.finished() for req in batch.reqs):
-            return RoundEnd(accept_nothing(drafts.block, batch.seq_lens), path)
+            return RoundEnd(accept_nothing(drafts.block, batch.seq_lens), path, logprobs)
         chosen = None
         if constrained and self._grammars.changes_drafts:
-            chosen = self._choose(round_)
+            chosen = self._choose(drafted)
             drafts.propose_inplace(chosen.rows, chosen.drafts)
-        verify = self._runner.verify(round_.prepared)
+        verify = self._runner.verify(drafted.prepared)
         # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
         if constrained and chosen is None:
-            chosen = self._choose(round_)
+            chosen = self._choose(drafted)
         masks = None
         if chosen is not None:
             # Whether nothing but the choice itself would tell that a mask was left out.
@@ -274,16 +275,15 @@ class OrthrusWorker(BaseSpecWorker):
             )
             best_of = partial(_best_of, choice, drafts, verify.hidden_states, constrained) if can_be_spared else None
             masks = RowMasks(self._grammars.masks(chosen, best_of), constrained)
-        logprobs = RoundLogprobs(batch, self.speculative_num_draft_tokens) if batch.return_logprob else None
         verdict = choice.judge(drafts, verify.hidden_states, masks, logprobs)
-        self._history.extend(batch, round_.adjustments, drafts.block, verdict)
+        self._history.extend(batch, drafted.adjustments, drafts.block, verdict)
         return RoundEnd(verdict, path if verify.replayed else Path.EAGER, logprobs)
 
-    def _choose(self, round_: DraftedRound) -> Chosen:
+    def _choose(self, drafted: DraftedRound) -> Chosen:
         """Choose the drafts of the constrained requests."""
-        assert round_.proposal is not None, "made for every round with constrained requests"
-        vocab_size = round_.batch.sampling_info.vocab_size
-        return self._grammars.choose(round_.batch.reqs, round_.constrained, round_.proposal, vocab_size)
+        assert drafted.proposal is not None, "made for every round with constrained requests"
+        vocab_size = drafted.batch.sampling_info.vocab_size
+        return self._grammars.choose(drafted.batch.reqs, drafted.constrained, drafted.proposal, vocab_size)
 
 
 def _best_of(choice: TokenChoice, drafts: Drafts, hidden_states: torch.Tensor, requests: Sequence[int]) -> Ids:
