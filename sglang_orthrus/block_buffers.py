@@ -80,9 +80,13 @@ class BlockBuffers:
         """Of the first slots: [count, Q-1]."""
         self._block_ids[: len(drafts), 1:] = drafts
 
-    def drafts_on_device(self, count: int) -> torch.Tensor:
-        """Of the first slots: [count, Q-1] int64."""
-        return self.blocks[:count].to(self._device, non_blocking=True)[:, 1:]
+    def room_on_device(self, count: int) -> torch.Tensor:
+        """For the blocks of the first slots, [count, Q] int64, made ahead: a GPU waits for the drafts."""
+        return torch.empty(count, self._width, dtype=torch.int64, device=self._device)
+
+    def drafts_on_device(self, room: torch.Tensor) -> torch.Tensor:
+        """Of the first slots: [count, Q-1] int64, a view of the room that was made for their blocks."""
+        return room.copy_(self.blocks[: len(room)], non_blocking=True)[:, 1:]
 
     def masks_on_device(self, count: int) -> torch.Tensor:
         """Of the first slots: [count * Q, W] int32. Copied beside the verify pass: 32 requests have 20 MB of them."""

@@ -150,13 +150,13 @@ class BlockGrammars:
         grammars = [reqs[row].grammar for row in rows]
         slots = self._buffers.take(len(rows), grammars[0], vocab_size)
         cursors = [self._cursor(slot, grammar) for slot, grammar in zip(slots, grammars, strict=True)]
-        index = rows_index(rows, self._device)
+        index, room = rows_index(rows, self._device), self._buffers.room_on_device(len(rows))
         candidates = proposal.wait()
         started = time.perf_counter()
         self._buffers.set_drafts(candidates[:, :, 0])
         # One by one: short calls, most of them under the interpreter's lock.
         walks = list(map(self._choose, slots, grammars, cursors, candidates))
-        drafts = self._buffers.drafts_on_device(len(rows))
+        drafts = self._buffers.drafts_on_device(room)
         return Chosen(index, drafts, walks, grammars[0], time.perf_counter() - started)
 
     def masks(self, chosen: Chosen, best_of: Callable[[], Ids] | None = None) -> GrammarMask:
