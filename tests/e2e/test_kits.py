@@ -31,7 +31,8 @@ from sglang_orthrus.server import Server, plain_env
 from tests.e2e import kits
 from tests.e2e.kits import NOT_RUN, RUN, WITHOUT_TESTS, Kit
 
-pytestmark = pytest.mark.e2e
+# The longest kit takes ten minutes on two cores.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make kits")
 
