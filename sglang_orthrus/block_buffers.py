@@ -54,7 +54,6 @@ class BlockBuffers:
         is_cpu = self._device.type == "cpu"
         self._copies = None if is_cpu else torch.get_device_module(self._device).Stream(self._device)
         self.blocks = torch.zeros(0, width, dtype=torch.int64)
-        self._block_ids: Ids = self.blocks.numpy()
         self.masks = torch.zeros(0, 0, dtype=torch.int32)
         self.slots: Sequence[Slot] = ()
 
@@ -69,7 +68,6 @@ class BlockBuffers:
             assert masks.shape[1] * 32 >= vocab_size, "an id of the logits may lie beyond the masks"
             self.masks = self._pinned(masks)
             self.blocks = self._pinned(torch.zeros(num_slots, self._width, dtype=torch.int64))
-            self._block_ids = self.blocks.numpy()
             self.slots = [
                 Slot(block, block.numpy()[1:], own, own.numpy())
                 for block, own in zip(self.blocks, self.masks.split(self._width), strict=True)
@@ -78,7 +76,7 @@ class BlockBuffers:
 
     def set_drafts(self, drafts: Ids) -> None:
         """Of the first slots: [count, Q-1]."""
-        self._block_ids[: len(drafts), 1:] = drafts
+        self.blocks.numpy()[: len(drafts), 1:] = drafts
 
     def room_on_device(self, count: int) -> torch.Tensor:
         """For the blocks of the first slots, [count, Q] int64, made ahead: a GPU waits for the drafts."""

@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from benchmarks.parity import held_out
+from benchmarks.structured import metrics
 from benchmarks.structured_cases import SCHEMAS
 from sglang_orthrus.server import Server
 from tests.e2e.helpers import Reply, generate, generate_together, prompt_of, tokens_per_cycle
@@ -194,11 +195,11 @@ def test_a_request_is_cancelled_while_its_grammar_compiles(orthrus: Server) -> N
 def test_what_grammars_did_to_drafts_is_told(orthrus: Server) -> None:
     generate_together(orthrus, [(prompt_of("json"), 8)], 1)
     generate(orthrus, prompt_of("arith"), 60, json_schema=json.dumps(SCHEMA))
-    metrics = orthrus.get("/metrics").text
+    told = orthrus.get("/metrics").text
     for change in ("none", "repaired", "forced"):
-        assert f'sglang_orthrus:grammar_drafts_total{{change="{change}"' in metrics
+        assert f'sglang_orthrus:grammar_drafts_total{{change="{change}"' in told
     for time in ("walk", "choose"):
-        assert f"sglang_orthrus:grammar_{time}_seconds_bucket" in metrics
+        assert f"sglang_orthrus:grammar_{time}_seconds_bucket" in told
     assert re.search(r"ORTHRUS grammar: \d+ drafts, [\d.]+ % repaired, [\d.]+ % forced", orthrus.log_tail(1000))
 
 
@@ -206,8 +207,7 @@ def test_no_round_is_verified_behind_an_answer(orthrus: Server) -> None:
     """The overlap scheduler begins one before it knows of the end."""
 
     def num_walks() -> float:
-        name = "sglang_orthrus:grammar_walk_seconds_count"
-        return sum(float(line.rsplit(" ", 1)[1]) for line in orthrus.get("/metrics").text.splitlines() if name in line)
+        return sum(number for name, number in metrics(orthrus).items() if "walk_seconds_count" in name)
 
     before = num_walks()
     reply = generate(orthrus, prompt_of("json"), 20, json_schema=json.dumps(SCHEMA))

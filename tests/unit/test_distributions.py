@@ -10,6 +10,7 @@ from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torc
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from sglang_orthrus.sampling import (
+    STRIPE,
     Support,
     draw,
     is_accepted,
@@ -128,10 +129,11 @@ def test_where_q_equals_p_the_residual_is_p() -> None:
 @pytest.mark.parametrize("vocab_size", [640, 1280, 1281])
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_the_largest_are_those_of_a_sort(vocab_size: int, count: int) -> None:
-    """In several chunks and in one, and in a vocabulary that no chunks fit."""
+    """In several stripes and in one, and in a vocabulary that no stripes fit."""
     generator = torch.Generator().manual_seed(vocab_size + count)
     logits = torch.randn(2, 5, vocab_size, generator=generator)
-    logits[0, 0, 128:256] += 100  # more in one chunk than are wanted
+    logits[0, 0, 128:256] += 100
+    logits[0, 1, :: vocab_size // STRIPE] += 100  # more in one stripe than are wanted
     assert torch.equal(largest(logits, count), logits.argsort(dim=-1, descending=True)[..., :count])
     bound = logits.masked_fill(logits < 2, float("-inf"))
     found = bound.gather(-1, largest(bound, count))

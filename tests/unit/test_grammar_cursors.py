@@ -331,7 +331,7 @@ def test_no_request_is_constrained_twice_or_past_its_end() -> None:
     assert (grammars.num_candidates, grammars.changes_drafts) == (1, False)
 
 
-def test_xgrammar_keeps_the_interpreters_lock_along_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xgrammar_keeps_the_interpreters_lock_along_a_walk() -> None:
     """Another thread that wants it all the time does not run; it may once somebody has had it for a minute."""
     backend = XGrammarGrammarBackend(TOKENIZER, vocab_size=VOCABULARY, model_eos_token_ids=[END], any_whitespace=False)
     grammar = backend.dispatch_regex("a*")
