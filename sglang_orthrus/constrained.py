@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus.block_buffers import BlockBuffers, Slot
+from sglang_orthrus.crew import Crew
 from sglang_orthrus.grammar import Choice, Cursor, Ids, allow_only, choose, fill_where_refused
 from sglang_orthrus.grammar_cursors import (
     Encode,
@@ -111,8 +111,7 @@ class BlockGrammars:
         # Keys of grammars whose blocks took that long to fill. SGLang keeps these strings, too, with what it compiled.
         self._slow_keys: set[str] = set()
         # The engines fill masks outside the interpreter's lock.
-        self._num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(self._num_threads, "orthrus-grammar")
+        self._crew = Crew(min(MAX_THREADS, len(os.sched_getaffinity(0))), "orthrus-grammar")
         self._buffers = BlockBuffers(verify_width, device)
 
     @property
@@ -170,14 +169,13 @@ class BlockGrammars:
         """
         started = time.perf_counter()
         slow = [] if best_of is None else self._slow_slots(chosen)
-        self._in_parallel(self._fills(chosen, slow, float("inf") if best_of is None else self._slow_seconds))
+        self._crew.run(self._fills(chosen, slow, float("inf") if best_of is None else self._slow_seconds))
         seconds = time.perf_counter() - started
         if best_of is not None and slow:
             best = best_of()
             started = time.perf_counter()
-            self._in_parallel([partial(self._fill_where_refused, chosen, number, best[number]) for number in slow])
+            self._crew.run([partial(self._fill_where_refused, chosen, number, best[number]) for number in slow])
             seconds += time.perf_counter() - started
-        self._close_ends(chosen)
         choices = [walk.choice for walk in chosen.walks if walk is not None]
         self._stats.count(choices, chosen.seconds, seconds, len(slow))
         return GrammarMask(chosen.any_grammar, self._buffers.masks_on_device(len(chosen.walks)))
@@ -212,22 +210,24 @@ class BlockGrammars:
         guided = list[tuple[int, GuidanceCursor]]()
         walks = [(number, walk) for number, walk in enumerate(chosen.walks) if walk is not None and number not in slow]
         # The longest first, so that the threads end together.
-        for number, (cursor, _) in sorted(walks, key=lambda one: one[1].choice.reach.length, reverse=True):
-            if isinstance(cursor, GuidanceCursor):
-                guided.append((number, cursor))
+        for number, walk in sorted(walks, key=lambda one: one[1].choice.reach.length, reverse=True):
+            if isinstance(walk.cursor, GuidanceCursor):
+                guided.append((number, walk.cursor))
             else:
-                fills.append(partial(self._fill, number, cursor, slow, limit))
+                fills.append(partial(self._fill, number, walk, slow, limit))
         if guided:
-            fills.append(partial(fill_blocks, guided, self._buffers.blocks, self._buffers.masks))
+            fills.append(partial(self._fill_guided, guided, chosen))
         return fills
 
-    def _fill(self, number: int, cursor: Cursor, slow: list[int], limit: float) -> None:
-        slot = self._buffers.slots[number]
+    def _fill(self, number: int, walk: Walk, slow: list[int], limit: float) -> None:
+        slot, cursor = self._buffers.slots[number], walk.cursor
         started = time.perf_counter()
         is_done = cursor.fill_block(slot.block, slot.masks, float("inf") if cursor.key is None else limit)
         if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
             self._slow_keys.add(cursor.key)
-        if not is_done:
+        if is_done:
+            _close_end(slot, walk)
+        else:
             slow.append(number)
 
     def _fill_where_refused(self, chosen: Chosen, number: int, best: Ids) -> None:
@@ -235,33 +235,24 @@ class BlockGrammars:
         assert walk is not None, "a grammar with nothing to say is not slow"
         slot.allow_all()
         slot.num_filled = fill_where_refused(walk.cursor, slot.drafts, best, slot.masks)
+        _close_end(slot, walk)
 
-    def _close_ends(self, chosen: Chosen) -> None:
-        """Behind a stop token allow only the same again.
+    def _fill_guided(self, guided: Sequence[tuple[int, GuidanceCursor]], chosen: Chosen) -> None:
+        fill_blocks(guided, self._buffers.blocks, self._buffers.masks)
+        for number, _ in guided:
+            _close_end(self._buffers.slots[number], chosen.walks[number])
 
-        SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
-        another one.
-        """
-        for slot, walk in zip(self._buffers.slots, chosen.walks, strict=False):
-            if walk is not None and walk.choice.reach.ended:
-                behind = walk.choice.reach.length
-                allow_only(slot.drafts.item(behind - 1), slot.bits[behind])
-                slot.num_filled = max(slot.num_filled, behind + 1)
 
-    def _in_parallel(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """By this thread and by others that take the next job as they come to it."""
-        queue = iter(jobs)
+def _close_end(slot: Slot, walk: Walk | None) -> None:
+    """Behind a stop token allow only the same again.
 
-        def take() -> None:
-            for job in queue:
-                job()
-
-        others = [self._pool.submit(take) for _ in range(min(self._num_threads, len(jobs)) - 1)]
-        take()
-        for other in others:
-            # One that has not begun by now finds nothing left to do.
-            if not other.cancel():
-                other.result()
+    SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
+    another one.
+    """
+    if walk is not None and walk.choice.reach.ended:
+        behind = walk.choice.reach.length
+        allow_only(slot.drafts.item(behind - 1), slot.bits[behind])
+        slot.num_filled = max(slot.num_filled, behind + 1)
 
 
 def encoder(tokenizer: Any) -> Encode:
