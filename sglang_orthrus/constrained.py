@@ -32,8 +32,8 @@ from sglang_orthrus.settings import DraftMode
 # What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
 # of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).
 NUM_CANDIDATES = 64
-# On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a slower
-# host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
+# On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
+# slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
 MAX_THREADS = 12
 
 

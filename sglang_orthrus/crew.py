@@ -1,7 +1,7 @@
 """Threads that share jobs of a fraction of a millisecond.
 
-`concurrent.futures` makes a future with a lock for every helper and call: with 12 threads on 16 cores a round's masks took 0.3
-to 0.5 ms more (docs/log.md).
+`concurrent.futures` makes a future with a lock for every helper and call: with 12 threads on 16 cores a round's masks
+took 0.3 to 0.5 ms more (docs/log.md).
 """
 
 from __future__ import annotations
