@@ -13,6 +13,7 @@ import sglang as sgl
 
 from sglang_orthrus.demo import NANO
 from sglang_orthrus.server import Server
+from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
 from tests.reference import Reference
 
@@ -62,6 +63,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@slow
 @pytest.mark.parametrize("way", ["batch", "one by one", "async"])
 def test_the_engine_answers_as_a_plain_server(
     answers: dict[str, Any], plain: Server, reference: Reference, way: str
@@ -72,6 +74,7 @@ def test_the_engine_answers_as_a_plain_server(
     assert tokens_per_cycle(replies[0]) > 4
 
 
+@slow
 @pytest.mark.parametrize("way", ["stream", "async stream"])
 def test_the_engine_streams_a_round_at_a_time(answers: dict[str, Any], way: str) -> None:
     whole: Reply = answers["one by one"][0]
