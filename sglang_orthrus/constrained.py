@@ -15,8 +15,8 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus.block_buffers import BlockBuffers, Slot
-from sglang_orthrus.crew import Crew
-from sglang_orthrus.grammar import Choice, Cursor, Ids, allow_only, choose, fill_where_refused
+from sglang_orthrus.crew import Crew, Job
+from sglang_orthrus.grammar import Choice, Cursor, Ids, Reach, allow_only, choose, fill_where_refused
 from sglang_orthrus.grammar_cursors import (
     Encode,
     GuidanceCursor,
@@ -202,22 +202,22 @@ class BlockGrammars:
             if walk is not None and walk.cursor.key in self._slow_keys
         ]
 
-    def _fills(self, chosen: Chosen, slow: list[int], limit: float) -> list[Callable[[], None]]:
+    def _fills(self, chosen: Chosen, slow: list[int], limit: float) -> list[Job]:
         """What is to be done for the masks of all slots but the slow ones; side by side, if there are several.
 
         Slots that do not meet the limit join the slow ones.
         """
-        fills = list[Callable[[], None]]()
-        guided = list[tuple[int, GuidanceCursor]]()
+        fills = list[Job]()
+        guided = list[tuple[int, GuidanceCursor, Reach]]()
         walks = [(number, walk) for number, walk in enumerate(chosen.walks) if walk is not None and number not in slow]
         # The longest first, so that the threads end together.
         for number, walk in sorted(walks, key=lambda one: one[1].choice.reach.length, reverse=True):
             if isinstance(walk.cursor, GuidanceCursor):
-                guided.append((number, walk.cursor))
+                guided.append((number, walk.cursor, walk.choice.reach))
             else:
                 fills.append(partial(self._fill, number, walk, slow, limit))
         if guided:
-            fills.append(partial(self._fill_guided, guided, chosen))
+            fills.append(partial(self._fill_guided, guided))
         return fills
 
     def _fill(self, number: int, walk: Walk, slow: list[int], limit: float) -> None:
@@ -227,7 +227,7 @@ class BlockGrammars:
         if cursor.key is not None and time.perf_counter() - started >= self._slow_seconds:
             self._slow_keys.add(cursor.key)
         if is_done:
-            _close_end(slot, walk)
+            _close_end(slot, walk.choice.reach)
         else:
             slow.append(number)
 
@@ -236,24 +236,24 @@ class BlockGrammars:
         assert walk is not None, "a grammar with nothing to say is not slow"
         slot.allow_all()
         slot.num_filled = fill_where_refused(walk.cursor, slot.drafts, best, slot.masks)
-        _close_end(slot, walk)
+        _close_end(slot, walk.choice.reach)
 
-    def _fill_guided(self, guided: Sequence[tuple[int, GuidanceCursor]], chosen: Chosen) -> None:
-        fill_blocks(guided, self._buffers.blocks, self._buffers.masks)
-        for number, _ in guided:
-            _close_end(self._buffers.slots[number], chosen.walks[number])
+    def _fill_guided(self, guided: Sequence[tuple[int, GuidanceCursor, Reach]]) -> None:
+        cursors = [(number, cursor) for number, cursor, _ in guided]
+        fill_blocks(cursors, self._buffers.blocks, self._buffers.masks)
+        for number, _, reach in guided:
+            _close_end(self._buffers.slots[number], reach)
 
 
-def _close_end(slot: Slot, walk: Walk | None) -> None:
+def _close_end(slot: Slot, reach: Reach) -> None:
     """Behind a stop token allow only the same again.
 
     SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
     another one.
     """
-    if walk is not None and walk.choice.reach.ended:
-        behind = walk.choice.reach.length
-        allow_only(slot.drafts.item(behind - 1), slot.bits[behind])
-        slot.num_filled = max(slot.num_filled, behind + 1)
+    if reach.ended:
+        allow_only(slot.drafts.item(reach.length - 1), slot.bits[reach.length])
+        slot.num_filled = max(slot.num_filled, reach.length + 1)
 
 
 def encoder(tokenizer: Any) -> Encode:

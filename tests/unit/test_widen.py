@@ -22,7 +22,7 @@ LAYERS, NEURONS, VOCAB = 7, 1024, 4224
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", ["1.7B", pytest.param("4B", marks=slow), pytest.param("8B", marks=slow)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "1.7B" else slow) for name in SHAPES])
 def test_a_widened_nano_gives_nano_s_logits_text_and_rounds(tmp_path: Path, reference: Reference, name: str) -> None:
     width = replace(SHAPES[name], layers=LAYERS, intermediate=NEURONS, vocab=VOCAB)
     wide = Reference(widen(NANO, tmp_path / "wide", width))
