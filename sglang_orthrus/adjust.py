@@ -58,16 +58,21 @@ def is_penalised(req: Any) -> bool:
     return bool(params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0)
 
 
+def is_adjusted(req: Any) -> bool:
+    """Whether any option of a request does more to its logits than to forbid tokens, as grammars do."""
+    params = req.sampling_params
+    return bool(
+        is_penalised(req) or params.min_new_tokens > 0 or params.logit_bias or req.custom_logit_processor is not None
+    )
+
+
 def reads_output(req: Any) -> bool:
     """Whether a custom logit processor of the request may look at what it has said."""
     return req.custom_logit_processor is not None and isinstance(req.sampling_params.custom_params, dict)
 
 
 def are_adjusted(info: Any) -> bool:
-    """Whether any option of a batch does more to logits than to forbid tokens, as grammars do.
-
-    info: SGLang's `SamplingBatchInfo`.
-    """
+    """Whether any request of a batch is adjusted. info: SGLang's `SamplingBatchInfo`."""
     return bool(
         info.has_custom_logit_processor
         or info.logit_bias is not None
@@ -83,6 +88,9 @@ class Adjustments:
         batch: in a decode round.
         counts: of the requests' outputs before their anchors; needed if one of them is penalised.
         outputs: of the requests whose custom processors read it, the output up to the anchor.
+
+    Attributes:
+        requests: places of those that have such options.
     """
 
     def __init__(self, batch: ScheduleBatch, counts: TokenCounts | None, outputs: Mapping[Any, list[int]]) -> None:
@@ -92,6 +100,8 @@ class Adjustments:
         self._outputs = outputs
         self._prefix_lens = batch.seq_lens
         self._penalties = self._min_new = None
+        are_some = are_adjusted(self._info)
+        self.requests = frozenset(row for row, req in enumerate(batch.reqs) if are_some and is_adjusted(req))
         if self._info.acc_additive_penalties is not None or self._info.acc_scaling_penalties is not None:
             if any(map(is_penalised, batch.reqs)):
                 self._penalties = _penalties(batch)
@@ -109,20 +119,21 @@ class Adjustments:
         return self._info.has_custom_logit_processor and any(map(reads_output, self._batch.reqs))
 
     def apply_inplace(self, logits: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None) -> None:
-        """Change the logits of a piece's rows. logits: [r, W, V], fp32 if they `are_adjusted`"""
+        """Change the logits of a piece's rows. logits: [r, W, V], fp32 if the piece is costly"""
         index = piece.index
-        if self._min_new is not None:
+        is_adjusted_here = not self.requests.isdisjoint(piece.requests)
+        if is_adjusted_here and self._min_new is not None:
             num_before = self._min_new.num_before(self._prefix_lens, place)
             forbid_inplace(logits, num_before[index], self._min_new.limits[index], self._min_new.stops[index])
-        if self._penalties is not None:
-            assert self._counts is not None, "prefill makes the table"
-            counts = self._counts.of(self._batch.req_pool_indices[index].long())
+        if is_adjusted_here and self._penalties is not None:
+            assert self._counts is not None, "prefill makes them"
+            counts = self._counts.of([self._batch.reqs[request] for request in piece.requests])
             penalise_inplace(logits, counts, place.tokens[index], place.sees, self._penalties.at(index))
         if masks is not None:
             _mask_inplace(logits, piece, masks)
-        if self._info.logit_bias is not None:
+        if is_adjusted_here and self._info.logit_bias is not None:
             logits.add_(self._info.logit_bias[index][:, None, :])
-        if self._info.has_custom_logit_processor:
+        if is_adjusted_here and self._info.has_custom_logit_processor:
             self._process(logits, piece, place)
         sanitize_nan_logits(logits.flatten(0, 1), "ORTHRUS: logits")
 

@@ -16,7 +16,7 @@ from sglang.kernels.ops.sampling import softmax
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_orthrus.adjust import Adjustments, Place, RowMasks, are_adjusted
+from sglang_orthrus.adjust import Adjustments, Place, RowMasks
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.rows import Piece, pieces, rows_index
 from sglang_orthrus.sampling import (
@@ -108,7 +108,8 @@ class TokenChoice:
         self._adjustments = adjustments
         self._width = width
         self._sampling_backend = sampling_backend
-        self._pieces = tuple(pieces([req.sampling_params for req in batch.reqs], width, anchors.device))
+        costly = adjustments.requests.union(row for row, req in enumerate(batch.reqs) if req.return_logprob)
+        self._pieces = tuple(pieces([req.sampling_params for req in batch.reqs], width, anchors.device, costly))
 
     def draft(self, hidden_states: torch.Tensor, candidates_of: Sequence[int] = (), num_candidates: int = 1) -> Drafts:
         """Fill the block.
@@ -263,7 +264,7 @@ class TokenChoice:
         """[r, W, V], adjusted; fp32 where there is arithmetic with it."""
         states = hidden_states[piece.index]
         # On a CPU XGrammar masks fp32 alone.
-        in_fp32 = not piece.way.is_greedy or are_adjusted(self._info) or (masks is not None and states.is_cpu)
+        in_fp32 = not piece.way.is_greedy or piece.is_costly or (masks is not None and states.is_cpu)
         logits: torch.Tensor = self._model.logits(states, in_fp32=in_fp32).unflatten(0, states.shape[:2])
         self._adjustments.apply_inplace(logits, piece, place, masks)
         return logits

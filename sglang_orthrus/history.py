@@ -52,16 +52,16 @@ class History:
 
     def start(self, batch: ScheduleBatch, first_tokens: torch.Tensor) -> None:
         """Prefill emits the first token, or the next one of a request that was retracted. first_tokens: [bs]"""
-        penalised = [row for row, req in enumerate(batch.reqs) if is_penalised(req)]
-        if penalised:
-            counts = self._counts = self._counts or self._make_counts(batch)
-            rows = batch.req_pool_indices[async_h2d(penalised, dtype=torch.int64, device=self._device)].long()
-            counts.reset(rows)
-            for row, request in zip(rows.split(1), penalised, strict=True):
-                said = list(batch.reqs[request].output_ids)
+        penalised = [req for req in batch.reqs if is_penalised(req)]
+        if penalised and self._counts is None:
+            self._counts = TokenCounts(batch.sampling_info.vocab_size, self._device)
+        if self._counts is not None:
+            self._counts.start(penalised)
+            for req in penalised:
+                said = list(req.output_ids)
                 if said:
-                    lens = torch.full_like(row, len(said))
-                    counts.add(row, async_h2d([said], dtype=torch.int64, device=self._device), lens)
+                    tokens = async_h2d([said], dtype=torch.int64, device=self._device)
+                    self._counts.add([req], tokens, torch.full((1,), len(said), device=self._device))
         readers = [row for row, req in enumerate(batch.reqs) if reads_output(req)]
         if readers:
             tokens = first_tokens.tolist()
@@ -73,13 +73,9 @@ class History:
         if adjustments.are_penalised:
             assert self._counts is not None, "prefill makes the table"
             # The anchor and the accepted drafts come before the next anchor.
-            self._counts.add(batch.req_pool_indices.long(), block, verdict.accept_lens)
+            self._counts.add(batch.reqs, block, verdict.accept_lens)
         if adjustments.read_outputs:
             emitted = zip(batch.reqs, verdict.tokens.tolist(), verdict.accept_lens.tolist(), strict=True)
             for req, tokens, length in emitted:
                 if reads_output(req):
                     self._outputs[req].extend(tokens[:length])
-
-    def _make_counts(self, batch: ScheduleBatch) -> TokenCounts:
-        num_rows = batch.req_to_token_pool.req_to_token.shape[0]
-        return TokenCounts(num_rows, batch.sampling_info.vocab_size, self._device)

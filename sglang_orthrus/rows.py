@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from sglang.srt.utils.common import async_h2d
 
 # Requests of one piece have at most so many rows, but at least one request: of a vocabulary of 151,936, 512 rows of
-# logits take 0.3 GB. Sampling needs some copies of them, sorted ones among them.
+# logits take 0.3 GB. Sampling needs some copies of them, sorted ones among them; options that change logits and log
+# probabilities need two or three.
 HEAD_ROWS = 512
 SAMPLED_ROWS = 128
 
@@ -45,12 +46,14 @@ class Piece:
         requests: their rows in the batch, on the host.
         index: the same, to index device tensors of the batch with.
         max_top_k: the largest top_k among them; None if top-k is not among the filters.
+        is_costly: whether their logits are copied on top of how they choose.
     """
 
     way: Way
     requests: tuple[int, ...]
     index: torch.Tensor | slice
     max_top_k: int | None
+    is_costly: bool = False
 
 
 def way_of(params: Any) -> Way:
@@ -62,17 +65,26 @@ def way_of(params: Any) -> Way:
     return Way(False, has_top_k or has_min_p or params.top_p != 1.0, has_top_k, has_min_p)
 
 
-def pieces(params: Sequence[Any], width: int, device: torch.device | str) -> Iterator[Piece]:
-    """Split a batch, given the `SamplingParams` of its requests, each with `width` rows."""
-    groups: dict[Way, list[int]] = defaultdict(list)
+def pieces(
+    params: Sequence[Any], width: int, device: torch.device | str, costly: Container[int] = ()
+) -> Iterator[Piece]:
+    """Split a batch into groups of rows.
+
+    Args:
+        params: the `SamplingParams` of its requests.
+        width: rows of each.
+        device: of the batch.
+        costly: requests whose logits are copied whatever they choose by: small groups of their own.
+    """
+    groups: dict[tuple[Way, bool], list[int]] = defaultdict(list)
     for request, parameters in enumerate(params):
-        groups[way_of(parameters)].append(request)
-    for way, members in groups.items():
-        step = max(1, (HEAD_ROWS if way.is_greedy else SAMPLED_ROWS) // width)
+        groups[way_of(parameters), request in costly].append(request)
+    for (way, is_costly), members in groups.items():
+        step = max(1, (HEAD_ROWS if way.is_greedy and not is_costly else SAMPLED_ROWS) // width)
         for start in range(0, len(members), step):
             requests = tuple(members[start : start + step])
             max_top_k = max(params[request].top_k for request in requests) if way.has_top_k else None
-            yield Piece(way, requests, rows_index(requests, device), max_top_k)
+            yield Piece(way, requests, rows_index(requests, device), max_top_k, is_costly)
 
 
 def rows_index(rows: Sequence[int], device: torch.device | str) -> torch.Tensor | slice:

@@ -9,27 +9,15 @@ import torch
 
 from sglang_orthrus.history import History
 from sglang_orthrus.verify import Verdict
+from tests.sampling import Request, request
 
 VOCAB = 6
 
 
-class Request(SimpleNamespace):
-    """Weakly referable and hashable, as SGLang's."""
-
-    __hash__ = object.__hash__
-
-
 def _request(said: list[int], custom: bool = False, **params: Any) -> Request:
-    defaults = {
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": 0,
-        "custom_params": {} if custom else None,
-    }
     processor = "{}" if custom else None
-    return Request(
-        output_ids=said, custom_logit_processor=processor, sampling_params=SimpleNamespace(**(defaults | params))
+    return request(
+        params | {"custom_params": {} if custom else None}, output_ids=said, custom_logit_processor=processor
     )
 
 
@@ -38,13 +26,12 @@ def _batch(reqs: list[Request], **info: Any) -> Any:
         "vocab_size": VOCAB,
         "acc_additive_penalties": None,
         "acc_scaling_penalties": None,
+        "logit_bias": None,
         "has_custom_logit_processor": any(req.custom_logit_processor for req in reqs),
     }
     return SimpleNamespace(
         reqs=reqs,
         sampling_info=SimpleNamespace(**(defaults | info)),
-        req_pool_indices=torch.tensor([3, 1][: len(reqs)]),
-        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(4, 1)),
         seq_lens=torch.tensor([4, 4][: len(reqs)]),
         device="cpu",
     )
@@ -87,7 +74,12 @@ def test_outputs_on_the_host_and_counts_on_the_device_follow_the_rounds() -> Non
     history.extend(batch, adjustments, block, verdict)
     assert history._outputs[reqs[1]] == [3, 0, 0, 1]
     assert history._counts is not None
-    assert history._counts.of(torch.tensor([3])).tolist() == [[0, 2, 1, 0, 1, 0]], "the anchor 5 is not counted yet"
-    # The slot of the pool goes to another request.
-    history.start(_batch([_request([], presence_penalty=1.0)]), torch.tensor([0]))
-    assert int(history._counts.of(torch.tensor([3])).sum()) == 0
+    assert history._counts.of(reqs[:1]).tolist() == [[0, 2, 1, 0, 1, 0]], "the anchor 5 is not counted yet"
+    # It ends, and another request takes its row.
+    reqs[0].has_ended = True
+    newcomer = _request([], presence_penalty=1.0)
+    history.start(_batch([newcomer]), torch.tensor([0]))
+    assert int(history._counts.of([newcomer]).sum()) == 0
+    newcomer.has_ended = True
+    history.start(_batch([_request([])]), torch.tensor([0]))
+    assert history._counts.num_bytes == 0, "nobody who runs is penalised"

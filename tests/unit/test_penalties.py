@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.sampling import penaltylib
 
-from sglang_orthrus.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
+from sglang_orthrus.penalties import TABLE_ROWS, Penalties, TokenCounts, forbid_inplace, penalise_inplace
+from tests.sampling import Peak, request
 
 VOCAB, WIDTH = 12, 5
 
@@ -66,11 +67,12 @@ def test_every_row_of_a_block_is_penalised_as_sglang_would_alone() -> None:
     block = torch.randint(5, (num, WIDTH), generator=generator)
     logits = torch.randn(num, WIDTH, VOCAB, generator=generator)
 
-    table = TokenCounts(8, VOCAB, "cpu")
-    rows = torch.tensor([5, 1, 7, 0, 2])
-    table.add(rows, torch.full((num, 1), 3), torch.ones(num))
-    table.reset(rows)
-    table.add(rows, torch.cat((said, block), dim=1), torch.full((num,), 4))
+    counts = TokenCounts(VOCAB, "cpu")
+    owners = [request({}) for _ in reqs]
+    counts.start(owners)
+    counts.add(owners, torch.full((num, 1), 3), torch.ones(num))
+    counts.start(owners)
+    counts.add(owners, torch.cat((said, block), dim=1), torch.full((num,), 4))
     params = [req.sampling_params for req in reqs]
     penalties = Penalties(
         *(torch.tensor([getattr(p, f"{name}_penalty") for p in params]) for name in Penalties.__dataclass_fields__)
@@ -80,7 +82,7 @@ def test_every_row_of_a_block_is_penalised_as_sglang_would_alone() -> None:
     num_before = said.shape[1] + 1 + torch.arange(WIDTH).expand(num, -1)
     limits = torch.tensor([p.min_new_tokens for p in params])
     forbid_inplace(result, num_before, limits, torch.tensor([[2, 4, 2]] * num))
-    penalise_inplace(result, table.of(rows), block, sees, penalties)
+    penalise_inplace(result, counts.of(owners), block, sees, penalties)
 
     for row in range(WIDTH):
         outputs = torch.cat((said, block[:, : row + 1]), dim=1)
@@ -90,8 +92,48 @@ def test_every_row_of_a_block_is_penalised_as_sglang_would_alone() -> None:
 
 
 def test_only_accepted_tokens_are_counted() -> None:
-    table = TokenCounts(3, VOCAB, "cpu")
-    table.add(torch.tensor([2, 0]), torch.tensor([[1, 1, 5], [4, 4, 4]]), torch.tensor([2, 3]))
-    counts = table.of(torch.tensor([0, 1, 2]))
-    assert counts[2].nonzero().flatten().tolist() == [1] and int(counts[2, 1]) == 2
-    assert int(counts[0, 4]) == 3 and int(counts[1].sum()) == 0
+    reqs = [request({}) for _ in range(3)]
+    counts = TokenCounts(VOCAB, "cpu")
+    counts.start([reqs[2], reqs[0]])
+    counts.add([reqs[2], reqs[1], reqs[0]], torch.tensor([[1, 1, 5], [4, 4, 4], [4, 4, 4]]), torch.tensor([2, 1, 3]))
+    found = counts.of(reqs)
+    assert found[2].nonzero().flatten().tolist() == [1] and int(found[2, 1]) == 2
+    assert int(found[0, 4]) == 3
+    assert int(found[1].sum()) == 0, "a request without penalties has no row"
+
+
+def test_rows_are_those_of_penalised_requests_that_run() -> None:
+    """At 2,048 requests with 151,936 tokens a row for every slot takes 1.2 GB, whoever is penalised."""
+    counts = TokenCounts(VOCAB, "cpu")
+    table = TABLE_ROWS * VOCAB * 4
+    first = [request({}) for _ in range(TABLE_ROWS)]
+    counts.start(first)
+    assert counts.num_bytes == table
+    counts.add(first, torch.ones(TABLE_ROWS, 1).long(), torch.ones(TABLE_ROWS))
+    others = [request({}) for _ in range(TABLE_ROWS + 1)]
+    counts.start(others)
+    assert counts.num_bytes == 3 * table
+    assert int(counts.of(others).sum()) == 0 and int(counts.of(first).sum()) == TABLE_ROWS
+    # Ended, retracted, or nobody refers to them any more.
+    others[0].has_ended = others[1].is_retracted = True
+    del others[2:]
+    newcomers = [request({}) for _ in range(TABLE_ROWS)]
+    counts.start(newcomers)
+    assert counts.num_bytes == 2 * table
+    assert int(counts.of(newcomers).sum()) == 0 and int(counts.of(first).sum()) == TABLE_ROWS
+    for req in (*first, *newcomers):
+        req.has_ended = True
+    counts.start([])
+    assert counts.num_bytes == 0
+
+
+def test_penalties_take_two_copies_of_the_logits_at_most() -> None:
+    """The logits themselves are not among them; all-new ones at every step of the arithmetic were five more."""
+    n, vocab_size = 4, 5000
+    logits = torch.randn(n, WIDTH, vocab_size)
+    penalties = Penalties(*(torch.full((n,), value) for value in (0.5, 0.2, 1.2)))
+    counts = torch.randint(2, (n, vocab_size)).int()
+    block, sees = torch.randint(vocab_size, (n, WIDTH)), torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
+    with Peak() as peak:
+        penalise_inplace(logits, counts, block, sees, penalties)
+    assert peak.bytes < 2 * logits.numel() * 4 + 6 * counts.numel() * 4

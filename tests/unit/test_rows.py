@@ -47,6 +47,14 @@ def test_every_request_is_in_one_piece_and_pieces_are_bounded() -> None:
         assert piece.max_top_k == (5 if piece.way.has_top_k else None)
 
 
+def test_requests_whose_logits_are_copied_are_in_small_groups_of_their_own() -> None:
+    """One with penalties or log probabilities does not make its neighbours pay."""
+    greedy = [SimpleNamespace(top_k=1)] * 16
+    found = list(pieces(greedy, 32, "cpu", {3, 4, 5, 6, 7}))
+    assert [piece.requests for piece in found if piece.is_costly] == [(3, 4, 5, 6), (7,)]
+    assert [piece.requests for piece in found if not piece.is_costly] == [(0, 1, 2, 8, 9, 10, 11, 12, 13, 14, 15)]
+
+
 def test_neighbours_are_sliced_and_copy_nothing() -> None:
     greedy = [SimpleNamespace(top_k=1)] * 5
     assert [piece.index for piece in pieces(greedy, 512, "cpu")] == [slice(row, row + 1) for row in range(5)]
