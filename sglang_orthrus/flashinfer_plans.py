@@ -6,11 +6,13 @@ draft and verify passes of one width run on the same plan.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_orthrus.graph_plan import max_split_work
+from sglang_orthrus.graph_plan import max_split_work, plan_in_graphs
 
 # What SGLang's backend takes for plain Qwen3; it does not know that ours is one.
 _MIN_WORKSPACE_BYTES = 512 * 1024 * 1024
@@ -41,6 +43,43 @@ def set_workspace_size(size: int) -> None:
 
     if not envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.is_set():
         envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.set(size)
+
+
+def fit(backend: Any) -> None:
+    """Fit an attention backend of SGLang's to rounds, if FlashInfer verifies there. Needs to be done before capture."""
+    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+    ours = verifying(backend)
+    for child in {id(part): part for part in (ours, *_parts(backend))}.values():
+        if isinstance(child, FlashInferAttnBackend):
+            bound_indices(child)
+    if isinstance(ours, FlashInferAttnBackend):
+        share_plans(ours)
+        if ours.enable_deterministic:
+            keep_blocks_whole(ours)
+        plan_in_graphs(ours)
+    # With unlike backends for prefill and decode SGLang asks both, also one that never runs in a round.
+    backend.needs_cpu_seq_lens = ours.needs_cpu_seq_lens
+
+
+def verifying(backend: Any) -> Any:
+    """The attention backend that runs passes over blocks: one of two if prefill and decode have unlike ones."""
+    return backend._select_backend(ForwardMode.TARGET_VERIFY) if _parts(backend) else backend
+
+
+def _parts(backend: Any) -> tuple[Any, ...]:
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    return (backend.prefill_backend, backend.decode_backend) if isinstance(backend, HybridAttnBackend) else ()
+
+
+def keep_blocks_whole(backend: Any) -> None:
+    """Have passes over blocks that no graph covers attend to each request in one go, as `plan_in_graphs` does it.
+
+    Split as the batch allows, a request's sums would depend on its neighbours.
+    """
+    for wrapper in backend.prefill_wrappers_verify:
+        wrapper.begin_forward = partial(wrapper.begin_forward, disable_split_kv=True)
 
 
 def share_plans(backend: Any) -> None:

@@ -15,6 +15,8 @@ import triton.language as tl
 # FlashInfer's own, for pages of one token.
 MIN_CHUNK = 128
 _CTAS_PER_SM = 2
+# A chunk that no request is longer than: nothing is split.
+UNSPLIT = 1 << 30
 # Smaller chunks take less time wherever FlashInfer's bound on pieces of work leaves room for them, and a request in one
 # piece saves as much time in merging as attending to so many tokens takes. Measured on an H100, 70 batches of 1 to 32
 # requests of 180 to 4,100 tokens: none takes longer than with FlashInfer's plan, 16 of 512 take 43 us in place of 70.
@@ -128,6 +130,7 @@ def write_plan(
     width: int,
     group: int,
     max_work: int,
+    min_chunk: int = MIN_CHUNK,
     fine_chunk: int = FINE_CHUNK,
     whole: int = WHOLE,
 ) -> None:
@@ -142,6 +145,7 @@ def write_plan(
         width: F.
         group: query heads per key-value head.
         max_work: see `max_split_work`; with more tiles than that, no request is split.
+        min_chunk: tokens of a chunk at least, fine ones apart; `UNSPLIT` keeps every request whole.
         fine_chunk: tokens of a chunk where that makes few; `MIN_CHUNK` plans as FlashInfer does.
         whole: see `WHOLE`; 0 plans as FlashInfer does.
     """
@@ -166,7 +170,7 @@ def write_plan(
         -(-width * group // layout.tile_rows),
         layout.num_ctas,
         max_work,
-        MIN_CHUNK,
+        min_chunk,
         whole,
         fine_chunk,
         REQUESTS=triton.next_power_of_2(bs),
@@ -193,11 +197,14 @@ class GraphPlanner:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._max_work = max_split_work(num_sms, updater.num_kv_heads)
         self._kv_lens = torch.zeros_like(backend.kv_last_page_len)
+        self._is_deterministic = backend.enable_deterministic
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """In place of the backend's: nothing is left to do before a replay."""
         if in_capture or not forward_batch.forward_mode.is_target_verify():
             self._plan_out_of_graph(forward_batch, in_capture)
+            if self._is_deterministic and forward_batch.forward_mode.is_target_verify():
+                self._fix_tiles(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """In place of the backend's: the first nodes of a graph."""
@@ -215,6 +222,7 @@ class GraphPlanner:
             width=forward_batch.spec_info.draft_token_num,
             group=self._group,
             max_work=self._max_work,
+            min_chunk=UNSPLIT if self._is_deterministic else MIN_CHUNK,
         )
         self._backend.kv_index_translator.pack_read_stream(
             forward_batch.kv_loc_plan,
@@ -223,6 +231,41 @@ class GraphPlanner:
             indptr=kv_indptr,
             out=wrapper._paged_kv_indices_buf,
             num_token_blocks=None,
+        )
+
+    def _fix_tiles(self, forward_batch: Any) -> None:
+        """Lay the workspace out anew, for tiles that fit one block whatever the batch, as in passes without a graph.
+
+        FlashInfer takes the tile for the most rows that one of the requests could have, unless it is told that all have
+        as many: with two query heads per key-value head blocks of 32 get tiles of 64 rows alone and of 128 otherwise,
+        and the tile decides the order of the sums.
+        """
+        bs, width = forward_batch.batch_size, forward_batch.spec_info.draft_token_num
+        wrapper = self._backend.prefill_cuda_graph_metadata[bs][0]
+        rows = torch.arange(0, (bs + 1) * width, width, dtype=torch.int32)
+        lens = torch.full((bs,), width, dtype=torch.int32)
+        updater = self._backend.indices_updater_prefill
+        wrapper._plan_info = wrapper._cached_module.plan(
+            wrapper._float_workspace_buffer,
+            wrapper._int_workspace_buffer,
+            wrapper._pin_memory_int_workspace_buffer,
+            rows,
+            rows,
+            lens,
+            bs * width,
+            bs,
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            1,  # page size
+            True,  # is_cuda_graph_enabled
+            updater.head_dim,
+            updater.head_dim,
+            False,  # causal, which plans ignore
+            -1,  # window_left
+            -1,  # fixed_split_size
+            False,  # disable_split_kv
+            0,  # num_colocated_ctas
+            width,  # uniform_q_len
         )
 
 

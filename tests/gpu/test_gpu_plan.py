@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus.flashinfer_plans import _leave_output_empty
-from sglang_orthrus.graph_plan import MIN_CHUNK, PlanLayout, max_split_work, write_plan
+from sglang_orthrus.graph_plan import MIN_CHUNK, UNSPLIT, GraphPlanner, PlanLayout, max_split_work, write_plan
 from tests.unit.interpreted_plans import read_plan
 
 pytestmark = pytest.mark.gpu
@@ -112,3 +114,76 @@ def test_every_row_of_an_output_is_written(lens: list[int]) -> None:
         out = wrapper.run(q, cache)
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def _whole(prefix_lens: torch.Tensor, width: int, num_heads: int, num_kv_heads: int) -> Any:
+    """A wrapper for graphs as deterministic inference plans it: one chunk, and the tile of a block."""
+    wrapper, kv_indptr = _planned(prefix_lens, width, num_heads, num_kv_heads)
+    bs = len(prefix_lens)
+    backend = SimpleNamespace(
+        prefill_cuda_graph_metadata={bs: [wrapper]},
+        indices_updater_prefill=SimpleNamespace(num_qo_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM),
+        init_forward_metadata_out_graph=lambda batch, in_capture: None,
+        workspace_buffer=kv_indptr,
+        kv_last_page_len=kv_indptr,
+        enable_deterministic=True,
+    )
+    batch = SimpleNamespace(
+        batch_size=bs, spec_info=SimpleNamespace(draft_token_num=width), forward_mode=ForwardMode.TARGET_VERIFY
+    )
+    GraphPlanner(backend).init_forward_metadata_out_graph(batch, in_capture=True)
+    write_plan(
+        wrapper._int_workspace_buffer,
+        PlanLayout(*wrapper._plan_info),
+        prefix_lens,
+        torch.zeros(bs, dtype=torch.int32, device="cuda"),
+        kv_indptr,
+        width=width,
+        group=num_heads // num_kv_heads,
+        max_work=max_split_work(torch.cuda.get_device_properties(0).multi_processor_count, num_kv_heads),
+        min_chunk=UNSPLIT,
+    )
+    return wrapper
+
+
+@pytest.mark.parametrize("num_heads", [16, 32])
+@pytest.mark.parametrize("width", [12, 32])
+def test_unsplit_blocks_attend_bit_by_bit_as_alone(num_heads: int, width: int) -> None:
+    """In a graph of their own, in one with seven others, and without a graph."""
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    num_kv_heads = 8
+    prefix_lens = torch.tensor([300, 5000, 33, 40, 2000, 100, 7, 1024], device="cuda")
+    bs, lens = len(prefix_lens), prefix_lens + width
+    starts = [0, *lens.cumsum(0).tolist()]
+    q = torch.randn(bs * width, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cache = tuple(torch.randn(starts[-1], 1, num_kv_heads, HEAD_DIM, dtype=q.dtype, device="cuda") for _ in range(2))
+    for causal in (False, True):
+        together = _whole(prefix_lens, width, num_heads, num_kv_heads)
+        together._causal = causal
+        expected = together.run(q, cache)
+        for number in range(bs):
+            alone = _whole(prefix_lens[number : number + 1], width, num_heads, num_kv_heads)
+            alone._causal = causal
+            rows = slice(number * width, (number + 1) * width)
+            pages = tuple(part[starts[number] : starts[number + 1]] for part in cache)
+            assert torch.equal(alone.run(q[rows], pages), expected[rows]), f"request {number}"
+        eager = BatchPrefillWithPagedKVCacheWrapper(
+            torch.empty(1 << 28, dtype=torch.uint8, device="cuda"), "NHD", backend="fa2"
+        )
+        kv_indptr = torch.tensor(starts, dtype=torch.int32, device="cuda")
+        eager.plan(
+            torch.arange(0, (bs + 1) * width, width, dtype=torch.int32, device="cuda"),
+            kv_indptr,
+            torch.arange(starts[-1], dtype=torch.int32, device="cuda"),
+            torch.ones(bs, dtype=torch.int32, device="cuda"),
+            num_heads,
+            num_kv_heads,
+            HEAD_DIM,
+            1,
+            causal=causal,
+            q_data_type=q.dtype,
+            kv_data_type=q.dtype,
+            disable_split_kv=True,
+        )
+        assert torch.equal(eager.run(q, cache), expected)

@@ -41,7 +41,7 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
     # An earlier plan's remains, which say that there is more work than there is.
     workspace = torch.full((layout.valid_offset + layout.num_ctas,), 1, dtype=torch.uint8)
     kv_lens, kv_indptr = torch.zeros(bs, dtype=torch.int32), torch.zeros(bs + 1, dtype=torch.int32)
-    sizes = {name: case[name] for name in ("width", "group", "max_work", "fine_chunk", "whole")}
+    sizes = {name: case[name] for name in ("width", "group", "max_work", "min_chunk", "fine_chunk", "whole")}
     write_plan(workspace, layout, prefix_lens, kv_lens, kv_indptr, **sizes)
     found = read_plan(workspace, layout, bs, width)
     return found | {"kv_lens": kv_lens.tolist(), "kv_indptr": kv_indptr.tolist()}

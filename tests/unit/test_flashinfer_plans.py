@@ -5,11 +5,23 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_orthrus.flashinfer_plans import bound_indices, set_workspace_size, share_plans, workspace_bytes
+from sglang_orthrus import flashinfer_plans
+from sglang_orthrus.flashinfer_plans import (
+    bound_indices,
+    fit,
+    keep_blocks_whole,
+    set_workspace_size,
+    share_plans,
+    verifying,
+    workspace_bytes,
+)
 
 
 class _Wrapper:
@@ -90,3 +102,46 @@ def test_a_workspace_size_that_the_user_set_stays() -> None:
     with envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.override(123):
         set_workspace_size(456)
         assert envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get() == 123
+
+
+def _hybrid(prefill: Any, decode: Any, *, verifies_by_decode: bool) -> Any:
+    backend = object.__new__(HybridAttnBackend)
+    backend.prefill_backend, backend.decode_backend = prefill, decode
+    backend.spec_attn_is_decode = verifies_by_decode
+    backend.needs_cpu_seq_lens = True
+    return backend
+
+
+@pytest.mark.parametrize("verifies_by_decode", [False, True])
+def test_of_unlike_backends_the_one_that_verifies_is_fitted(
+    verifies_by_decode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang wraps both; FlashInfer's graphs would replay with the lengths of their capture."""
+    fitted: dict[str, list[Any]] = {"planned": [], "bounded": [], "shared": []}
+
+    def plan(backend: Any) -> None:
+        fitted["planned"].append(backend)
+        backend.needs_cpu_seq_lens = False
+
+    monkeypatch.setattr(flashinfer_plans, "plan_in_graphs", plan)
+    monkeypatch.setattr(flashinfer_plans, "share_plans", fitted["shared"].append)
+    monkeypatch.setattr(flashinfer_plans, "bound_indices", fitted["bounded"].append)
+    flashinfer = object.__new__(FlashInferAttnBackend)
+    flashinfer.enable_deterministic = False
+    other: Any = SimpleNamespace(needs_cpu_seq_lens=False)
+    verifies = _hybrid(other, flashinfer, verifies_by_decode=True)
+    idle = _hybrid(other, flashinfer, verifies_by_decode=False)
+    backend = verifies if verifies_by_decode else idle
+    assert verifying(backend) is (flashinfer if verifies_by_decode else other)
+    fit(backend)
+    assert fitted["bounded"] == [flashinfer], "SGLang allocates its indices even where it does not verify"
+    assert fitted["planned"] == fitted["shared"] == [flashinfer] * verifies_by_decode
+    assert not backend.needs_cpu_seq_lens
+
+
+def test_under_deterministic_inference_a_pass_without_a_graph_splits_nothing() -> None:
+    planned: list[dict[str, Any]] = []
+    wrapper = SimpleNamespace(begin_forward=lambda *args, **kwargs: planned.append(kwargs))
+    keep_blocks_whole(SimpleNamespace(prefill_wrappers_verify=[wrapper]))
+    wrapper.begin_forward("rows", fixed_split_size=None)
+    assert planned == [{"fixed_split_size": None, "disable_split_kv": True}]

@@ -16,17 +16,18 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus import graph_plan
-from sglang_orthrus.graph_plan import GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
+from sglang_orthrus.graph_plan import UNSPLIT, GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
 
 SHAPES = ((4, 8, 300), (4, 1, 600), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
 WIDTHS = (12, 32)
 BATCH_SIZES = (1, 3, 40)
 
 
-def layout_for(bs: int, width: int, group: int, max_work: int) -> PlanLayout:
-    """A workspace as `PrefillPlan` divides it, arrays behind each other."""
-    tile_rows = 128 if (bs * width - bs + 1) * group > 64 else 64
-    num_ctas = max(max_work, -(-bs * width * group // tile_rows) + bs - 1)
+def layout_for(bs: int, width: int, group: int, max_work: int, *, is_uniform: bool = False) -> PlanLayout:
+    """A workspace as `PrefillPlan` divides it, arrays behind each other; is_uniform: `uniform_q_len` is `width`."""
+    tile_rows = 128 if (width if is_uniform else bs * width - bs + 1) * group > 64 else 64
+    num_tiles = bs * -(-width * group // tile_rows) if is_uniform else -(-bs * width * group // tile_rows) + bs - 1
+    num_ctas = max(max_work, num_tiles)
     sizes = [num_ctas, num_ctas, num_ctas, bs * width + 1, bs + 1, 1]
     ends = [16 * (sum(-(-4 * size // 16) for size in sizes[: place + 1])) for place in range(len(sizes))]
     request, qo_tile, kv_tile, merge, o_indptr, chunk = [0, *ends[:-1]]
@@ -44,6 +45,7 @@ def flashinfer_plan(
     max_work: int,
     fine_chunk: int = 128,
     whole: int = 0,
+    min_chunk: int = 128,
 ) -> dict[str, Any]:
     """`PrefillSplitQOKVIndptr`, step by step, but for finer chunks where they make little work, and whole requests."""
     tiles = -(-width * group // tile_rows)
@@ -51,7 +53,7 @@ def flashinfer_plan(
     def count(chunk: int) -> int:
         return sum(-(-length // chunk) for length in kv_lens)
 
-    low, high = 128, max(kv_lens)
+    low, high = min_chunk, max(kv_lens)
     while low < high:
         middle = (low + high) // 2
         if tiles * count(middle) > max_work:
@@ -83,11 +85,14 @@ def cases() -> list[dict[str, Any]]:
                 max_work = max_split_work(132, num_kv_heads)
                 layout = layout_for(bs, width, group, max_work)
                 prefix_lens = [rng.randrange(1, longest) for _ in range(bs)]
-                sizes = {"width": width, "group": group, "max_work": max_work}
+                sizes: dict[str, Any] = {"width": width, "group": group, "max_work": max_work}
+                sizes |= {"prefix_lens": prefix_lens, "min_chunk": 128}
                 found += [
-                    {"layout": layout, "prefix_lens": prefix_lens, "fine_chunk": fine, "whole": whole, **sizes}
+                    sizes | {"layout": layout, "fine_chunk": fine, "whole": whole}
                     for fine, whole in ((64, 35), (128, 0))
                 ]
+                uniform = layout_for(bs, width, group, max_work, is_uniform=True)
+                found.append(sizes | {"layout": uniform, "fine_chunk": 64, "whole": 35, "min_chunk": UNSPLIT})
     return found
 
 
@@ -102,11 +107,22 @@ def test_the_plan_is_flashinfers() -> None:
     )
     for case, actual in zip(cases(), json.loads(run.stdout.splitlines()[-1]), strict=True):
         width, layout = case["width"], case["layout"]
-        sizes = case["group"], layout.tile_rows, case["max_work"], case["fine_chunk"], case["whole"]
+        names = ("max_work", "fine_chunk", "whole", "min_chunk")
+        sizes = case["group"], layout.tile_rows, *(case[name] for name in names)
         lens = [length + width for length in case["prefix_lens"]]
         expected = flashinfer_plan(lens, width, *sizes)
         places = [sum(lens[:count]) for count in range(len(lens) + 1)]
         assert actual == expected | {"kv_lens": lens, "kv_indptr": places}
+
+
+def test_an_unsplit_plan_gives_a_request_what_it_has_alone() -> None:
+    """Under deterministic inference: one chunk, and the tile of a block, whoever else is in the batch."""
+    for group, width in ((2, 32), (4, 32), (2, 12), (4, 12)):
+        tiles = {layout_for(bs, width, group, 33, is_uniform=True).tile_rows for bs in (1, 2, 8, 48)}
+        assert len(tiles) == 1
+        plan = flashinfer_plan([44, 41_000, 300], width, group, tiles.pop(), 33, 64, 35, UNSPLIT)
+        assert {chunk for _, _, chunk in plan["work"]} == {0}
+    assert {layout_for(bs, 32, 2, 33).tile_rows for bs in (1, 2)} == {64, 128}, "FlashInfer's own choice"
 
 
 def test_a_bound_half_as_large_makes_another_plan() -> None:
@@ -124,6 +140,7 @@ def test_replays_leave_the_backend_alone_and_captures_do_not(monkeypatch: pytest
         indices_updater_prefill=SimpleNamespace(num_qo_heads=32, num_kv_heads=8),
         workspace_buffer=torch.zeros(1),
         kv_last_page_len=torch.ones(4, dtype=torch.int32),
+        enable_deterministic=False,
     )
     assert not plans_in_graphs(backend)
     graph_plan.plan_in_graphs(backend)
