@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
@@ -22,6 +22,39 @@ from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.qkv_kernel import caches_of, place_qkv
 from sglang_orthrus.rows import HEAD_ROWS
 from sglang_orthrus.spec_input import OrthrusBlockInput, View, view_of
+
+_SCALES = ("k_scale", "v_scale", "k_scale_float", "v_scale_float")
+
+
+class DiffusionAttention(RadixAttention):
+    """The diffusion view's attention over the K/V of an AR layer: no causal mask, and that layer's scales.
+
+    Both views read what either stores, so K and V have one pair of scales. SGLang sets those of the AR layer, from
+    `--quantization-param-path` or a weight update, at any time.
+
+    Args:
+        ar: the AR view's attention of the layer.
+    """
+
+    def __init__(self, ar: RadixAttention) -> None:
+        # ENCODER_ONLY is how every backend is told to drop the causal mask and still read K/V from the pool.
+        super().__init__(
+            ar.tp_q_head_num,
+            ar.head_dim,
+            ar.scaling,
+            ar.tp_k_head_num,
+            ar.layer_id,
+            attn_type=AttentionType.ENCODER_ONLY,
+        )
+        # Registered as a module it would be listed twice.
+        object.__setattr__(self, "_ar", ar)
+        for name in _SCALES:
+            delattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _SCALES:
+            return getattr(self._ar, name)
+        return super().__getattr__(name)
 
 
 class OrthrusAttention(Qwen3Attention):
@@ -33,8 +66,7 @@ class OrthrusAttention(Qwen3Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         twin = Qwen3Attention(*args, **kwargs)
-        # ENCODER_ONLY is how every backend is told to drop the causal mask and still read K/V from the pool.
-        twin.attn.attn_type = AttentionType.ENCODER_ONLY
+        twin.attn = DiffusionAttention(self.attn)
         # Registered as a module the twin would list every parameter a second time.
         object.__setattr__(self, "_twin", twin)
         self.qkv_proj_diff, self.o_proj_diff = twin.qkv_proj, twin.o_proj
