@@ -273,7 +273,7 @@ LEDGER: tuple[Touch, ...] = (
     Touch(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
         ("model_runner", "attn_backend", "speculative_num_draft_tokens"),
-        "subclassed; capture, capture_one_shape, get_spec_info, can_run_graph, _init_replay_attn_metadata, "
+        "subclassed; capture, capture_one_shape, get_spec_info, can_run_graph, "
         "_resolve_lora_variant and _next_token_logits_buffer_capacity_rows are overridden",
         "it has no spec input for custom algorithms, and one graph per batch size",
         "it asks the algorithm for spec inputs and graph variants",

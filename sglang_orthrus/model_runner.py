@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_spec
+from sglang.srt.utils.common import get_available_gpu_memory
 
 from sglang_orthrus.block import DraftBlock, draft_block
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.flashinfer_plans import bound_indices, share_plans
-from sglang_orthrus.graph_plan import plan_in_graphs, plans_in_graphs
+from sglang_orthrus.flashinfer_plans import fit, verifying
+from sglang_orthrus.graph_plan import plans_in_graphs
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
 
@@ -68,23 +68,26 @@ class DualViewRunner:
             with get_spec().override(speculative_num_draft_tokens=self._config.block_size):
                 self._draft_backend = make_backend()
         for backend in self.attention_backends:
-            if isinstance(backend, FlashInferAttnBackend):
-                share_plans(backend)
-                bound_indices(backend)
-                plan_in_graphs(backend)
+            fit(backend)
 
-    def capture_wide_draft(self) -> None:
-        """Capture the draft pass apart if it is wider than verify and CUDA graphs are on."""
+    def capture_wide_draft(self) -> dict[str, float]:
+        """Capture the draft pass apart if it is wider than verify and CUDA graphs are on.
+
+        Returns the memory that it took in GB, by SGLang's name of the graphs' use; nothing if nothing was captured.
+        """
         if self._draft_backend is None or not isinstance(
             self._model_runner.decode_cuda_graph_runner, OrthrusGraphRunner
         ):
-            return
+            return {}
+        runner = self._model_runner
+        before = get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)
         with self._wide_draft():
             self._draft_graphs = OrthrusGraphRunner(
-                self._model_runner,
+                runner,
                 attn_backend=self._draft_backend,
                 speculative_num_draft_tokens=self._config.block_size,
             )
+        return {"draft_decode": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
 
     def layout(self, batch: ScheduleBatch) -> DraftBlock:
         """Block ids, positions and slots of a decode batch, whose anchors are in `batch.spec_info`."""
@@ -183,7 +186,7 @@ class DualViewRunner:
 
     def _run(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Any:
         graphs = self._model_runner.decode_cuda_graph_runner
-        lacks_lens = batch.seq_lens_cpu is None and plans_in_graphs(self._model_runner.attn_backend)
+        lacks_lens = batch.seq_lens_cpu is None and plans_in_graphs(verifying(self._model_runner.attn_backend))
         if lacks_lens and (graphs is None or not graphs.can_run_graph(forward_batch)):
             # FlashInfer plans this one on the host. Both passes of the round get what is waited for here.
             batch.seq_lens_cpu = batch.seq_lens.cpu()

@@ -12,10 +12,12 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
 from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from sglang_orthrus import compat, flashinfer_plans
+from sglang_orthrus.accounting import count_running_requests_only
 from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
@@ -30,6 +32,7 @@ from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.model_runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
+from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.rows import rows_index
 from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from sglang_orthrus.spec_input import OrthrusState
@@ -71,11 +74,13 @@ class RoundEnd(NamedTuple):
         verdict: what it commits.
         path: how it was run.
         logprobs: of what it emits, if a request wants them.
+        is_wanted: whether any of its requests still ran.
     """
 
     verdict: Verdict
     path: Path
     logprobs: RoundLogprobs | None = None
+    is_wanted: bool = True
 
 
 class OrthrusWorker(BaseSpecWorker):
@@ -131,6 +136,7 @@ class OrthrusWorker(BaseSpecWorker):
         compat.begin_llguidance_behind_a_reasoning()
         compat.continue_sessions_at_the_end()
         compat.fence_delayed_rounds()
+        count_running_requests_only()
         layers = self.model_runner.model_config.hf_config.num_hidden_layers
         compat.check_weight_updates(partial(folder_problem, num_layers=layers))
         logger.info(
@@ -153,7 +159,14 @@ class OrthrusWorker(BaseSpecWorker):
 
     def init_cuda_graphs(self) -> None:
         """SGLang has captured the graphs of the verify width; capture drafts here if they are wider."""
-        self._runner.capture_wide_draft()
+        self._additional_graph_memory_usage |= self._runner.capture_wide_draft()
+
+    def prewarm_sampling(self) -> SamplingPrewarmResult:
+        """Take once what choosing tokens takes at most, and name it to SGLang, which may size the KV pool then."""
+        result = super().prewarm_sampling()
+        if self.device != "cpu":
+            result = reserve(self.model_runner, self.speculative_num_draft_tokens, self._sampling_backend)
+        return result
 
     @property
     def spec_v2_attn_backends(self) -> tuple[Any, ...]:
@@ -215,7 +228,8 @@ class OrthrusWorker(BaseSpecWorker):
         self, result: GenerationBatchResult, end: RoundEnd, on_publish: Publish | None
     ) -> GenerationBatchResult:
         """Publish a round's end and tell the scheduler of it."""
-        self._paths.count(end.path)
+        if end.is_wanted:
+            self._paths.count(end.path)
         verdict = end.verdict
         _publish(on_publish, verdict.new_seq_lens)
         result.logits_output = LogitsProcessorOutput(next_token_logits=None)
@@ -256,7 +270,7 @@ class OrthrusWorker(BaseSpecWorker):
         path = Path.SPLIT if drafted.draft_replayed else Path.EAGER
         logprobs = RoundLogprobs(batch, self.speculative_num_draft_tokens) if batch.return_logprob else None
         if all(req.finished() for req in batch.reqs):
-            return RoundEnd(accept_nothing(drafts.block, batch.seq_lens), path, logprobs)
+            return RoundEnd(accept_nothing(drafts.block, batch.seq_lens), path, logprobs, is_wanted=False)
         chosen = None
         if constrained and self._grammars.changes_drafts:
             chosen = self._choose(drafted)
