@@ -138,15 +138,18 @@ class TokenChoice:
                 candidates[rows] = largest(logits[numbers], num_candidates)
             if piece.way.is_greedy and len(own) == len(piece.requests):
                 tokens[piece.index] = candidates[rows, :, 0]
+                del logits  # before the next ones are made
                 continue
             if self._is_function_of_logits(piece):
                 chosen = self._chosen(logits, piece)
                 tokens[piece.index] = chosen
                 if own:
                     candidates[rows, :, 0] = chosen[numbers]
+                del logits
                 continue
             are_drawn = True
             support = self._support(self._scaled(logits, piece), piece)
+            del logits
             drawn = support.draw()
             tokens[piece.index] = drawn.view(-1, shape[1])
             q[piece.index] = support.probability_of(drawn).view(-1, shape[1])
@@ -204,10 +207,11 @@ class TokenChoice:
             if logprobs is not None and logprobs.wants(piece):
                 emitted = block[piece.index].roll(-1, dims=1)
                 emitted.scatter_(1, num_accepted[piece.index][:, None], bonus[piece.index][:, None])
-                rows = logits.flatten(0, 1)
-                is_greedy = piece.way.is_greedy
-                temperatures = None if is_greedy else self._per_row(self._info.temperatures, piece, rows.shape[0])
-                logprobs.add(piece, rows, temperatures, emitted)
+                temperatures = None
+                if not piece.way.is_greedy:
+                    temperatures = self._per_row(self._info.temperatures, piece, emitted.numel())
+                logprobs.add(piece, logits.flatten(0, 1), temperatures, emitted)
+            del logits  # before the next ones are made
         return accept_drafts(block, num_accepted, bonus, self._prefix_lens)
 
     def _reject(self, logits: torch.Tensor, piece: Piece, drafts: Drafts) -> tuple[torch.Tensor, torch.Tensor]:

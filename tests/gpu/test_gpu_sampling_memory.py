@@ -119,7 +119,7 @@ def _one_of(requests: int, name: str | None) -> tuple[list[dict[str, Any]], list
 
 @pytest.mark.parametrize("name", ONE_ASKS)
 def test_one_request_with_options_does_not_make_its_neighbours_pay_on_a_cpu(name: str) -> None:
-    """Their tokens stay, bit by bit, and so does the peak, which is that of a large greedy group."""
+    """Their tokens stay, bit by bit, and so does the peak, which is that of one large greedy group."""
     vocab_size, requests = 3000, 48
     head = Head(vocab_size, "cpu")
     verdicts, peaks = [], []
@@ -131,7 +131,7 @@ def test_one_request_with_options_does_not_make_its_neighbours_pay_on_a_cpu(name
     others = [row for row in range(requests) if row != requests // 2]
     assert torch.equal(verdicts[0].tokens[others], verdicts[1].tokens[others])
     assert peaks[1] < peaks[0] + SAMPLED_ROWS * vocab_size * 4
-    assert peaks[0] < 2.5 * HEAD_ROWS * vocab_size * 4
+    assert peaks[0] < 1.5 * HEAD_ROWS * vocab_size * 4
 
 
 @pytest.mark.gpu
