@@ -1,6 +1,7 @@
 """What a request's options do to its logits before a token is chosen, at every position of a block.
 
-The order is plain SGLang's: additive penalties, scaling, grammar mask, bias, custom processors, NaN handling.
+The order is plain SGLang's: additive penalties, scaling, grammar mask, bias, custom processors, NaN handling. Options
+that leave no token give way (see `last_resort`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang.srt.utils.common import async_h2d
 
+from sglang_orthrus.last_resort import tame_inplace, within_the_grammar
 from sglang_orthrus.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
 from sglang_orthrus.rows import Piece, rows_index
 
@@ -71,6 +73,17 @@ def reads_output(req: Any) -> bool:
     return req.custom_logit_processor is not None and isinstance(req.sampling_params.custom_params, dict)
 
 
+def may_forbid(req: Any) -> bool:
+    """Whether options of the request, besides its grammar, can forbid tokens from here on."""
+    params = req.sampling_params
+    # Under overlap scheduling output_ids lags behind by a round, which only makes this true for longer.
+    return bool(
+        params.logit_bias
+        or req.custom_logit_processor is not None
+        or (params.min_new_tokens > 0 and params.min_new_tokens > len(req.output_ids))
+    )
+
+
 def are_adjusted(info: Any) -> bool:
     """Whether any request of a batch is adjusted. info: SGLang's `SamplingBatchInfo`."""
     return bool(
@@ -122,6 +135,7 @@ class Adjustments:
         """Change the logits of a piece's rows. logits: [r, W, V], fp32 if the piece is costly"""
         index = piece.index
         is_adjusted_here = not self.requests.isdisjoint(piece.requests)
+        allowed = _Allowed.of(self._batch.reqs, piece, logits) if is_adjusted_here else None
         if is_adjusted_here and self._min_new is not None:
             num_before = self._min_new.num_before(self._prefix_lens, place)
             forbid_inplace(logits, num_before[index], self._min_new.limits[index], self._min_new.stops[index])
@@ -130,30 +144,30 @@ class Adjustments:
             counts = self._counts.of([self._batch.reqs[request] for request in piece.requests])
             penalise_inplace(logits, counts, place.tokens[index], place.sees, self._penalties.at(index))
         if masks is not None:
-            _mask_inplace(logits, piece, masks)
+            _mask_inplace(logits, piece.requests, masks)
         if is_adjusted_here and self._info.logit_bias is not None:
             logits.add_(self._info.logit_bias[index][:, None, :])
         if is_adjusted_here and self._info.has_custom_logit_processor:
             self._process(logits, piece, place)
+        if allowed is not None:
+            allowed.take_over_inplace(logits, masks)
         sanitize_nan_logits(logits.flatten(0, 1), "ORTHRUS: logits")
 
     def _process(self, logits: torch.Tensor, piece: Piece, place: Place) -> None:
-        """Custom processors see every row as if it were a request of its own."""
+        """Custom processors see every row as if it were a request of its own, and no other request's."""
         width = logits.shape[1]
         params = [self._params(request, row, place) for request in piece.requests for row in range(width)]
         entries = {}
         for key, entry in self._info.custom_logit_processor.items():
             members = set(entry.rows)
-            rows = [
-                number * width + row
-                for number, request in enumerate(piece.requests)
-                if request in members
-                for row in range(width)
-            ]
-            if rows:
-                indices = async_h2d(rows, dtype=torch.int64, device=logits.device)
-                entries[key] = ProcessorEntry(entry.processor, rows, indices)
-        apply_custom_logit_processor(logits.flatten(0, 1), _Rows(entries, params))
+            for number, request in enumerate(piece.requests):
+                if request in members:
+                    rows = list(range(number * width, (number + 1) * width))
+                    indices = torch.arange(rows[0], rows[-1] + 1, device=logits.device)
+                    entries[key, request] = ProcessorEntry(entry.processor, rows, indices)
+        if entries:
+            apply_custom_logit_processor(logits.flatten(0, 1), _Rows(entries, params))
+            tame_inplace(logits)
 
     def _params(self, request: int, row: int, place: Place) -> Any:
         params = self._info.custom_params[request]
@@ -165,9 +179,39 @@ class Adjustments:
         return params | {REQUEST_KEY: _RequestAt(req, array("q", [*self._outputs[req], *said]))}
 
 
-def _mask_inplace(logits: torch.Tensor, piece: Piece, masks: RowMasks) -> None:
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """What grammars alone allow the requests of a piece whose options may forbid every token.
+
+    Attributes:
+        requests: their places in the batch.
+        index: their rows in the piece.
+        logits: [n, W, V], before any option.
+    """
+
+    requests: tuple[int, ...]
+    index: torch.Tensor | slice
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, reqs: Sequence[Any], piece: Piece, logits: torch.Tensor) -> _Allowed | None:
+        """None if no request of the piece is one."""
+        numbers = [number for number, request in enumerate(piece.requests) if may_forbid(reqs[request])]
+        if not numbers:
+            return None
+        index = rows_index(numbers, logits.device)
+        return cls(tuple(piece.requests[number] for number in numbers), index, logits[index].clone())
+
+    def take_over_inplace(self, logits: torch.Tensor, masks: RowMasks | None) -> None:
+        """Replace the rows that forbid every token. logits: [r, W, V], adjusted."""
+        if masks is not None:
+            _mask_inplace(self.logits, self.requests, masks)
+        logits[self.index] = within_the_grammar(logits[self.index], self.logits)
+
+
+def _mask_inplace(logits: torch.Tensor, requests: Sequence[int], masks: RowMasks) -> None:
     slots = {request: slot for slot, request in enumerate(masks.requests)}
-    own = [(number, slots[request]) for number, request in enumerate(piece.requests) if request in slots]
+    own = [(number, slots[request]) for number, request in enumerate(requests) if request in slots]
     if not own:
         return
     numbers, rows = (rows_index(indices, logits.device) for indices in zip(*own, strict=True))
@@ -182,7 +226,7 @@ def _mask_inplace(logits: torch.Tensor, piece: Piece, masks: RowMasks) -> None:
 class _Rows:
     """What `apply_custom_logit_processor` reads of a batch."""
 
-    custom_logit_processor: dict[int, ProcessorEntry]
+    custom_logit_processor: dict[Any, ProcessorEntry]
     custom_params: list[Any]
 
     def __len__(self) -> int:
@@ -212,7 +256,7 @@ class _MinNew:
     @classmethod
     def of(cls, batch: ScheduleBatch) -> _MinNew:
         vocab_size = batch.sampling_info.vocab_size
-        stops = [[token for token in _stop_ids(req) if token < vocab_size] for req in batch.reqs]
+        stops = [[token for token in _stop_ids(req) if 0 <= token < vocab_size] for req in batch.reqs]
         limits = [req.sampling_params.min_new_tokens if ids else 0 for req, ids in zip(batch.reqs, stops, strict=True)]
         longest = max(map(len, stops)) or 1
         # Rows are filled up with stops of their own, which changes nothing.

@@ -6,9 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sglang.srt.layers.sampler import Sampler
+from sglang.srt.layers.sampler import Sampler, apply_custom_logit_processor
 from sglang.srt.runtime_context import get_exec
+from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from sglang.srt.utils.async_probe import sanitize_nan_logits
+
+from sglang_orthrus.last_resort import tame_inplace, within_the_grammar
 
 
 class LoneSampler(Sampler):
@@ -18,6 +22,18 @@ class LoneSampler(Sampler):
     FlashInfer min-p anywhere changes the order of filters. The paths that the batch needs all run here, which prefill
     can afford, and every row takes the result of its own.
     """
+
+    def _preprocess_logits(self, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
+        """As SGLang's, but options that leave no token give way (see `last_resort`)."""
+        if sampling_info.has_custom_logit_processor:
+            apply_custom_logit_processor(logits, _one_by_one(sampling_info))
+            tame_inplace(logits)
+        allowed = getattr(sampling_info, "allowed_logits", None)
+        if allowed is not None:
+            logits.copy_(within_the_grammar(logits, allowed))
+            sampling_info.allowed_logits = None
+        sanitize_nan_logits(logits, "sampler: next_token_logits")
+        return logits
 
     def _sample_from_probs(
         self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
@@ -37,3 +53,13 @@ class LoneSampler(Sampler):
             sequential, _ = stock(probs, info, positions, False)
             return torch.where(info.min_ps > 0, sequential, joint), None
         return stock(probs, info, positions, False)
+
+
+def _one_by_one(info: Any) -> Any:
+    """A batch's sampling parameters in which a custom processor sees one request at a time, as if it were alone."""
+    alone = {
+        (key, row): ProcessorEntry(entry.processor, [row], entry.indices[number : number + 1])
+        for key, entry in info.custom_logit_processor.items()
+        for number, row in enumerate(entry.rows)
+    }
+    return replace(info, custom_logit_processor=alone)

@@ -16,7 +16,7 @@ from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
 from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
-from sglang_orthrus import compat, flashinfer_plans
+from sglang_orthrus import compat, flashinfer_plans, request_hooks
 from sglang_orthrus.accounting import count_running_requests_only
 from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.admission import refusal
@@ -132,6 +132,8 @@ class OrthrusWorker(BaseSpecWorker):
             flashinfer_plans.set_workspace_size(size)
         compat.widen_req_to_token_rows(config.block_size)
         compat.refuse_requests(partial(refusal, are_seeded=get_exec().deterministic.enable_deterministic_inference))
+        request_hooks.keep_allowed_logits()
+        request_hooks.forget_processors_of_aborted()
         compat.stop_at_first_match()
         compat.begin_llguidance_behind_a_reasoning()
         compat.continue_sessions_at_the_end()

@@ -15,10 +15,14 @@ from sglang_orthrus import compat
 from sglang_orthrus.accounting import ACCOUNTING_TOUCHES
 from sglang_orthrus.cpu.patches import CPU_TOUCHES
 from sglang_orthrus.memory_touches import MEMORY_TOUCHES
+from sglang_orthrus.request_hooks import REQUEST_LEDGER
 from sglang_orthrus.sampling_touches import SAMPLING_TOUCHES
 from sglang_orthrus.touch import Touch
 
-TOUCHES = (*compat.LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES, *ACCOUNTING_TOUCHES, *MEMORY_TOUCHES)
+TOUCHES = (
+    *(*compat.LEDGER, *REQUEST_LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES),
+    *(*ACCOUNTING_TOUCHES, *MEMORY_TOUCHES),
+)
 pytestmark = pytest.mark.contract
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from array import array
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus.admission import refusal
+from sglang_orthrus.admission import raw_problem, refusal, tokenized_problem, unreadable
 
 
-def _request(sampling: dict[str, Any] | None = None, **options: Any) -> Req:
+def _request(sampling: dict[str, Any] | None = None, ids: Sequence[int] = (1, 2, 3), **options: Any) -> Req:
     params = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 4} | (sampling or {}))
     # Only stop strings are tokenised; min_new_tokens wants a tokenizer to exist.
     params.normalize(object())
-    return Req("rid", "", array("q", [1, 2, 3]), params, vocab_size=100, **options)
+    return Req("rid", "", array("q", ids), params, vocab_size=100, **options)
 
 
 def test_a_greedy_request_is_served() -> None:
@@ -35,7 +40,7 @@ def test_a_request_for_no_token_is_served_at_any_temperature() -> None:
         ({"temperature": 1.0, "min_p": 0.1}, {}),
         ({"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2}, {}),
         ({"min_new_tokens": 2, "logit_bias": {"5": 1.0}}, {}),
-        ({}, {"custom_logit_processor": "{}"}),
+        ({"custom_params": {"token_ids": [5]}}, {"custom_logit_processor": DisallowedTokensLogitsProcessor.to_str()}),
         ({}, {"return_logprob": True}),
     ],
 )
@@ -74,3 +79,144 @@ def test_every_offending_option_is_named_at_once() -> None:
     assert message is not None
     for option in ("beam_width", "return_hidden_states", "lora_path"):
         assert option in message
+
+
+VOCAB = 100
+
+
+def _sent(sampling: dict[str, Any] | None = None, **fields: Any) -> SimpleNamespace:
+    """A request on its way to the scheduler."""
+    params = SamplingParams(**{"temperature": 0.0, "max_new_tokens": 4} | (sampling or {}))
+    params.normalize(object())
+    return SimpleNamespace(**{"input_ids": array("q", [1, 2, 3]), "sampling_params": params} | fields)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fields", "named"),
+    [
+        ({}, {"input_ids": array("q", [5, -1])}, "input_ids: -1 is out of range, allowed are 0 to 99."),
+        ({}, {"input_ids": array("q", [5, VOCAB])}, "input_ids: 100 is out of range, allowed are 0 to 99."),
+        ({}, {"return_logprob": True, "top_logprobs_num": 101}, "top_logprobs_num: 101 is out of range, at most 100."),
+        ({}, {"token_ids_logprob": [VOCAB]}, "token_ids_logprob: 100"),
+        ({}, {"token_ids_logprob": [1] * (VOCAB + 1)}, "number of token_ids_logprob: 101"),
+        ({}, {"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len: -2 is out of range, at least -1."),
+        ({"min_new_tokens": 1, "stop_token_ids": [VOCAB]}, {}, "stop_token_ids (with min_new_tokens): 100"),
+        ({"min_new_tokens": 1, "stop_token_ids": [-1]}, {}, "stop_token_ids (with min_new_tokens): -1"),
+        ({"min_new_tokens": 2**31, "max_new_tokens": None}, {}, "min_new_tokens: 2147483648"),
+        ({"top_k": 2**31, "temperature": 1.0}, {}, "top_k: 2147483648 is out of range, at most 2147483647."),
+        ({"temperature": 1e39}, {}, "temperature: 1e+39 is out of range, at most 1e+38."),
+        ({"repetition_penalty": 1e-40}, {}, "repetition_penalty: 1e-40 is out of range, at least 1e-30."),
+        ({"logit_bias": {"5": float("nan")}}, {}, "logit_bias: nan is out of range, at most 1e+30."),
+        ({"logit_bias": {"5": float("inf")}}, {}, "logit_bias: inf"),
+        ({"logit_bias": {"5": 3e38}}, {}, "logit_bias: 3e+38"),
+        ({}, {"multi_item_delimiter_indices": [0, 3]}, "multi_item_delimiter_indices: 3"),
+        ({}, {"token_indices_to_pool": [-1]}, "token_indices_to_pool: -1 is out of range, allowed are 0 to 2."),
+    ],
+)
+def test_a_number_that_ends_a_scheduler_is_refused_with_its_range(
+    sampling: dict[str, Any], fields: dict[str, Any], named: str
+) -> None:
+    message = tokenized_problem(_sent(sampling, **fields), VOCAB)
+    assert message is not None and message.startswith(named)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fields"),
+    [
+        ({}, {"input_ids": array("q", [0, VOCAB - 1])}),
+        ({}, {"input_ids": None}),  # embeddings
+        ({}, {"input_ids": array("q")}),  # a session's turn
+        ({}, {"return_logprob": True, "top_logprobs_num": VOCAB, "logprob_start_len": -1}),
+        ({}, {"return_logprob": True, "top_logprobs_num": -1}),
+        ({}, {"top_logprobs_num": 10**9, "logprob_start_len": -9}),  # no log probabilities are asked for
+        ({}, {"token_ids_logprob": [0, VOCAB - 1], "return_logprob": True}),
+        ({"top_k": -1, "temperature": 1e-6}, {}),
+        ({"temperature": 1e38, "logit_bias": {"0": -100, "99": 100}}, {}),
+    ],
+)
+def test_numbers_at_the_ends_of_their_ranges_are_served(sampling: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert tokenized_problem(_sent(sampling, **fields), VOCAB) is None
+
+
+def test_stop_ids_that_no_token_matches_are_dropped() -> None:
+    """Beside a neighbour with min_new_tokens they would end the scheduler."""
+    sent = _sent({"stop_token_ids": [-1, 7, VOCAB]})
+    assert tokenized_problem(sent, VOCAB) is None
+    assert sent.sampling_params.stop_token_ids == {7}
+    sent = _sent({"stop_token_ids": [VOCAB]})
+    assert tokenized_problem(sent, VOCAB) is None
+    assert sent.sampling_params.stop_token_ids is None
+
+
+def test_a_bias_that_forbids_is_minus_infinity_at_any_temperature() -> None:
+    sent = _sent({"logit_bias": {"5": -3e38, "6": -1e100, "7": -1e30, "8": -math.inf}})
+    assert tokenized_problem(sent, VOCAB) is None
+    assert sent.sampling_params.logit_bias == {"5": -math.inf, "6": -math.inf, "7": -1e30, "8": -math.inf}
+
+
+@pytest.mark.parametrize("field", ["is_normalized", "stop_str_max_len", "stop_regex_max_len"])
+def test_what_sglang_computes_cannot_be_given(field: str) -> None:
+    """is_normalized would keep temperature 0 from being greedy: a division by it."""
+    message = raw_problem(SimpleNamespace(sampling_params={"temperature": 0, field: 1}))
+    assert message is not None and field in message
+    assert raw_problem(SimpleNamespace(sampling_params={"temperature": 0})) is None
+    assert raw_problem(SimpleNamespace(sampling_params=None)) is None
+
+
+def test_the_scheduler_checks_what_another_process_may_not_have() -> None:
+    assert "input_ids: -1" in (refusal(_request(ids=[-1])) or "")
+    assert "input_ids: empty" in (refusal(_request(ids=[])) or "")
+    assert "top_logprobs_num: 101" in (refusal(_request(return_logprob=True, top_logprobs_num=101)) or "")
+
+
+@pytest.mark.parametrize(
+    ("processor", "params"),
+    [
+        ("garbage", None),
+        ('{"callable": "8004"}', None),
+        (DisallowedTokensLogitsProcessor.to_str(), None),
+        (DisallowedTokensLogitsProcessor.to_str(), {"token_ids": [VOCAB]}),
+    ],
+)
+def test_a_processor_that_fails_is_refused(processor: str, params: dict[str, Any] | None) -> None:
+    """In a batch it would end the scheduler."""
+    message = refusal(_request({"custom_params": params}, custom_logit_processor=processor))
+    assert message is not None and message.startswith("custom_logit_processor: ")
+
+
+def test_fields_of_another_type_do_not_leave_the_process() -> None:
+    """The scheduler decodes by type, and dies of what it can't decode."""
+
+    def sent(**fields: Any) -> TokenizedGenerateReqInput:
+        sampling = fields.pop("sampling", {})
+        return TokenizedGenerateReqInput(
+            **{
+                "rid": "rid",
+                "input_text": "",
+                "input_ids": array("q", [1]),
+                "input_embeds": None,
+                "mm_inputs": None,
+                "token_type_ids": None,
+                "sampling_params": SamplingParams(**sampling),
+                "return_logprob": False,
+                "logprob_start_len": -1,
+                "top_logprobs_num": 0,
+                "token_ids_logprob": None,
+                "stream": False,
+            }
+            | fields
+        )
+
+    assert unreadable(sent()) is None
+    assert unreadable(sent(sampling={"custom_params": {"token_ids": [1]}, "logit_bias": {"1": -math.inf}})) is None
+    for fields in (
+        {"positional_embed_overrides": {"a": 1}},
+        {"sampling": {"custom_params": [1]}},
+        {"sampling": {"custom_params": {"a": {"b": {"c": 1}}}}},
+        {"sampling": {"sampling_seed": 2**70}},
+        {"extra_key": ["a"]},
+    ):
+        message = unreadable(sent(**fields))
+        assert message is not None and "passed on" in message
+    request = sent()
+    assert unreadable(request) is None and list(request.input_ids or ()) == [1], "the request itself is left alone"
