@@ -18,10 +18,11 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_to
 
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano
-from sglang_orthrus.constrained import NUM_CANDIDATES, encoder
+from sglang_orthrus.constrained import NUM_CANDIDATES
 from sglang_orthrus.grammar import Change, choose
-from sglang_orthrus.grammar_cursors import XGrammarCursor
 from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.token_text import TokenText
+from sglang_orthrus.xgrammar_cursor import XGrammarCursor
 
 TRACE = ROOT / "benchmarks" / "results" / "repaired-block.json"
 FIGURE = ROOT / "docs" / "img" / "repaired-block.svg"
@@ -34,14 +35,14 @@ def traces(case_blocks: Iterator[Block]) -> Iterator[dict[str, Any]]:
     """Every block with its walk and what verification accepts of it."""
     tokenizer, _ = nano()
     info = TokenizerInfo.from_huggingface(fast(tokenizer), stop_token_ids=[tokenizer.token_to_id(END)])
-    compiler, encode = GrammarCompiler(info), encoder(fast(tokenizer))
+    compiler, text = GrammarCompiler(info), TokenText(fast(tokenizer))
     scratch = allocate_token_bitmask(1, info.vocab_size)
     for block in case_blocks:
         matcher = GrammarMatcher(compiler.compile_json_schema(block.case.grammar["json_schema"], any_whitespace=False))
         for token in block.committed:
             matcher.accept_token(token)
         candidates = block.candidates[:, :NUM_CANDIDATES].numpy()
-        cursor = XGrammarCursor(matcher, encode, frozenset(matcher.stop_token_ids))
+        cursor = XGrammarCursor(matcher, text, frozenset(matcher.stop_token_ids), scratch)
         done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, DraftMode.REPAIR)
         rest = block.answer[len(block.committed) :]
         yield {

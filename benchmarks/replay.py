@@ -24,10 +24,11 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_to
 from benchmarks.provenance import provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano, own_cases
 from sglang_orthrus import grammar
-from sglang_orthrus.constrained import NUM_CANDIDATES, encoder
+from sglang_orthrus.constrained import NUM_CANDIDATES
 from sglang_orthrus.grammar import MAX_REPAIRS, Change, choose
-from sglang_orthrus.grammar_cursors import XGrammarCursor
 from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.token_text import TokenText
+from sglang_orthrus.xgrammar_cursor import XGrammarCursor
 
 
 class Way(NamedTuple):
@@ -49,14 +50,14 @@ def replay(drafted: Sequence[Sequence[Block]], way: Way, any_whitespace: bool) -
     """All answers, each as its blocks by the number of committed tokens."""
     tokenizer, _ = nano()
     info = TokenizerInfo.from_huggingface(fast(tokenizer), stop_token_ids=[tokenizer.token_to_id(END)])
-    compiler, encode = GrammarCompiler(info), encoder(fast(tokenizer))
+    compiler, text = GrammarCompiler(info), TokenText(fast(tokenizer))
     scratch = allocate_token_bitmask(1, info.vocab_size)
     num_tokens = rounds = 0
     changes = np.zeros(len(Change), np.int64)
     for answer_blocks in drafted:
         schema, answer = answer_blocks[0].case.grammar["json_schema"], answer_blocks[0].answer
         matcher = GrammarMatcher(compiler.compile_json_schema(schema, any_whitespace=any_whitespace))
-        cursor, committed = XGrammarCursor(matcher, encode, frozenset(matcher.stop_token_ids)), 1
+        cursor, committed = XGrammarCursor(matcher, text, frozenset(matcher.stop_token_ids), scratch), 1
         cursor.advance(answer[:1])
         while committed < len(answer):
             candidates = answer_blocks[committed - 1].candidates[:, : way.candidates].numpy()

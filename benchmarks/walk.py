@@ -77,7 +77,7 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
             grammar = templates[schema].copy()
             for token in block.committed:
                 grammar.accept_token(token)
-            cursor_of(grammar, grammars.encode, scratch)  # as in a request's earlier rounds
+            cursor_of(grammar, grammars.text, scratch)  # as in a request's earlier rounds
             reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
         proposal = Proposal(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
         start = _clocks()

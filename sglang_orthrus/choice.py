@@ -7,7 +7,7 @@ autoregressive view would have chosen it, too. For the third, drafts are accepte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,7 @@ class TokenChoice:
         sampling_backend: str,
     ) -> None:
         self._model = model
+        self._reqs = batch.reqs
         self._info = batch.sampling_info
         self._prefix_lens = batch.seq_lens
         self._anchors = anchors.long()
@@ -163,16 +164,24 @@ class TokenChoice:
         return Drafts(block, q, is_certain, are_drawn, kept, supports, candidates if slots else None)
 
     @property
-    def greedy_requests(self) -> frozenset[int]:
-        """Places of the requests that choose the largest logit."""
-        return frozenset(request for piece in self._pieces if piece.way.is_greedy for request in piece.requests)
+    def foreseeable_requests(self) -> frozenset[int]:
+        """Requests of which `best_tokens` may be asked: greedy ones, where no custom processor would run twice."""
+        return frozenset(
+            request
+            for piece in self._pieces
+            if piece.way.is_greedy and all(self._reqs[other].custom_logit_processor is None for other in piece.requests)
+            for request in piece.requests
+        )
 
-    def best_tokens(self, drafts: Drafts, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What `judge` would choose after every row without masks: [bs, Q] int64; only of requests that are greedy."""
+    def best_tokens(self, drafts: Drafts, hidden_states: torch.Tensor, requests: Collection[int]) -> torch.Tensor:
+        """What `judge` would choose after every row of some requests without masks: [bs, Q] int64, 0 of others.
+
+        The head runs over whole pieces, as in `judge`: over other rows its results differ in the last bits.
+        """
         best = torch.zeros_like(drafts.block)
         place = self._verify_place(drafts.block)
         for piece in self._pieces:
-            if piece.way.is_greedy:
+            if not set(requests).isdisjoint(piece.requests):
                 best[piece.index] = self._logits(hidden_states, piece, place).argmax(dim=-1)
         return best
 
@@ -182,6 +191,7 @@ class TokenChoice:
         hidden_states: torch.Tensor,
         masks: RowMasks | None = None,
         logprobs: RoundLogprobs | None = None,
+        limits: torch.Tensor | None = None,
     ) -> Verdict:
         """Decide what the round emits.
 
@@ -190,20 +200,24 @@ class TokenChoice:
             hidden_states: [bs, Q, hidden] of the autoregressive view.
             masks: what grammars allow after each row.
             logprobs: takes the log probabilities of what is emitted.
+            limits: [bs] int64, the most drafts that may be accepted of each request, where masks are missing behind
+                them. They must not depend on anything that is drawn at random.
         """
         block = drafts.block
         num_accepted = torch.empty_like(self._anchors)
         bonus = torch.empty_like(self._anchors)
         place = self._verify_place(block)
+        if limits is None:
+            limits = torch.full_like(self._anchors, block.shape[1] - 1)
         for piece in self._pieces:
             logits = self._logits(hidden_states, piece, place, masks)
             if self._is_function_of_logits(piece):
                 predictions = self._chosen(logits, piece)
-                accepted = leading(block[piece.index][:, 1:] == predictions[:, :-1])
+                accepted = leading(block[piece.index][:, 1:] == predictions[:, :-1]).minimum(limits[piece.index])
                 num_accepted[piece.index] = accepted
                 bonus[piece.index] = predictions.gather(1, accepted[:, None]).squeeze(1)
             else:
-                num_accepted[piece.index], bonus[piece.index] = self._reject(logits, piece, drafts)
+                num_accepted[piece.index], bonus[piece.index] = self._reject(logits, piece, drafts, limits)
             if logprobs is not None and logprobs.wants(piece):
                 emitted = block[piece.index].roll(-1, dims=1)
                 emitted.scatter_(1, num_accepted[piece.index][:, None], bonus[piece.index][:, None])
@@ -214,7 +228,9 @@ class TokenChoice:
             del logits  # before the next ones are made
         return accept_drafts(block, num_accepted, bonus, self._prefix_lens)
 
-    def _reject(self, logits: torch.Tensor, piece: Piece, drafts: Drafts) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reject(
+        self, logits: torch.Tensor, piece: Piece, drafts: Drafts, limits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rejection sampling over a piece's rows: accepted drafts and the token after them, both [r]."""
         requests, width, vocab_size = logits.shape
         p = self._support(self._scaled(logits, piece), piece)
@@ -222,13 +238,16 @@ class TokenChoice:
             :, :-1
         ]
         accepted = leading(is_accepted(p_of_draft, drafts.q[piece.index], torch.rand_like(p_of_draft)))
+        # The draft behind the limit does not count, whatever its coin: the token there is drawn from p.
+        limit = limits[piece.index]
+        accepted = accepted.minimum(limit)
         first = torch.arange(requests, device=logits.device)
         p_after = p.at(first * width + accepted).probabilities(vocab_size)
-        q_after = self._q_after(piece, drafts, accepted, vocab_size)
+        q_after = torch.where((accepted < limit)[:, None], self._q_after(piece, drafts, accepted, vocab_size), 0)
         return accepted, draw(residual(p_after, q_after))
 
     def _q_after(self, piece: Piece, drafts: Drafts, accepted: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """The distribution of every request's first rejected draft, 0 where there is none. accepted: [r] -> [r, V]"""
+        """The distribution of every request's first rejected draft, if there is one. accepted: [r] -> [r, V]"""
         num_drafts = drafts.tokens.shape[1]
         row = accepted.clamp(max=num_drafts - 1)[:, None]
         support = drafts.supports.get(piece.requests)
@@ -246,8 +265,7 @@ class TokenChoice:
             q = self._support(self._scaled(logits, piece), piece).probabilities(vocab_size)
         is_certain = drafts.is_certain[piece.index].gather(1, row)
         one_hot = torch.zeros_like(q).scatter_(1, drafts.tokens[piece.index].gather(1, row), 1.0)
-        q = torch.where(is_certain, one_hot, q)
-        return torch.where(accepted[:, None] < num_drafts, q, 0)
+        return torch.where(is_certain, one_hot, q)
 
     def _verify_place(self, block: torch.Tensor) -> Place:
         """A verify row knows the block up to its own token. block: [bs, Q]"""

@@ -6,8 +6,10 @@ took 0.3 to 0.5 ms more (docs/log.md).
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 
 Job = Callable[[], None]
@@ -56,3 +58,40 @@ def _work(jobs: Iterator[Job], ends: Ends) -> None:
             ends.put(problem)
         else:
             ends.put(None)
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """How many cores the process may use: those of its affinity mask, or fewer where its control groups have a quota.
+
+    root: of the file system. Quotas of both versions of control groups count, those of enclosing groups, too.
+    """
+    quotas = [quota for folder in _group_folders(root) if (quota := _quota(folder)) is not None]
+    return max(1, int(min([float(len(os.sched_getaffinity(0))), *quotas])))
+
+
+def _group_folders(root: Path) -> Iterator[Path]:
+    """Of the process's groups that may limit processors, and of all that enclose them."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the path may be the host's, and then its own group is at the mount.
+        for mount in {mounts / controllers, mounts / "cpu"} if controllers else {mounts}:
+            folder = mount / path.lstrip("/")
+            yield from (mount, folder, *(parent for parent in folder.parents if mount in parent.parents))
+
+
+def _quota(folder: Path) -> float | None:
+    """In processors; None for no limit."""
+    quota, _, period = _read(folder / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""

@@ -9,6 +9,7 @@ single tokens, in about a microsecond each; a mask takes several, and millisecon
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
 
 ALL_ALLOWED = -1  # as a word of a mask
 # Each repair is a guess, and a block is accepted up to the first wrong one. On the schemas of tests/data six guesses a
@@ -56,21 +58,27 @@ class Cursor(Protocol):
         key: of the grammar, if its engine follows exactly the tokens that its masks allow; else None.
     """
 
-    key: str | None
+    key: int | None
 
-    def advance(self, tokens: Sequence[int]) -> Reach:
-        """Move on as far as the engine follows tokens, and stop before one that ends the text."""
+    def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Reach:
+        """Move on as far as the engine follows tokens, and stop before one that ends the text.
+
+        Behind the first token also where the deadline is over.
+        """
 
     def rollback(self, count: int) -> None:
         """Move back over the last `count` tokens."""
 
-    def forced(self) -> Sequence[int]:
-        """Tokens that must come next, as a model would write them; none if there is a choice."""
+    def forced(self, count: int, deadline: Deadline = NO_DEADLINE) -> Sequence[int]:
+        """Tokens that must come next, as a model would write them; none if there is a choice.
+
+        At most the first `count`, at a cost that grows with these and not with the string.
+        """
 
     def fill(self, masks: torch.Tensor) -> None:
         """Fill masks[0]: what may come next. masks: [n, W] int32 on the CPU."""
 
-    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> bool:
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> int:
         """Fill masks[0] here and masks[j] after drafts 0..j-1, up to the first draft that it refuses. Moves nothing.
 
         Rows behind may be written to or not.
@@ -78,10 +86,10 @@ class Cursor(Protocol):
         Args:
             block: [Q] int64 on the CPU, drafts from the second place on.
             masks: [Q, W] int32 on the CPU.
-            limit: in seconds, after which an engine that can be interrupted gives up.
+            limit: in seconds, after which no further row is begun; 0 for the first row alone.
 
         Returns:
-            Whether all is done.
+            How many leading rows are filled, at least 1; Q if all that matter are.
         """
 
 
@@ -107,12 +115,19 @@ class Choice(NamedTuple):
     reach: Reach
 
 
-def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, mode: DraftMode) -> Choice:
+def choose(
+    cursor: Cursor,
+    drafts: Ids,
+    candidates: Ids,
+    scratch: torch.Tensor,
+    mode: DraftMode,
+    deadline: Deadline = NO_DEADLINE,
+) -> Choice:
     """Walk a block once, from the committed text on, and change drafts on the way.
 
-    It ends early at a stop token, where the grammar allows nothing, or at the first draft that it refuses after
-    `MAX_REPAIRS`. Positions are kept: the drafts behind a changed one stay where they are, since each was made for its
-    place in the text.
+    It ends early at a stop token, where the grammar allows nothing, at the first draft that it refuses after
+    `MAX_REPAIRS`, or where its time is over: a grammar may take milliseconds per token. Positions are kept: the
+    drafts behind a changed one stay where they are, since each was made for its place in the text.
 
     Args:
         cursor: at the committed text, anchor included; it is there again afterwards.
@@ -120,6 +135,7 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
         candidates: [Q-1, K] its K best choices, best first.
         scratch: [n, W] int32 on the CPU; its first row is for a mask where the first candidates are not allowed.
         mode: see `DraftMode`.
+        deadline: after which the rest of the drafts stays as it is.
     """
     tokens = drafts.tolist()
     changes = list[tuple[slice, Change]]()
@@ -128,11 +144,14 @@ def choose(cursor: Cursor, drafts: Ids, candidates: Ids, scratch: torch.Tensor, 
     while row < len(tokens):
         may_change = mode is not DraftMode.OFF and num_repairs < MAX_REPAIRS
         if mode is not DraftMode.FULL or not may_change:
-            reach = cursor.advance(tokens[row:])
+            reach = cursor.advance(tokens[row:], deadline)
             row += reach.moved
             if not may_change or reach.ended or row == len(tokens):
                 break
-        chosen, change, reach = _allowed(cursor, candidates[row], scratch)
+        if deadline.is_over():
+            reach = Reach(0, False)
+            break
+        chosen, change, reach = _allowed(cursor, candidates[row], scratch, len(tokens) - row, deadline)
         if not chosen:
             break
         if mode is DraftMode.FULL:
@@ -163,17 +182,21 @@ def _unchanged(length: int) -> npt.NDArray[np.int8]:
     return marks
 
 
-def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[list[int], Change, Reach]:
-    """What to draft from here on: the forced tokens, or the best candidate, or the lowest id; nothing at a dead end.
+def _allowed(
+    cursor: Cursor, candidates: Ids, scratch: torch.Tensor, count: int, deadline: Deadline
+) -> tuple[list[int], Change, Reach]:
+    """What to draft from here on: `count` forced tokens, or the best candidate, or the lowest id; or nothing.
 
-    Moves over the first of them.
+    Moves over the first of them. Nothing is found at a dead end, or where the time is over.
     """
-    forced = list(cursor.forced())
+    forced = list(cursor.forced(count, deadline))
     if forced and (reach := cursor.advance(forced[:1])).length:
         return forced, Change.FORCED, reach
     for token in candidates[:NUM_TRIED].tolist():
         if (reach := cursor.advance([token])).length:
             return [token], Change.REPAIRED, reach
+    if deadline.is_over():
+        return [], Change.REPAIRED, Reach(0, False)
     cursor.fill(scratch)
     best = best_allowed(candidates[NUM_TRIED:], scratch.numpy()[0])
     if best is None:
@@ -181,7 +204,9 @@ def _allowed(cursor: Cursor, candidates: Ids, scratch: torch.Tensor) -> tuple[li
     return [best], Change.REPAIRED, cursor.advance([best])
 
 
-def fill_where_refused(cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tensor) -> int:
+def fill_where_refused(
+    cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tensor, limit: float = float("inf")
+) -> tuple[int, int]:
     """Fill only the masks that change what verification makes of a block, given what it would choose without any.
 
     A chosen token that the grammar allows is chosen with its mask, too. So a mask is needed where the grammar refuses
@@ -192,12 +217,18 @@ def fill_where_refused(cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tens
         drafts: [Q-1] that were verified.
         best: [Q] the best token after each row of the block, any token allowed.
         masks: [Q, W] int32 on the CPU, allowing all.
+        limit: see `Cursor.fill_block`.
 
     Returns:
-        How many leading rows may have been written to.
+        How many leading rows may have been written to, and how many hold what is needed: Q if all do.
     """
+    end = time.perf_counter() + limit
     row = moved = 0
+    num_right = len(best)
     for row, token in enumerate(best.tolist()):
+        if row and time.perf_counter() >= end:
+            num_right = row
+            break
         draft = drafts.item(row) if row < len(drafts) else None
         reach = cursor.advance([token])
         if reach.length and token != draft:  # the last token of the round
@@ -212,7 +243,7 @@ def fill_where_refused(cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tens
         if not reach.moved:
             break
     cursor.rollback(moved)
-    return row + 1
+    return row + 1, num_right
 
 
 def is_allowed(token: int, mask: Masks) -> bool:

@@ -25,7 +25,7 @@ class GrammarStats:
     Args:
         log_interval: a log line every so many rounds that have a grammar.
         with_metrics: whether to export `sglang_orthrus:grammar_drafts_total{change="none"|"repaired"|"forced"}`,
-            `sglang_orthrus:grammar_blocks_total{masks="all"|"needed"}` and the histograms
+            `sglang_orthrus:grammar_blocks_total{masks="all"|"needed"|"cut"}` and the histograms
             `sglang_orthrus:grammar_choose_seconds`, which verification waits for, and
             `sglang_orthrus:grammar_walk_seconds`, with the masks, beside SGLang's metrics.
     """
@@ -61,11 +61,17 @@ class GrammarStats:
             )
 
     def count(
-        self, choices: Sequence[Choice], choose_seconds: float, masks_seconds: float, num_sparse: int = 0
+        self,
+        choices: Sequence[Choice],
+        choose_seconds: float,
+        masks_seconds: float,
+        num_sparse: int = 0,
+        num_cut: int = 0,
     ) -> None:
         """Count one round: its drafts, the time to choose them and that to fill their masks.
 
-        num_sparse: how many of the blocks have none but the masks that were needed.
+        num_sparse: how many of the blocks have none but the masks that were needed, and all of those.
+        num_cut: how many end before their last mask.
         """
         if not choices:
             return
@@ -77,8 +83,12 @@ class GrammarStats:
         if self._drafts_metric is not None:
             for change in Change:
                 self._drafts_metric.labels(change=change.name.lower()).inc(int(drafts[change]))
-            self._blocks_metric.labels(masks="all").inc(len(choices) - num_sparse)
-            self._blocks_metric.labels(masks="needed").inc(num_sparse)
+            for masks, count in (
+                ("needed", num_sparse),
+                ("cut", num_cut),
+                ("all", len(choices) - num_sparse - num_cut),
+            ):
+                self._blocks_metric.labels(masks=masks).inc(count)
             self._choose_metric.observe(choose_seconds)
             self._seconds_metric.observe(seconds)
         if len(self._seconds) >= self._log_interval:

@@ -15,6 +15,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
 from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus import compat, flashinfer_plans, request_hooks
 from sglang_orthrus.accounting import count_running_requests_only
@@ -251,18 +252,17 @@ class OrthrusWorker(BaseSpecWorker):
         model = self.model_runner.model
         choice = TokenChoice(model, batch, layout.ids[:, 0], adjustments, width, self._sampling_backend)
         constrained = self._grammars.rows_of(batch.reqs) if batch.has_grammar else []
-        guided = constrained if self._grammars.changes_drafts else []
 
         draft = self._runner.draft(batch, layout)
-        drafts = choice.draft(draft.hidden_states[:, : width - 1], guided, self._grammars.num_candidates)
+        drafts = choice.draft(draft.hidden_states[:, : width - 1], constrained, self._grammars.num_candidates)
         proposal = None
-        if constrained:
+        if drafts.candidates is not None:
             # What prefill left there would be applied again by SGLang's sampler.
             batch.sampling_info.grammar_mask = None
-            candidates = drafts.candidates
-            if candidates is None:
-                candidates = drafts.tokens[rows_index(constrained, drafts.tokens.device)][:, :, None]
-            proposal = Proposal(candidates)
+            proposal = Proposal(drafts.candidates)
+            if not self._grammars.changes_drafts:
+                # A round may be cut where masks take long, so its drafts must not be drawn at random.
+                drafts.propose_inplace(rows_index(constrained, drafts.tokens.device), drafts.candidates[:, :, 0])
         prepared = self._runner.prepare_verify(batch, layout, draft, drafts.block)
         return DraftedRound(batch, adjustments, choice, constrained, draft.replayed, drafts, proposal, prepared)
 
@@ -281,17 +281,16 @@ class OrthrusWorker(BaseSpecWorker):
         # Verify needs no masks, and the masks no result of verify: what follows on the host runs at the same time.
         if constrained and chosen is None:
             chosen = self._choose(drafted)
-        masks = None
+        masks = limits = None
         if chosen is not None:
-            # Whether nothing but the choice itself would tell that a mask was left out.
-            can_be_spared = (
-                choice.greedy_requests.issuperset(constrained)
-                and not batch.return_logprob
-                and not batch.sampling_info.has_custom_logit_processor
-            )
-            best_of = partial(_best_of, choice, drafts, verify.hidden_states, constrained) if can_be_spared else None
-            masks = RowMasks(self._grammars.masks(chosen, best_of), constrained)
-        verdict = choice.judge(drafts, verify.hidden_states, masks, logprobs)
+            # Requests for which nothing but the choice itself would tell that a mask was left out.
+            rows = {row for row in choice.foreseeable_requests if not batch.reqs[row].return_logprob}
+            foreseeable = {number for number, row in enumerate(constrained) if row in rows}
+            best_of = partial(_best_of, choice, drafts, verify.hidden_states, constrained)
+            filled = self._grammars.masks(chosen, foreseeable, best_of)
+            masks = RowMasks(filled.mask, constrained)
+            limits = _limits(filled.limits, constrained, drafts.tokens)
+        verdict = choice.judge(drafts, verify.hidden_states, masks, logprobs, limits)
         self._history.extend(batch, drafted.adjustments, drafts.block, verdict)
         return RoundEnd(verdict, path if verify.replayed else Path.EAGER, logprobs)
 
@@ -302,8 +301,27 @@ class OrthrusWorker(BaseSpecWorker):
         return self._grammars.choose(drafted.batch.reqs, drafted.constrained, drafted.proposal, vocab_size)
 
 
-def _best_of(choice: TokenChoice, drafts: Drafts, hidden_states: torch.Tensor, requests: Sequence[int]) -> Ids:
-    return choice.best_tokens(drafts, hidden_states).cpu().numpy()[requests]
+def _best_of(
+    choice: TokenChoice,
+    drafts: Drafts,
+    hidden_states: torch.Tensor,
+    constrained: Sequence[int],
+    numbers: Sequence[int],
+) -> Ids:
+    """The best tokens of some of the constrained requests, given by their numbers among these: [n, Q]."""
+    requests = [constrained[number] for number in numbers]
+    return choice.best_tokens(drafts, hidden_states, requests).cpu().numpy()[requests]
+
+
+def _limits(of_constrained: Sequence[int], constrained: Sequence[int], tokens: torch.Tensor) -> torch.Tensor | None:
+    """The most drafts that may be accepted: [bs] int64; None for all. tokens: [bs, Q-1] the drafts."""
+    num_requests, num_drafts = tokens.shape
+    if min(of_constrained) == num_drafts:
+        return None
+    limits = [num_drafts] * num_requests
+    for row, limit in zip(constrained, of_constrained, strict=True):
+        limits[row] = limit
+    return async_h2d(limits, dtype=torch.int64, device=tokens.device)
 
 
 def _is_plain(batch: ScheduleBatch) -> bool:

@@ -20,12 +20,13 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.speculative.spec_utils import GrammarTree, generate_token_bitmask
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal, encoder
+from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.demo import NANO
 from sglang_orthrus.grammar import Change, Choice, Cursor, Reach, choose, is_allowed
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.token_text import TokenText
 from tests.grammars import judged
 
 SCHEMA = json.dumps(
@@ -43,7 +44,8 @@ SCHEMA = json.dumps(
 VOCABULARY = 4096
 WIDTH = 32
 TOKENIZER = get_tokenizer(str(NANO))
-ENCODE = encoder(TOKENIZER)
+TEXT = TokenText(TOKENIZER)
+ENCODE = TEXT.encode
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 THINK_END = TOKENIZER.convert_tokens_to_ids("</think>")
 
@@ -74,7 +76,7 @@ def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = 
     candidates[: len(drafts), 0] = drafts[: WIDTH - 1]
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
     before = allowed_by_sglang(grammar, candidates[:, 0])
-    cursor = cursor_of(grammar, ENCODE, scratch())
+    cursor = cursor_of(grammar, TEXT, scratch())
     done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
     cursor.fill_block(block_of(done.tokens), masks)
@@ -169,7 +171,7 @@ def test_a_special_token_that_spells_a_forced_string() -> None:
     candidates = np.full((WIDTH - 1, 2), special)
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
     for mode in DraftMode:
-        cursor = cursor_of(grammar, ENCODE, scratch())
+        cursor = cursor_of(grammar, TEXT, scratch())
         done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
         cursor.fill_block(block_of(done.tokens), masks)
         assert is_walkable(grammar), mode
@@ -211,7 +213,7 @@ def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend
     waiting = reasoner(grammar)
     waiting.accept_token(THINK_END)
     for given in (*ENCODE("yes, because it"), *ENCODE("rains"), None):
-        for cursor in (cursor_of(grammar, ENCODE, scratch()), ReasonerCursor(waiting, ENCODE, scratch())):
+        for cursor in (cursor_of(grammar, TEXT, scratch()), ReasonerCursor(waiting, TEXT, scratch())):
             grammar.fill_vocab_mask(mask, 0)
             allowed = {token for token in range(VOCABULARY) if is_allowed(token, mask.numpy()[0])}
             followed = {token for token in range(VOCABULARY) if follows(cursor, token)}
@@ -221,7 +223,7 @@ def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend
                 assert all(TOKENIZER.decode([forced]).startswith(TOKENIZER.decode([token])) for token in followed)
         if given is not None:
             grammar.accept_token(given)
-    for cursor in (cursor_of(grammar, ENCODE, scratch()), ReasonerCursor(waiting, ENCODE, scratch())):
+    for cursor in (cursor_of(grammar, TEXT, scratch()), ReasonerCursor(waiting, TEXT, scratch())):
         assert cursor.advance([END, END]) == cursor.advance([END]) == (1, True), "it stays before the end"
 
 
@@ -246,7 +248,7 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
         candidates = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, (len(rows), WIDTH - 1, 16)))
         chosen = grammars.choose(reqs, rows, Proposal(candidates), VOCABULARY)
         assert torch.arange(len(reqs))[chosen.rows].tolist() == rows
-        all_masks = grammars.masks(chosen).vocab_mask
+        all_masks = grammars.masks(chosen).mask.vocab_mask
         assert all_masks.shape == (len(rows) * WIDTH, VOCABULARY // 32)
         for slot, row in enumerate(rows):
             masks = all_masks[slot * WIDTH : (slot + 1) * WIDTH]
@@ -256,7 +258,7 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
                 assert torch.equal(chosen.drafts[slot], candidates[slot, :, 0])
             else:
                 drafts = chosen.drafts[slot].tolist()
-                num_masks = num_masks_of(reach_of(cursor_of(grammar, ENCODE, scratch()), drafts))
+                num_masks = num_masks_of(reach_of(cursor_of(grammar, TEXT, scratch()), drafts))
                 assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, drafts)[:num_masks])
 
     constrain([request(None), request(json_grammar), request(regex), request(json_grammar.copy(), finished=True)])
@@ -282,7 +284,7 @@ def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBacke
     def filled(masks: torch.Tensor) -> int:
         return int((masks != -1).any(dim=1).sum())
 
-    everything = grammars.masks(chosen()).vocab_mask.clone()
+    everything = grammars.masks(chosen()).mask.vocab_mask.clone()
     grammars._slow_keys.clear()
     drafts = chosen().drafts.numpy()
     scores = rng.random((2, WIDTH, VOCABULARY))
@@ -313,7 +315,7 @@ def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGr
     def chosen() -> Chosen:
         return grammars.choose([request(grammar)], [0], Proposal(candidates), VOCABULARY)
 
-    masks = grammars.masks(chosen()).vocab_mask.numpy()
+    masks = grammars.masks(chosen()).mask.vocab_mask.numpy()
     behind = [token for token in range(VOCABULARY) if masks[len(text)][token >> 5] >> (token & 31) & 1]
     assert behind == [END]
     for token in [*text, END]:
@@ -335,7 +337,7 @@ def test_xgrammar_keeps_the_interpreters_lock_along_a_walk() -> None:
     """Another thread that wants it all the time does not run; it may once somebody has had it for a minute."""
     backend = XGrammarGrammarBackend(TOKENIZER, vocab_size=VOCABULARY, model_eos_token_ids=[END], any_whitespace=False)
     grammar = backend.dispatch_regex("a*")
-    cursor, tokens = cursor_of(grammar, ENCODE, scratch()), [ENCODE("a")[0]] * 100
+    cursor, tokens = cursor_of(grammar, TEXT, scratch()), [ENCODE("a")[0]] * 100
     turns, over = [0], threading.Event()
 
     def work() -> None:

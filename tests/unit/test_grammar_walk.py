@@ -22,6 +22,7 @@ from sglang_orthrus.grammar import (
     is_allowed,
 )
 from sglang_orthrus.settings import DraftMode, slow_mask_seconds
+from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
 from tests.grammars import judged
 
 STOP = 63
@@ -32,7 +33,7 @@ UNTOUCHED = 0x55555555
 class Language:
     """The cursor of a finite language, ends of text included. It is forced to a string where there is no choice."""
 
-    key = "texts"
+    key = 1
 
     def __init__(self, texts: Sequence[Sequence[int]], forces: bool = True) -> None:
         self._texts = [[*text, STOP] for text in texts]
@@ -52,7 +53,7 @@ class Language:
             past.append(token)
         return Reach(len(tokens), False)
 
-    def advance(self, tokens: Sequence[int]) -> Reach:
+    def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Reach:
         reach = self._reach(tokens)
         self.past += tokens[: reach.moved]
         return reach
@@ -60,19 +61,20 @@ class Language:
     def rollback(self, count: int) -> None:
         del self.past[len(self.past) - count :]
 
-    def forced(self) -> list[int]:
+    def forced(self, count: int, deadline: Deadline = NO_DEADLINE) -> list[int]:
         past = list(self.past)
         while self._forces and len(allowed := self._next(past)) == 1 and STOP not in allowed:
             past += allowed
-        return past[len(self.past) :]
+        return past[len(self.past) :][:count]
 
     def fill(self, masks: torch.Tensor) -> None:
         masks[0] = mask_of(self._next(self.past))
 
-    def fill_block(self, block: torch.Tensor, masks: torch.Tensor) -> None:
+    def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> int:
         tokens = block.tolist()[1:]
         for row in range(self.num_masks(tokens)):
             masks[row] = mask_of(self._next([*self.past, *tokens[:row]]))
+        return len(masks)
 
     def num_masks(self, tokens: Sequence[int]) -> int:
         """Rows that matter: up to the first token that is refused, or the one that ends the text."""
@@ -182,7 +184,7 @@ def test_full_also_replaces_what_is_allowed_but_not_forced() -> None:
     """The language forces 1 2, two tokens; the single token 12 is another way to write them."""
 
     class TwoWays(Language):
-        def forced(self) -> list[int]:
+        def forced(self, count: int, deadline: Deadline = NO_DEADLINE) -> list[int]:
             return [1, 2] if not self.past else []
 
     texts = [[1, 2, 3], [12, 3]]
@@ -223,8 +225,9 @@ def test_masks_where_a_choice_is_refused_decide_as_all_masks_do(mode: DraftMode,
         scores[row, token] += rng.random() < 0.9  # a good drafter
         scores[row, rng.randrange(5)] += rng.random() < 0.3
     few = torch.full_like(masks, ALL_ALLOWED)
-    num_touched = fill_where_refused(cursor, np.array(tokens), scores.argmax(axis=1), few)
+    num_touched, num_right = fill_where_refused(cursor, np.array(tokens), scores.argmax(axis=1), few)
     assert cursor.past == []
+    assert num_right == 13
     assert (few[num_touched:] == ALL_ALLOWED).all()
     assert judged(tokens, scores, few, STOP) == judged(tokens, scores, masks, STOP)
     assert (few != ALL_ALLOWED).any(dim=1).sum() <= num_masks + 1
@@ -233,7 +236,7 @@ def test_masks_where_a_choice_is_refused_decide_as_all_masks_do(mode: DraftMode,
 def test_no_mask_is_filled_where_all_choices_are_allowed() -> None:
     cursor = Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False)
     masks = torch.full((4, WORDS), ALL_ALLOWED, dtype=torch.int32)
-    assert fill_where_refused(cursor, np.array([1, 2, 3]), np.array([1, 2, 5, 9]), masks) == 3
+    assert fill_where_refused(cursor, np.array([1, 2, 3]), np.array([1, 2, 5, 9]), masks) == (3, 4)
     assert (masks == ALL_ALLOWED).all()
 
 
@@ -273,7 +276,7 @@ def test_the_mode_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_slow_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ORTHRUS_SLOW_MASK_MS", raising=False)
     assert slow_mask_seconds() == 0.01
-    assert slow_mask_seconds(is_cpu=True) == float("inf")
+    assert slow_mask_seconds(is_cpu=True) == 0.1
     monkeypatch.setenv("ORTHRUS_SLOW_MASK_MS", "0")
     assert slow_mask_seconds() == slow_mask_seconds(is_cpu=True) == 0
     for value in ("-1", "nan", "soon"):

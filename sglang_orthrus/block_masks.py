@@ -1,0 +1,176 @@
+"""Fills the masks of a round's blocks, in parallel and within its time.
+
+Letters: R constrained requests, Q verify width, W words of a mask row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from sglang_orthrus.block_buffers import BlockBuffers, Slot
+from sglang_orthrus.crew import Crew, Job, available_cores
+from sglang_orthrus.grammar import Choice, Cursor, Ids, Reach, allow_only, fill_where_refused
+from sglang_orthrus.grammar_cursors import GuidanceCursor, fill_blocks
+from sglang_orthrus.slow_masks import SlowGrammars, TimeShares
+
+# On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
+# slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
+MAX_THREADS = 12
+
+# For some requests, by their numbers among the constrained ones: [n, Q].
+BestOf = Callable[[Sequence[int]], Ids]
+
+
+class Walk(NamedTuple):
+    """A grammar along a block: its cursor, at the committed text, and what became of the drafts."""
+
+    cursor: Cursor
+    choice: Choice
+
+
+class Filled(NamedTuple):
+    """What was filled.
+
+    Attributes:
+        limits: [R] the most drafts that may be accepted of each block: behind them its masks are missing.
+        num_sparse: blocks that have no masks but those that were needed.
+        seconds: that it took.
+    """
+
+    limits: list[int]
+    num_sparse: int
+    seconds: float
+
+
+class _Block(NamedTuple):
+    """How a block was filled: its leading rows, the time it was given, and the processor time that it took."""
+
+    num_rows: int
+    limit: float
+    processor_seconds: float
+
+
+class MaskFiller:
+    """Some engines' masks take tens of milliseconds in some places.
+
+    So the masks of a round are filled for no longer than its time, but at least one of each block, and a block ends at
+    the last one. And a grammar that is slow is asked for no mask that makes no difference, if that can be known.
+
+    Args:
+        buffers: with the blocks.
+        width: Q.
+        seconds: the time of a round.
+    """
+
+    def __init__(self, buffers: BlockBuffers, width: int, seconds: float) -> None:
+        self._buffers = buffers
+        self._width = width
+        self._seconds = seconds
+        self._slow = SlowGrammars()
+        # The engines fill masks outside the interpreter's lock.
+        self._num_threads = min(MAX_THREADS, available_cores())
+        self._crew = Crew(self._num_threads, "orthrus-grammar")
+
+    def fill(self, walks: Sequence[Walk | None], foreseeable: Collection[int], best_of: BestOf) -> Filled:
+        """Fill the masks of the first R blocks.
+
+        Args:
+            walks: [R], None where a grammar has nothing to say.
+            foreseeable: numbers of the requests whose best tokens can be known.
+            best_of: waits for verification and gives the best token after every row of some of their blocks, any token
+                allowed.
+        """
+        self._slow.begin_round()
+        started = time.perf_counter()
+        keys = {
+            number: walk.cursor.key
+            for number, walk in enumerate(walks)
+            if walk is not None and walk.cursor.key is not None and number in foreseeable
+        }
+        sparse = {number for number, key in keys.items() if key in self._slow}
+        limits = [self._width - 1] * len(walks)
+        for number, block in self._fill_blocks(walks, sparse).items():
+            is_cut = block.num_rows < self._width
+            if number not in keys:
+                limits[number] = block.num_rows - 1
+                continue
+            # The clock ends a block that waited for a processor, too.
+            if (is_cut and block.processor_seconds >= block.limit / 2) or block.processor_seconds >= self._seconds:
+                self._slow.add(keys[number])
+            if is_cut:
+                sparse.add(number)
+        seconds = time.perf_counter() - started
+        if sparse:
+            numbers = sorted(sparse)
+            best = best_of(numbers)
+            started = time.perf_counter()
+            shares = TimeShares(self._seconds - seconds, len(numbers), self._num_threads)
+            self._crew.run(
+                [
+                    partial(self._fill_where_refused, walks[number], number, own, shares, limits)
+                    for number, own in zip(numbers, best, strict=True)
+                ]
+            )
+            seconds += time.perf_counter() - started
+        return Filled(limits, sum(limits[number] == self._width - 1 for number in sparse), seconds)
+
+    def _fill_blocks(self, walks: Sequence[Walk | None], but: Collection[int]) -> dict[int, _Block]:
+        """Fill the masks of all blocks but some, side by side if there are several."""
+        filled = dict[int, _Block]()
+        wanted = [(number, walk) for number, walk in enumerate(walks) if walk is not None and number not in but]
+        guided = [
+            (number, walk.cursor, walk.choice.reach)
+            for number, walk in wanted
+            if isinstance(walk.cursor, GuidanceCursor)
+        ]
+        others = [(number, walk) for number, walk in wanted if not isinstance(walk.cursor, GuidanceCursor)]
+        shares = TimeShares(self._seconds, len(others) + bool(guided), self._num_threads)
+        # The longest first, so that the threads end together.
+        others.sort(key=lambda one: one[1].choice.reach.length, reverse=True)
+        fills: list[Job] = [partial(self._fill, number, walk, shares, filled) for number, walk in others]
+        if guided:
+            fills.append(partial(self._fill_guided, guided, shares, filled))
+        self._crew.run(fills)
+        return filled
+
+    def _fill(self, number: int, walk: Walk, shares: TimeShares, filled: dict[int, _Block]) -> None:
+        slot, limit = self._buffers.slots[number], shares.take()
+        started = time.thread_time()
+        num_rows = walk.cursor.fill_block(slot.block, slot.masks, limit)
+        filled[number] = _Block(num_rows, limit, time.thread_time() - started)
+        _close_end(slot, walk.choice.reach)
+
+    def _fill_where_refused(
+        self, walk: Walk | None, number: int, best: Ids, shares: TimeShares, limits: list[int]
+    ) -> None:
+        assert walk is not None, "a grammar with nothing to say is not slow"
+        slot = self._buffers.slots[number]
+        slot.allow_all()
+        slot.num_filled, num_right = fill_where_refused(walk.cursor, slot.drafts, best, slot.masks, shares.take())
+        limits[number] = num_right - 1
+        _close_end(slot, walk.choice.reach)
+
+    def _fill_guided(
+        self, guided: Sequence[tuple[int, GuidanceCursor, Reach]], shares: TimeShares, filled: dict[int, _Block]
+    ) -> None:
+        cursors, limit = [(number, cursor) for number, cursor, _ in guided], shares.take()
+        started = time.thread_time()
+        num_rows = fill_blocks(cursors, self._buffers.blocks, self._buffers.masks, limit)
+        block = _Block(num_rows, limit, time.thread_time() - started)
+        for number, _, reach in guided:
+            filled[number] = block
+            _close_end(self._buffers.slots[number], reach)
+
+
+def _close_end(slot: Slot, reach: Reach) -> None:
+    """Behind a stop token allow only the same again.
+
+    SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
+    another one.
+    """
+    if reach.ended:
+        allow_only(slot.drafts.item(reach.length - 1), slot.bits[reach.length])
+        slot.num_filled = max(slot.num_filled, reach.length + 1)
