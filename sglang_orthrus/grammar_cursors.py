@@ -107,14 +107,10 @@ def fill_blocks(
 
     if isfinite(limit):
         started = time.perf_counter()
-        fill(1)
-        if limit <= 0:
-            return 1
-        seconds = time.perf_counter() - started
         fill(2)
-        seconds = max(seconds, (time.perf_counter() - started) / 2)
+        seconds = (time.perf_counter() - started) / 2
         if seconds > limit / _NUM_QUICK_ROWS:
-            num_rows = max(2, min(width, int(limit / seconds)))
+            num_rows = max(1, min(width, int(limit / seconds)))
             if num_rows > 2:
                 fill(num_rows)
             return num_rows

@@ -24,6 +24,7 @@ _STOP_IDS: WeakKeyDictionary[XGrammarGrammar, frozenset[int]] = WeakKeyDictionar
 _MAX_FORCED_WORDS = 64
 # In the first word of rows that are not filled yet. If a grammar should allow just these, a row counts as not filled.
 _UNFILLED = 0x5A5A5A5A
+_NO_DRAFTS = torch.zeros(1, dtype=torch.int64)
 
 
 class _ShortCalls(NamedTuple):
@@ -31,6 +32,7 @@ class _ShortCalls(NamedTuple):
 
     accept_token: Any
     rollback: Any
+    fill_next_token_bitmask: Any
 
 
 @cache
@@ -100,7 +102,7 @@ class XGrammarCursor:
         words = self._scratch.numpy()[0]
         found, moved = b"", 0
         while moved <= count and len(found) <= BYTES_PER_TOKEN * count and not (deadline.is_over() or self._is_open()):
-            self.fill(self._scratch)
+            self._calls.fill_next_token_bitmask(self._handle, self._scratch, 0, False)
             token = self._only_token(words)
             if token is None or not self._calls.accept_token(self._handle, token, False):
                 break
@@ -114,9 +116,10 @@ class XGrammarCursor:
         return any(self._allows(first) and self._allows(second) for first, second in self._text.probes)
 
     def _allows(self, token: int) -> bool:
-        is_allowed = bool(self._calls.accept_token(self._handle, token, False))
-        self.rollback(is_allowed)
-        return is_allowed
+        if not self._calls.accept_token(self._handle, token, False):
+            return False
+        self.rollback(1)
+        return True
 
     def _only_token(self, words: Masks) -> int | None:
         """The longest token that a mask allows, if all others spell its beginning. words: [W]."""
@@ -132,7 +135,7 @@ class XGrammarCursor:
 
     def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""
-        self._matcher.fill_next_token_bitmask(masks, 0)
+        self._matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, masks[:1])
 
     def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> int:
         """See `Cursor`. XGrammar says whether it is done, but not how far it came: the rows tell."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from sglang_orthrus.crew import Crew
+from sglang_orthrus.crew import Crew, available_cores
 
 
 @pytest.mark.parametrize("num_jobs", [0, 1, 3, 4, 100])
@@ -61,3 +62,59 @@ def test_a_problem_is_raised_when_all_others_are_done_and_the_crew_works_on(fail
         with pytest.raises(ValueError, match=f"^{failing}$"):
             crew.run([partial(job, number) for number in range(8)])
         assert sorted(done) == [number for number in range(8) if number != failing]
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    return root
+
+
+V2, V1 = "0::/own/group", "4:memory:/x\n3:cpu,cpuacct:/own\n0::/"
+V1_FOLDER = "sys/fs/cgroup/cpu,cpuacct"
+CONTROL_GROUPS: dict[str, tuple[dict[str, str], float]] = {
+    "none": ({}, 64),
+    "no quota": ({"proc/self/cgroup": V2, "sys/fs/cgroup/own/group/cpu.max": "max 100000"}, 64),
+    "two and a half": ({"proc/self/cgroup": V2, "sys/fs/cgroup/own/group/cpu.max": "250000 100000"}, 2),
+    "less than one": ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+    "of an enclosing group": (
+        {
+            "proc/self/cgroup": V2,
+            "sys/fs/cgroup/own/group/cpu.max": "max 100000",
+            "sys/fs/cgroup/own/cpu.max": "300000 100000",
+        },
+        3,
+    ),
+    "path of the host": ({"proc/self/cgroup": "0::/docker/1234", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
+    "version 1": (
+        {
+            "proc/self/cgroup": V1,
+            f"{V1_FOLDER}/own/cpu.cfs_quota_us": "500000",
+            f"{V1_FOLDER}/own/cpu.cfs_period_us": "100000",
+        },
+        5,
+    ),
+    "version 1, no quota": (
+        {
+            "proc/self/cgroup": V1,
+            f"{V1_FOLDER}/cpu.cfs_quota_us": "-1",
+            f"{V1_FOLDER}/cpu.cfs_period_us": "100000",
+        },
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTROL_GROUPS)
+def test_cores_follow_the_quota_of_control_groups(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, expected = CONTROL_GROUPS[name]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert available_cores(write(tmp_path, files)) == expected
+
+
+def test_cores_follow_the_affinity_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, _ = CONTROL_GROUPS["path of the host"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5})
+    assert available_cores(write(tmp_path, files)) == 1

@@ -26,6 +26,7 @@ from sglang_orthrus.grammar import Change, Choice, Cursor, Reach, choose, is_all
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.slow_masks import NUM_SLOW_BLOCKS
 from sglang_orthrus.token_text import TokenText
 from tests.grammars import judged
 
@@ -266,40 +267,78 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
     constrain([request(regex), request(json_grammar), request(None), request(ended), request(regex.copy())])
 
 
-@pytest.mark.parametrize("slow_seconds", [0, 1e-9])
-def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBackend, slow_seconds: float) -> None:
-    """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled.
+class Judged:
+    """Two blocks, what verification would choose in them, and all of their masks."""
 
-    No time sets no limit, so that grammars are known to be slow in the second round; a nanosecond ends the first.
-    """
+    def __init__(self, backend: BaseGrammarBackend) -> None:
+        self.reqs = [request(backend.dispatch_json(SCHEMA)), request(backend.dispatch_regex("[a-c]{40}"))]
+        rng = np.random.default_rng(2)
+        self.candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, WIDTH - 1, 16)))
+        unlimited = block_grammars()
+        chosen = self.choose(unlimited)
+        self.drafts = chosen.drafts.numpy().copy()
+        self.masks = unlimited.masks(chosen).mask.vocab_mask.clone()
+        self.scores = rng.random((2, WIDTH, VOCABULARY))
+        np.put_along_axis(self.scores[:, :-1], self.drafts[:, :, None], 2.0, axis=2)
+        wrong = rng.random((2, WIDTH)) < 0.2
+        self.scores[wrong, rng.integers(0, VOCABULARY, wrong.sum())] = 3.0
+
+    def choose(self, grammars: BlockGrammars) -> Chosen:
+        return grammars.choose(self.reqs, [0, 1], Proposal(self.candidates), VOCABULARY)
+
+    def best(self, numbers: Sequence[int]) -> np.ndarray:
+        return self.scores.argmax(axis=2)[list(numbers)]
+
+    def emitted(self, masks: torch.Tensor) -> list[list[int]]:
+        rows = (slice(slot * WIDTH, (slot + 1) * WIDTH) for slot in (0, 1))
+        return [judged(self.drafts[slot], self.scores[slot], masks[own], END) for slot, own in enumerate(rows)]
+
+
+def block_grammars(seconds: float = float("inf")) -> BlockGrammars:
     stats = GrammarStats(log_interval=100, with_metrics=False)
-    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats, slow_seconds)
-    reqs = [request(backend.dispatch_json(SCHEMA)), request(backend.dispatch_regex("[a-c]{40}"))]
-    rng = np.random.default_rng(2)
-    candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, WIDTH - 1, 16)))
+    return BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats, seconds)
 
-    def chosen() -> Chosen:
-        return grammars.choose(reqs, [0, 1], Proposal(candidates), VOCABULARY)
 
-    def filled(masks: torch.Tensor) -> int:
-        return int((masks != -1).any(dim=1).sum())
+def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBackend) -> None:
+    """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled."""
+    world, grammars = Judged(backend), block_grammars(60.0)
+    chosen = world.choose(grammars)
+    for walk in chosen.walks:
+        assert walk is not None
+        for _ in range(NUM_SLOW_BLOCKS):
+            grammars._filler._slow.add(walk.cursor.key or 0)
+    few = grammars.masks(chosen, {0, 1}, world.best)
+    assert few.limits == [WIDTH - 1] * 2
+    num_filled, num_all = (int((masks != -1).any(dim=1).sum()) for masks in (few.mask.vocab_mask, world.masks))
+    assert 0 < num_filled < num_all / 2 if isinstance(backend, XGrammarGrammarBackend) else num_filled == num_all
+    assert world.emitted(few.mask.vocab_mask) == world.emitted(world.masks)
 
-    everything = grammars.masks(chosen()).mask.vocab_mask.clone()
-    grammars._slow_keys.clear()
-    drafts = chosen().drafts.numpy()
-    scores = rng.random((2, WIDTH, VOCABULARY))
-    np.put_along_axis(scores[:, :-1], drafts[:, :, None], 2.0, axis=2)
-    wrong = rng.random((2, WIDTH)) < 0.2
-    scores[wrong, rng.integers(0, VOCABULARY, wrong.sum())] = 3.0
-    if not slow_seconds:
-        grammars.masks(chosen(), lambda: pytest.fail("nothing is slow yet"))
-    few = grammars.masks(chosen(), lambda: scores.argmax(axis=2)).vocab_mask
-    is_xgrammar = isinstance(backend, XGrammarGrammarBackend)
-    assert 0 < filled(few) < filled(everything) / 2 if is_xgrammar else torch.equal(few, everything)
-    for slot in (0, 1):
-        rows = slice(slot * WIDTH, (slot + 1) * WIDTH)
-        emitted = judged(drafts[slot], scores[slot], everything[rows], END)
-        assert len(emitted) > 3 and judged(drafts[slot], scores[slot], few[rows], END) == emitted
+
+@pytest.mark.parametrize("foreseeable", [{0, 1}, {1}, set()])
+def test_without_time_a_block_ends_at_its_first_mask(backend: BaseGrammarBackend, foreseeable: set[int]) -> None:
+    """Whether its best tokens can be known or not; and a grammar is slow once that happened often."""
+    world, grammars = Judged(backend), block_grammars(0.0)
+    for _ in range(NUM_SLOW_BLOCKS + 1):
+        cut = grammars.masks(world.choose(grammars), foreseeable, world.best)
+        assert cut.limits == [0, 0]
+        emitted = world.emitted(cut.mask.vocab_mask)
+        assert [text[0] for text in emitted] == [text[0] for text in world.emitted(world.masks)]
+    slow = foreseeable if isinstance(backend, XGrammarGrammarBackend) else set()
+    assert len(grammars._filler._slow) == len(slow)
+
+
+def test_an_interrupted_block_knows_its_rows() -> None:
+    """XGrammar ends between two rows; one is filled in any case."""
+    backend = XGrammarGrammarBackend(TOKENIZER, vocab_size=VOCABULARY, model_eos_token_ids=[END])
+    grammar = backend.dispatch_regex("a{40}")
+    block = block_of([ENCODE("a")[0]] * (WIDTH - 1))
+    wanted = allowed_by_sglang(grammar, block[1:].tolist())
+    for limit in (0.0, 1e-9, 1e-5, 1e-4, 60.0):
+        masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
+        num_rows = cursor_of(grammar, TEXT, scratch()).fill_block(block, masks, limit)
+        assert 1 <= num_rows <= WIDTH
+        assert limit not in (0.0, 60.0) or num_rows == (1 if limit == 0.0 else WIDTH)
+        assert torch.equal(masks[:num_rows], wanted[:num_rows])
 
 
 def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGrammarBackend) -> None:
@@ -357,7 +396,7 @@ def test_xgrammar_keeps_the_interpreters_lock_along_a_walk() -> None:
         time.sleep(0.01)
         assert turns_during(lambda: time.sleep(0.01)), "it runs wherever it can"
         assert turns_during(lambda: cursor.advance(tokens)) == 0
-        assert turns_during(cursor.forced) == 0
+        assert turns_during(lambda: cursor.forced(31)) == 0
         assert turns_during(lambda: cursor.rollback(len(tokens))) == 0
     finally:
         over.set()
