@@ -19,6 +19,8 @@ from sglang_orthrus.slow_masks import SlowGrammars, TimeShares
 # On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
 # slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
 MAX_THREADS = 12
+# Masks that are needed get so much time in any case; few are.
+MIN_NEEDED_SECONDS = 0.01
 
 # For some requests, by their numbers among the constrained ones: [n, Q].
 BestOf = Callable[[Sequence[int]], Ids]
@@ -107,7 +109,7 @@ class MaskFiller:
             numbers = sorted(sparse)
             best = best_of(numbers)
             started = time.perf_counter()
-            shares = TimeShares(self._seconds - seconds, len(numbers), self._num_threads)
+            shares = TimeShares(max(self._seconds - seconds, MIN_NEEDED_SECONDS), len(numbers), self._num_threads)
             self._crew.run(
                 [
                     partial(self._fill_where_refused, walks[number], number, own, shares, limits)

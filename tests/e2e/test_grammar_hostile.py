@@ -39,7 +39,8 @@ BOUNDED = {
 
 def resident_bytes(server: Server) -> int:
     """Of the server and its children."""
-    process = psutil.Process(server.pid)
+    assert server._process is not None, "it runs"
+    process = psutil.Process(server._process.pid)
     return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
 
 
@@ -66,7 +67,7 @@ def test_they_are_answered_as_by_plain_sglang(orthrus: Server, plain: Server, na
 
 @pytest.fixture(scope="module")
 def cut() -> Iterator[Server]:
-    """Without white space, and with a time for masks that cuts every round at its first row."""
+    """Without white space, and with no time for masks: rounds of sampled requests are cut at their first row."""
     strict = "--constrained-json-disable-any-whitespace"
     with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, strict, env={**SETUP.env, SLOW_MASK_MS: "0"}) as server:
         yield server
