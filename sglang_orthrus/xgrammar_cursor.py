@@ -8,20 +8,21 @@ from math import isfinite
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from xgrammar import GrammarMatcher
 from xgrammar.base import _core
 
-from sglang_orthrus.grammar import Masks, Reach
+from sglang_orthrus.grammar import Masks, Reach, is_allowed
 from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
 from sglang_orthrus.token_text import BYTES_PER_TOKEN, TokenText
 
 _STOP_IDS: WeakKeyDictionary[XGrammarGrammar, frozenset[int]] = WeakKeyDictionary()
 
 
-# A forced string allows no more than its beginnings: a choice among tokens in more words of a mask than this is one.
-_MAX_FORCED_WORDS = 64
+# Where tokens of more words of a mask are allowed, the first byte may be forced, but hardly more.
+_MAX_FORCED_WORDS = 16
 # In the first word of rows that are not filled yet. If a grammar should allow just these, a row counts as not filled.
 _UNFILLED = 0x5A5A5A5A
 _NO_DRAFTS = torch.zeros(1, dtype=torch.int64)
@@ -33,6 +34,7 @@ class _ShortCalls(NamedTuple):
     accept_token: Any
     rollback: Any
     fill_next_token_bitmask: Any
+    find_jump_forward_string: Any
 
 
 @cache
@@ -94,21 +96,33 @@ class XGrammarCursor:
             self._calls.rollback(self._handle, count)
 
     def forced(self, count: int, deadline: Deadline = NO_DEADLINE) -> Sequence[int]:
-        """See `Cursor`. Token by token: XGrammar's own search for a forced string has no bound.
+        """See `Cursor`. XGrammar's own search is exact but has no bound. It runs where the string is known to end.
 
-        Where a string is forced, masks are as fast as a few tokens. Elsewhere they may take tens of milliseconds, but
-        there two tokens of the same script are allowed.
+        To know that, longest tokens are followed. Where a string is forced, a mask takes microseconds. Elsewhere
+        they may take tens of milliseconds, but there two characters of the same script are allowed.
         """
-        words = self._scratch.numpy()[0]
-        found, moved = b"", 0
-        while moved <= count and len(found) <= BYTES_PER_TOKEN * count and not (deadline.is_over() or self._is_open()):
-            self._calls.fill_next_token_bitmask(self._handle, self._scratch, 0, False)
-            token = self._only_token(words)
-            if token is None or not self._calls.accept_token(self._handle, token, False):
+        calls, handle, words = self._calls, self._handle, self._scratch.numpy()[0]
+        found, moved, ends = b"", 0, False
+        while moved <= count and len(found) <= BYTES_PER_TOKEN * count and not (ends or deadline.is_over()):
+            token = None
+            if not self._is_open():
+                calls.fill_next_token_bitmask(handle, self._scratch, 0, False)
+                token = self._only_token(words)
+            if token is None:
+                ends = True
+            elif calls.accept_token(handle, token, False):
+                found += self._text.spelling(token)
+                moved += 1
+            else:
                 break
-            found += self._text.spelling(token)
-            moved += 1
         self.rollback(moved)
+        if not found:
+            return ()
+        if ends:
+            try:
+                found = str(calls.find_jump_forward_string(handle)).encode()
+            except UnicodeDecodeError:  # in the middle of a character
+                return ()
         return self._text.begin(found, count)
 
     def _is_open(self) -> bool:
@@ -122,16 +136,26 @@ class XGrammarCursor:
         return True
 
     def _only_token(self, words: Masks) -> int | None:
-        """The longest token that a mask allows, if all others spell its beginning. words: [W]."""
+        """The longest allowed token with which all longer ones begin, and which begins with all shorter ones.
+
+        words: [W].
+        """
+        singles = self._text.single_bytes
+        firsts = singles[(words[singles >> 5] >> (singles & 31) & 1).nonzero()]
+        if len(firsts) != 1 or any(is_allowed(token, words) for token in self._stop_ids):
+            return None
         places = (words != 0).nonzero()[0]
         if len(places) > _MAX_FORCED_WORDS:
-            return None
-        allowed = [place * 32 + bit for place in places.tolist() for bit in range(32) if words.item(place) >> bit & 1]
-        if not allowed or not self._stop_ids.isdisjoint(allowed):
-            return None
-        spellings = list(map(self._text.spelling, allowed))
-        longest = max(spellings, key=len)
-        return allowed[spellings.index(longest)] if all(map(longest.startswith, spellings)) else None
+            return int(firsts[0])
+        bits = np.unpackbits(words[places].view(np.uint8), bitorder="little").nonzero()[0]
+        allowed = (places[bits >> 5] * 32 + (bits & 31)).tolist()
+        spelled = sorted(((self._text.spelling(token), token) for token in allowed), key=lambda one: len(one[0]))
+        found = None
+        for place, (spelling, token) in enumerate(spelled, start=1):
+            if not all(longer.startswith(spelling) for longer, _ in spelled[place:]):
+                break
+            found = token
+        return found
 
     def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""

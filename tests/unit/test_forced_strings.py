@@ -42,6 +42,7 @@ class Calls(NamedTuple):
     accept_token: Any
     rollback: Any
     fill_next_token_bitmask: Any
+    find_jump_forward_string: Any
 
 
 def cursor_of(kind: str, grammar: str, written: str = "") -> tuple[XGrammarCursor, TokenText]:
@@ -76,6 +77,7 @@ def test_a_forced_string_without_end_is_followed_to_the_end_of_the_block(name: s
     assert forced == text.encode(expected)[: len(forced)]
     assert count // 2 <= len(forced) <= count
     assert counts["fill_next_token_bitmask"] <= count + 1
+    assert counts["find_jump_forward_string"] == 0, "it has no bound"
     assert counts["accept_token"] <= (count + 1) * (2 * len(text.probes) + 1)
     assert list(cursor.forced(count)) == forced, "it goes back to where it was"
 
@@ -100,6 +102,7 @@ def test_what_is_encoded_and_remembered_is_bounded() -> None:
         ('{"price": 1, ', '"größe": "'),
         ('{"price": 1, "gr', 'öße": "'),
         ('{"price": ', ""),
+        ('{"price": 1', ""),
     ],
 )
 def test_a_forced_string_is_written_as_the_model_writes_it(written: str, expected: str) -> None:
@@ -117,6 +120,14 @@ def test_no_mask_is_filled_where_there_is_a_choice(pattern: str) -> None:
     counts = counted(cursor)
     assert list(cursor.forced(NUM_DRAFTS)) == []
     assert counts["fill_next_token_bitmask"] == 0
+
+
+def test_what_is_common_to_a_choice_is_forced() -> None:
+    """As XGrammar's own search finds it, also where the vocabulary has the tokens of one branch only."""
+    for pattern in ("abcabcabc(def|dxy)", "abcabcabcab*", "(small|smell) talk", '"[a-z]{9}"', "nothing(a|b)"):
+        cursor, text = cursor_of("regex", pattern)
+        theirs = text.encode(cursor._matcher.find_jump_forward_string())[:-1]
+        assert list(cursor.forced(NUM_DRAFTS)) == theirs, pattern
 
 
 def test_nothing_is_forced_at_an_end_that_may_come_nor_where_the_time_is_over() -> None:
