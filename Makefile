@@ -1,4 +1,4 @@
-# Targets: demo, serve, test, test-all, parity, seeded, adjustments, kits, structured, bench, lint, clean.
+# Targets: demo, serve, test, test-all, parity, seeded, adjustments, kits, structured, soak, fuzz, bench, lint, clean.
 # Everything lives in .venv, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # OpenMP threads that spin for long stall when servers and tests share few cores.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo serve test test-all parity seeded adjustments kits structured bench lint clean
+.PHONY: demo serve test test-all parity seeded adjustments kits structured soak fuzz bench lint clean
 
 demo: .venv/.installed
 	$(BIN)/python -m sglang_orthrus demo
@@ -38,6 +38,12 @@ structured: .venv/.test-extra
 	$(BIN)/python -m benchmarks.walk benchmarks/results/walk-cpu.json
 	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
 
+soak: .venv/.test-extra
+	$(BIN)/python -m benchmarks.soak
+
+fuzz: .venv/.fuzz-extra
+	$(BIN)/python -m benchmarks.fuzz
+
 bench: .venv/.bench-extra
 	$(BIN)/python -m benchmarks.sweep cpu
 	$(BIN)/python -m benchmarks.plot benchmarks/results/sweep-cpu.json docs/img
@@ -58,6 +64,10 @@ clean:
 
 .venv/.test-extra: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+.venv/.fuzz-extra: .venv/.test-extra
+	$(BIN)/pip install --disable-pip-version-check -e '.[fuzz]'
 	@touch $@
 
 .venv/.bench-extra: .venv/.installed

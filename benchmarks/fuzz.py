@@ -214,10 +214,10 @@ def stream(spec: dict[str, Any] | None, seed: int, count: int) -> Iterator[Hosti
         return
     from benchmarks import fuzz_schema
 
-    third = count // 4
-    own = count - 2 * third
+    schemathesis_share, any_share = count * 3 // 20, count // 10
+    own = count - schemathesis_share - any_share
     found = [request(seed, number) for number in range(own)]
-    found += fuzz_schema.from_schema(spec, seed, third, own)
+    found += fuzz_schema.from_schema(spec, seed, schemathesis_share, own)
     found += fuzz_schema.any_json(seed, count - len(found), len(found))
     Random(seed).shuffle(found)
     yield from found

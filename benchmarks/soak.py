@@ -55,6 +55,8 @@ class Run:
     Attributes:
         tie_below: top-2 gap below which rounding may decide.
         excuses: whether near ties are counted against a run, one in 200 requests.
+        together: whether both servers are asked at once, so that latencies mean nothing.
+        late_penalties: whether plain SGLang runs with overlap, so that it penalises one token late.
     """
 
     sides: Sides
@@ -63,6 +65,7 @@ class Run:
     tie_below: float = NEAR_TIE
     excuses: bool = True
     together: bool = False
+    late_penalties: bool = False
     done: list[Request] = field(default_factory=list)
     replies: dict[str, list[Reply]] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -141,7 +144,8 @@ class Run:
             self.plain_too.append({"problems": problems, "plain": check(request, theirs), "request": request.as_json()})
             problems = []
         statuses_ok = theirs is not None and ours.status == theirs.status == requests.codes.ok
-        if request.greedy and request.act != "control" and theirs is not None and statuses_ok:
+        is_late = self.late_penalties and "penalties" in request.kind
+        if request.greedy and request.act != "control" and theirs is not None and statuses_ok and not is_late:
             self.greedy += 1
             verdict = compare(request, ours, theirs, self._divergence_of(request), self.tie_below)
             problems += verdict.problems

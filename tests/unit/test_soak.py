@@ -36,8 +36,9 @@ def test_a_request_is_a_function_of_seed_and_number() -> None:
 
 def test_every_kind_of_request_comes() -> None:
     found = kinds(Mix(0, processor="p").request(number) for number in range(4000))
-    wanted = """abort batch chat completion cut ebnf echo generate greedy ignore_eos json json_schema logit_bias logprobs
-        min_new_tokens n penalties prefix processor regex sampled seeded session stop stop_regex stop_token_ids stream
+    wanted = """abort batch chat completion cut ebnf echo generate greedy ignore_eos json json_schema logit_bias
+        logprobs min_new_tokens n penalties prefix processor regex sampled seeded session stop stop_regex
+        stop_token_ids stream
         structural_tag thinking"""
     assert set(wanted.split()) <= set(found)
     assert {"tool auto", "tool named", "tool required", "to the context's end"} <= set(found)
