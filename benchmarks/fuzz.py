@@ -125,11 +125,11 @@ class Fuzz:
     def _died(self, side: Side, suspects: list[Hostile]) -> None:
         found: Autopsy = find_culprits(side, suspects, self.timeout)
         if not found.culprits:
-            record = {"error": found.error, "suspects": [one.as_json() for one in suspects]}
-            self._fail("the server died or fell silent, and no request alone repeats it", record)
+            nobody = {"error": found.error, "suspects": [one.as_json() for one in suspects]}
+            self._fail("the server died or fell silent, and no request alone repeats it", nobody)
         for one in found.culprits:
             self.deadly.add(one.kind)
-            record = one.as_json() | {"error": found.error, "alone": found.alone}
+            record: dict[str, Any] = one.as_json() | {"error": found.error, "alone": found.alone}
             if self.sides.plain is not None:
                 died, theirs = ends(self.sides.plain, one, self.timeout)
                 record["plain"] = "dies, too" if died else theirs.status or theirs.text

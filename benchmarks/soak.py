@@ -32,7 +32,7 @@ from benchmarks.parity_rules import NEAR_TIE, PROMPTS_PER_EXCUSE, Divergence
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.soak_checks import check, compare, ranked_divergence
 from benchmarks.soak_client import Answer, Client, Reply
-from benchmarks.soak_requests import Mix, Request
+from benchmarks.soak_requests import Act, Mix, Request
 
 # As `benchmarks.parity` measured it for bf16.
 BF16_NEAR_TIE = 0.375
@@ -245,7 +245,7 @@ def _excused(reply: Reply, replies: list[Reply], batch: list[Request]) -> bool:
 
 def _ranking(request: Request) -> Request:
     """The same request whole, with the best two tokens listed."""
-    act = "session" if request.act == "session" else "whole"
+    act: Act = "session" if request.act == "session" else "whole"
     if request.path == "/v1/chat/completions":
         more: dict[str, Any] = {"logprobs": True, "top_logprobs": 2}
     elif request.path == "/v1/completions":

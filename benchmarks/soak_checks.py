@@ -191,11 +191,12 @@ def _check_logprobs(request: Request, answer: Answer) -> list[str]:
     if answer.logprobs is None:
         return ["no log probabilities"]
     # With echo the prompt's come first.
-    generated = answer.logprobs if not request.body.get("echo") else answer.logprobs[1:]
+    listed = answer.logprobs if not request.body.get("echo") else answer.logprobs[1:]
+    generated = [value for value in listed if value is not None and math.isfinite(value) and value <= 1e-4]
     problems = []
-    if any(value is None or not math.isfinite(value) or value > 1e-4 for value in generated):
-        problems.append(f"a log probability that is none: {generated}")
-    if request.act == "cut" or request.body.get("echo") or answer.ids is None:
+    if len(generated) != len(listed):
+        problems.append(f"a log probability that is none: {listed}")
+    if problems or request.act == "cut" or request.body.get("echo") or answer.ids is None:
         return problems
     # Chats list no log probability for an id that ended the text, or for what a stop string cut.
     if request.path == "/generate" and len(generated) != len(answer.ids):
@@ -240,6 +241,6 @@ def ranked_divergence(
         if len(common) >= len(ranked.top) or len(ranked.top[len(common)]) < 2:
             return math.inf
         best, second = (value for value, _ in ranked.top[len(common)][:2])
-        return math.inf if best is None or second is None else best - second
+        return math.inf if best is None or second is None else float(best) - float(second)
 
     return find_divergence(alone, actual, gap_after, tie_below)

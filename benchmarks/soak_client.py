@@ -76,7 +76,7 @@ class Client:
         timeout: seconds without a byte after which a server counts as silent.
     """
 
-    def __init__(self, url: str, label: str, weights: str = "", timeout: float = 120.0) -> None:
+    def __init__(self, url: str, label: str, weights: str = "", timeout: float = 300.0) -> None:
         self.url, self.label, self.weights, self.timeout = url, label, weights, timeout
         self._http = requests.Session()
 

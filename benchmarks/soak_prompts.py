@@ -55,7 +55,7 @@ def order(random: Random) -> str:
 
 def history(random: Random, length: int) -> str:
     """A text of some `length` words for prefixes that requests share."""
-    sentences = []
+    sentences: list[str] = []
     while sum(len(sentence.split()) for sentence in sentences) < length:
         sentences.append(order(random))
     return " ".join(sentences)
@@ -76,7 +76,7 @@ _REGEXES = (
     r"(red|green|blue)(, (red|green|blue)){0,3}",
     r"[a-f0-9]{8}",
 )
-_EBNF = (
+_EBNF: tuple[tuple[str, str | None], ...] = (
     ('root ::= "yes" | "no" | "maybe " [0-9] [0-9]?', r"yes|no|maybe [0-9][0-9]?"),
     ('root ::= item ("," item){0,4}\nitem ::= [a-z] [0-9]', r"[a-z][0-9](,[a-z][0-9]){0,4}"),
     ('root ::= "(" inner ")"\ninner ::= "x" | "(" inner ")"', None),

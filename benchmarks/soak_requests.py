@@ -10,6 +10,7 @@ from benchmarks.soak_options import Draft, logprobs, options, prompt, tools
 from benchmarks.soak_prompts import history, json_schema, order, question, render, tool_task
 
 Act = Literal["whole", "stream", "cut", "abort", "session", "control"]
+_ACTS: tuple[Act, ...] = ("whole", "stream", "cut", "abort")
 _CUT_LIMIT = 400
 
 
@@ -92,7 +93,7 @@ def _generate(random: Random, mix: Mix, number: int) -> Request:
         logprobs(random, draft)
     act: Act = "whole"
     if answers == 1:
-        act = random.choices(("whole", "stream", "cut", "abort"), (62, 26, 7, 5))[0]  # type: ignore[assignment]
+        act = random.choices(_ACTS, (62, 26, 7, 5))[0]
     if act in ("cut", "abort"):
         draft.rules["after"] = random.randrange(1, 24)
         if not draft.rules["valid"]:

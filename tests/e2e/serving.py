@@ -11,6 +11,7 @@ from typing import Any
 
 import requests
 
+from benchmarks import common_pool
 from sglang_orthrus.server import Server
 from tests.e2e.helpers import Reply, generate, prompt_of
 
@@ -49,8 +50,7 @@ def streaming(
 
 def gauge(server: Server, name: str) -> float:
     """One of SGLang's metrics, summed over its labels."""
-    lines = server.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"sglang:{name}{{"))
+    return common_pool.gauge(server.url, name)
 
 
 def rounds_by_path(server: Server) -> dict[str, int]:
@@ -86,7 +86,7 @@ def free_slots(server: Server) -> int:
 
 def pool_size(server: Server) -> int:
     """Slots of the KV pool."""
-    return int(server.get("/v1/loads").json()["loads"][0]["max_total_num_tokens"])
+    return int(common_pool.load(server.url)["max_total_num_tokens"])
 
 
 def assert_nothing_leaked(server: Server) -> None:
