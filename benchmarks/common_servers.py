@@ -24,7 +24,7 @@ CPU_ARGS = ("--dtype", "float32", "--context-length", "2048")
 # With overlap plain SGLang penalises one token late (`patches/0005`).
 PLAIN_ARGS = ("--disable-overlap-schedule",)
 _MEBI = 1 << 20
-_HEALTH_SECONDS = 20.0
+_HEALTH_SECONDS = 120.0
 _START_SECONDS = 600.0
 
 

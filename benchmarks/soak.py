@@ -135,7 +135,7 @@ class Run:
         if ours.error == "not sent" or (theirs is not None and theirs.error == "not sent"):
             return
         excused = [
-            _excused(reply, side, batch)
+            is_excused(reply, side, batch)
             for reply, side in zip((ours, theirs), found, strict=False)
             if reply is not None
         ]
@@ -144,7 +144,7 @@ class Run:
             self.plain_too.append({"problems": problems, "plain": check(request, theirs), "request": request.as_json()})
             problems = []
         statuses_ok = theirs is not None and ours.status == theirs.status == requests.codes.ok
-        is_late = self.late_penalties and "penalties" in request.kind
+        is_late = self.late_penalties and ("penalties" in request.kind or request.min_tokens)
         if request.greedy and request.act != "control" and theirs is not None and statuses_ok and not is_late:
             self.greedy += 1
             verdict = compare(request, ours, theirs, self._divergence_of(request), self.tie_below)
@@ -232,7 +232,7 @@ class Run:
             return {"error": str(error)}
 
 
-def _excused(reply: Reply, replies: list[Reply], batch: list[Request]) -> bool:
+def is_excused(reply: Reply, replies: list[Reply], batch: list[Request]) -> bool:
     """Whether an abort of everything came while it ran."""
     if not reply.aborted:
         return False

@@ -17,7 +17,6 @@ from tests.conftest import slow
 
 pytestmark = pytest.mark.e2e
 
-# The shared plain server runs with overlap, so it penalises one token late, and some kinds are other tests' matter.
 REQUESTS = 60
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.parity_rules import Divergence
+from benchmarks.soak import is_excused
 from benchmarks.soak_checks import check, compare, ranked_divergence
 from benchmarks.soak_client import Answer, Reply, read_stream, read_whole
 from benchmarks.soak_report import growth, kinds, latencies, memory_report
@@ -203,6 +204,18 @@ def test_a_divergence_is_judged_by_plain_sglangs_ranking() -> None:
     far = ranked_divergence(ranked, [5, 6, 7, 8], [5, 6, 9, 8], 1e-4)
     assert far is not None and not far.near_tie
     assert ranked_divergence(ranked, [5, 6, 7, 9], [5, 6, 7, 8], 1e-4) is None, "plain SGLang alone gives ours"
+
+
+def test_an_abort_of_everything_excuses_what_ran_then() -> None:
+    everything = replace(PLAIN, act="control", kind="control: abort all")
+    abort = Reply(200, started=5.0, seconds=0.1)
+    aborted = replace(GOOD, finish="abort")
+    batch = [PLAIN, everything]
+    during = reply(aborted, started=4.0, seconds=2.0)
+    assert is_excused(during, [during, abort], batch)
+    after = reply(aborted, started=6.0, seconds=2.0)
+    assert not is_excused(after, [after, abort], batch)
+    assert not is_excused(reply(GOOD, started=4.0, seconds=2.0), [during, abort], batch)
 
 
 # -- reading
