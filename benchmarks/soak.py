@@ -36,6 +36,7 @@ from benchmarks.soak_requests import Act, Mix, Request
 
 # As `benchmarks.parity` measured it for bf16.
 BF16_NEAR_TIE = 0.375
+THINKING_ARGS = ("--reasoning-parser", "qwen3")
 POOL_ARGS = ("--max-total-tokens", "3072")
 # Requests are admitted as if they would write 16 tokens, so that the pool fills up while they run.
 OPTIMISTIC = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
@@ -281,7 +282,7 @@ def main() -> int:
     arguments = parse()
     on_gpu = torch.cuda.is_available()
     out = arguments.results or ROOT / "benchmarks" / "results" / f"soak-{'gpu' if on_gpu else 'cpu'}.json"
-    args = () if on_gpu else POOL_ARGS
+    args = THINKING_ARGS if on_gpu else (*THINKING_ARGS, *POOL_ARGS)
     tie_below = arguments.tie_below or (BF16_NEAR_TIE if on_gpu else NEAR_TIE)
     started = time.monotonic()
     with sides_of(arguments, args, None if on_gpu else OPTIMISTIC) as sides:
