@@ -65,8 +65,8 @@ class Fuzz:
     skipped: int = 0
     memory: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
-    def batch(self, requests_: list[Hostile]) -> None:
-        """Send a batch, look after the server, and judge the outcomes."""
+    def batch(self, requests_: list[Hostile]) -> list[Hostile]:
+        """Send a batch, look after the server, and judge the outcomes. What a death kept from being sent comes back."""
         batch = [one for one in requests_ if one.kind not in self.deadly]
         self.skipped += len(requests_) - len(batch)
         side = self.sides.orthrus
@@ -88,6 +88,7 @@ class Fuzz:
         if self.also_plain and self.sides.plain is not None:
             self._plain_alone(self.sides.plain, batch)
         self.memory.append((self.sent, resident_mib(side.url)))
+        return [one for one, outcome in zip(batch, outcomes, strict=True) if not outcome.sent]
 
     def _judge(self, one: Hostile, outcome: Outcome) -> None:
         if outcome.timed_out:
@@ -251,8 +252,9 @@ def run(fuzz: Fuzz, hostile: Iterator[Hostile], seed: int, out: Path | None) -> 
     """All of them in batches; the result is written after each."""
     started = time.monotonic()
     result = fuzz.report(0.0, seed)
-    while batch := list(islice(hostile, BATCH)):
-        fuzz.batch(batch)
+    unsent: list[Hostile] = []
+    while batch := unsent + list(islice(hostile, BATCH - len(unsent))):
+        unsent = fuzz.batch(batch)
         result = fuzz.report(time.monotonic() - started, seed)
         if out is not None:
             write(result, out)

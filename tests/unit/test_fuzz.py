@@ -177,7 +177,8 @@ def test_a_5xx_is_a_failure_unless_plain_sglang_gives_it_too() -> None:
 
 def test_the_request_that_ends_the_server_is_found_and_not_sent_again() -> None:
     with fuzzing(dies, fine) as fuzz:
-        fuzz.batch(hostile(b"good", b"bad", b"other"))
+        unsent = fuzz.batch(hostile(b"good", b"bad", b"other"))
+        assert [one.payload for one in unsent] == [b"other"]
         (failure,) = fuzz.failures
         assert (failure["what"], failure["payload"]) == ("ends the server", "bad")
         assert probe(fuzz.sides.orthrus) is not None
