@@ -117,7 +117,7 @@ def test_a_request_is_a_function_of_seed_and_number() -> None:
 
 
 def test_every_interface_and_kind_comes() -> None:
-    found = [request(0, number) for number in range(6000)]
+    found = [request(0, number) for number in range(3000)]
     assert {one.path for one in found} == set(BASES)
     text = " ".join({one.kind for one in found})
     for word in (
@@ -137,7 +137,7 @@ def test_every_interface_and_kind_comes() -> None:
 
 def test_grammars_hold_the_known_traps() -> None:
     random = Random(0)
-    text = "\n".join(encoded(constraint(random)[1]).decode() for _ in range(3000))
+    text = "\n".join(encoded(constraint(random)[1]).decode() for _ in range(1500))
     for trap in ('\\"a\\" root', "a{2000000}", '\\"$ref\\": \\"#\\"', "a{100000000}"):
         assert trap in text
 
