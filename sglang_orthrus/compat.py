@@ -5,7 +5,6 @@ Nothing here runs unless an ORTHRUS server is started, except `qwen3_attention_c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -13,8 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_orthrus.touch import Touch
-
-_PIECES = re.compile(r"\w+|\W")
 
 SUPPORTED_SGLANG = "0.5.23"
 
@@ -90,14 +87,6 @@ LEDGER: tuple[Touch, ...] = (
         "wrapped, so that a session's next turn goes on from the former answer's end",
         "it takes all committed tokens, also those past a stop in the same round (patches/0003)",
         "SGLang trims them, as it does in streaming sessions",
-    ),
-    Touch(
-        "sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_stream_chunk",
-        ("chunk_text",),
-        "wrapped, so that a round's text is parsed piece by piece",
-        "a chunk gives one name or one call's arguments, and text before a call in its chunk is dropped, so that of "
-        "several calls in the last round all but the first are lost (patches/0007)",
-        "parsers take chunks of any size",
     ),
     Touch(
         "sglang.srt.models.qwen3:Qwen3Attention",
@@ -489,30 +478,35 @@ def continue_sessions_at_the_end() -> None:
 
 
 def stream_tool_calls_in_pieces() -> None:
-    """Stream all that a round says around and in tool calls, as if its text had come in pieces the size of tokens.
+    """Stream all that a round says around and in tool calls, as if its text had come token by token.
 
     Must run in the process that answers HTTP; a second call changes nothing.
     """
     from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
-    def piece_by_piece(stock: Callable[..., tuple[str, list[Any]]]) -> Callable[..., tuple[str, list[Any]]]:
+    from sglang_orthrus.tool_streams import Parsed, ToolStream
+
+    def cut(stock: Callable[..., Parsed]) -> Callable[..., Parsed]:
         @wraps(stock)
-        def parse_stream_chunk(self: Any, chunk_text: str) -> tuple[str, list[Any]]:
-            text, calls = "", list[Any]()
-            for piece in _PIECES.findall(chunk_text) or [chunk_text]:
-                more_text, more = stock(self, piece)
-                text += more_text
-                for call in more:
-                    # The pieces of one call's arguments go out together.
-                    if calls and not call.name and call.tool_index == calls[-1].tool_index:
-                        calls[-1].parameters += call.parameters
-                    else:
-                        calls.append(call)
-            return text, calls
+        def parse_stream_chunk(self: Any, chunk_text: str) -> Parsed:
+            if not hasattr(self, "_orthrus_stream"):
+                self._orthrus_stream = ToolStream(self.detector, lambda text: stock(self, text))
+            stream: ToolStream = self._orthrus_stream
+            return stream.parse(chunk_text)
 
         return parse_stream_chunk
 
-    _wrap_once(FunctionCallParser, "parse_stream_chunk", piece_by_piece)
+    def complete(stock: Callable[..., Parsed]) -> Callable[..., Parsed]:
+        @wraps(stock)
+        def parse_stream_end(self: Any) -> Parsed:
+            text, calls = self._orthrus_stream.end() if hasattr(self, "_orthrus_stream") else ("", [])
+            more_text, more = stock(self)
+            return text + more_text, calls + more
+
+        return parse_stream_end
+
+    _wrap_once(FunctionCallParser, "parse_stream_chunk", cut)
+    _wrap_once(FunctionCallParser, "parse_stream_end", complete)
 
 
 def begin_llguidance_behind_a_reasoning() -> None:

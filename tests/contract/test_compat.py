@@ -17,11 +17,12 @@ from sglang_orthrus.cpu.patches import CPU_TOUCHES
 from sglang_orthrus.memory_touches import MEMORY_TOUCHES
 from sglang_orthrus.request_hooks import REQUEST_LEDGER
 from sglang_orthrus.sampling_touches import SAMPLING_TOUCHES
+from sglang_orthrus.tool_streams import TOOL_STREAM_TOUCHES
 from sglang_orthrus.touch import Touch
 
 TOUCHES = (
     *(*compat.LEDGER, *REQUEST_LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES),
-    *(*ACCOUNTING_TOUCHES, *MEMORY_TOUCHES),
+    *(*ACCOUNTING_TOUCHES, *MEMORY_TOUCHES, *TOOL_STREAM_TOUCHES),
 )
 pytestmark = pytest.mark.contract
 
