@@ -1,23 +1,24 @@
-"""What SGLang asks of a speculative algorithm: predicates, server-argument defaults and refusals."""
+"""What SGLang asks of a speculative algorithm: predicates and server-argument defaults."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_orthrus.compat import require_supported_sglang
-from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
-from sglang_orthrus.settings import DraftMode, slow_mask_seconds
+from sglang_orthrus.refusals import (
+    ATTENTION_BACKENDS,
+    Refused,
+    attention_backends,
+    dual_view,
+    flag_refusals,
+    is_given,
+    validate_server_args,
+)
 
-logger = logging.getLogger(__name__)
+__all__ = ["ATTENTION_BACKENDS", "NAME", "OrthrusAlgorithm", "Refused", "flag_refusals", "validate_server_args"]
 
 NAME = "ORTHRUS"
-ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
-CPU_ATTENTION_BACKENDS = ("torch_native",)
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 
 
@@ -65,7 +66,10 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         return False
 
     def handle_server_args(self, server_args: Any) -> None:
-        """Fill in what the checkpoint decides; every write is recorded by SGLang as a declaration."""
+        """Fill in what the checkpoint decides, and a backend that ORTHRUS runs on where SGLang has chosen another.
+
+        SGLang records every write as a declaration.
+        """
         block_size = dual_view(server_args).block_size
         if server_args.speculative_num_draft_tokens is None:
             server_args.speculative_num_draft_tokens = block_size
@@ -74,184 +78,6 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         server_args.speculative_eagle_topk = 1
         if server_args.max_running_requests is None:
             server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
-
-
-class Refused(ValueError):
-    """Server arguments that ORTHRUS can't serve. The message is the first refusal; `sentences` are all of them."""
-
-    def __init__(self, sentences: Sequence[str]) -> None:
-        super().__init__(sentences[0])
-        self.sentences = tuple(sentences)
-
-
-def validate_server_args(server_args: Any) -> None:
-    """Refuse what ORTHRUS can't serve.
-
-    Raises:
-        Refused: with one sentence for each flag, which names it, its value and what to do.
-    """
-    sentences = [
-        *_checkpoint_refusals(server_args),
-        *_attention_refusals(server_args),
-        *flag_refusals(server_args),
-        *environment_refusals(),
-    ]
-    if sentences:
-        raise Refused(sentences)
-
-
-class _Rule(NamedTuple):
-    """A field of SGLang's `ServerArgs`, the values of it that ORTHRUS serves, why no other, and what to do."""
-
-    field: str
-    served: tuple[Any, ...]
-    advice: str
-    reason: str = "ORTHRUS does not support it"
-
-
-_REMOVE = "remove the flag"
-_NO_DRAFT_MODEL = "ORTHRUS drafts with the served model itself"
-_BLOCK_DECIDES = "ORTHRUS drafts one block per round, as wide as the checkpoint says"
-_EXACT = "ORTHRUS accepts exactly the tokens that the autoregressive view would have chosen"
-
-_RULES = (
-    _Rule("device", (None, "cuda", "cpu"), "use cuda or cpu"),
-    _Rule("tp_size", (1,), "use --tp-size 1"),
-    _Rule("pp_size", (1,), "use --pp-size 1"),
-    _Rule("attn_dp_size", (1,), "use --attn-dp-size 1"),
-    _Rule("dcp_size", (1,), "use --dcp-size 1"),
-    _Rule("tokenizer_worker_num", (1,), "use --tokenizer-worker-num 1", "SGLang loads no plugins in the extra workers"),
-    _Rule("disaggregation_mode", ("null",), _REMOVE),
-    _Rule("enable_mixed_chunk", (False,), _REMOVE),
-    _Rule("enable_two_batch_overlap", (False,), _REMOVE),
-    _Rule("enable_pdmux", (False,), _REMOVE),
-    _Rule("enable_torch_compile", (False,), _REMOVE),
-    _Rule("enable_hierarchical_cache", (False,), _REMOVE),
-    _Rule("enable_lora", (None, False), "merge the adapter into the checkpoint or remove the flag"),
-    _Rule("lora_paths", (None,), "merge the adapter into the checkpoint or remove the flag"),
-    _Rule(
-        "grammar_backend",
-        (None, "xgrammar", "llguidance", "none"),
-        "use xgrammar or llguidance",
-        "it can't roll back rejected drafts",
-    ),
-    # Two of SGLang's own are those of devices that are refused.
-    _Rule(
-        "sampling_backend",
-        (None, "flashinfer", "pytorch", "ascend", "intel_xpu"),
-        "use flashinfer or pytorch",
-        "rounds sample as SGLang's own sampler does",
-    ),
-    _Rule("rl_on_policy_target", (None,), _REMOVE),
-    _Rule("enable_watermark", (False,), _REMOVE),
-    _Rule("model_impl", ("auto", "sglang"), "use --model-impl sglang", "only SGLang's own model has the two views"),
-    _Rule("speculative_draft_model_path", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_draft_model_quantization", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_draft_attention_backend", (None,), "use --attention-backend", _NO_DRAFT_MODEL),
-    _Rule("speculative_draft_window_size", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_token_map", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_num_steps", (None,), "leave it out, or set --speculative-num-draft-tokens", _BLOCK_DECIDES),
-    _Rule("speculative_eagle_topk", (None, 1), "leave it out", "ORTHRUS drafts a chain, not a tree"),
-    _Rule("speculative_adaptive", (False,), _REMOVE, _BLOCK_DECIDES),
-    _Rule("speculative_accept_threshold_single", (1.0,), _REMOVE, _EXACT),
-    _Rule("speculative_accept_threshold_acc", (1.0,), _REMOVE, _EXACT),
-    _Rule("speculative_use_rejection_sampling", (False,), _REMOVE, _EXACT),
-)
-
-
-def flag_refusals(args: Any) -> Iterator[str]:
-    """One sentence for each flag that is refused whatever the checkpoint; `args` need not be resolved."""
-    for rule in _RULES:
-        value = getattr(args, rule.field)
-        if value not in rule.served:
-            yield f"{_flag(rule.field, value)}: {rule.reason}; {rule.advice}."
-
-
-def environment_refusals() -> Iterator[str]:
-    """One sentence for each environment variable that is refused."""
-    from sglang.srt.environ import envs
-
-    for variable, served in (
-        (envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH, False),
-        (envs.SGLANG_RAGGED_VERIFY_MODE, "static"),
-    ):
-        if variable.get() != served:
-            setting = f"{variable.name}={os.environ.get(variable.name)}"
-            yield f"{setting}: ORTHRUS does not support it; unset the environment variable."
-    for read in (DraftMode.from_env, slow_mask_seconds):
-        try:
-            read()
-        except ValueError as error:
-            yield str(error)
-
-
-def _checkpoint_refusals(args: Any) -> Iterator[str]:
-    try:
-        require_supported_sglang()
-    except ValueError as error:
-        yield str(error)
-    try:
-        block_size = dual_view(args).block_size
-    except ValueError as error:
-        yield str(error)
-        return
-    width = args.speculative_num_draft_tokens
-    if width is not None and not 2 <= width <= block_size:
-        yield (
-            f"--speculative-num-draft-tokens {width}: ORTHRUS verifies 2 to {block_size} tokens per round, the "
-            "checkpoint's block_size at most; leave the flag out for the whole block."
-        )
-    elif width not in (None, block_size) and "fa3" in _attention_backends(args).values():
-        yield (
-            f"--speculative-num-draft-tokens {width}: fa3 runs blocks of one width only, and drafts are {block_size} "
-            "wide; leave the flag out or use --attention-backend flashinfer."
-        )
-
-
-def _attention_refusals(args: Any) -> Iterator[str]:
-    served = {"cpu": CPU_ATTENTION_BACKENDS, "cuda": ATTENTION_BACKENDS}.get(args.device)
-    if served is None:
-        return  # the device itself is refused
-    for field, backend in _attention_backends(args).items():
-        if backend is not None and backend not in served:
-            yield (
-                f"{_flag(field, backend)}: with --device {args.device} ORTHRUS runs on {' or '.join(served)}; "
-                f"use --attention-backend {served[0]}."
-            )
-
-
-def _attention_backends(args: Any) -> dict[str, str | None]:
-    """The attention backends, by the field that chose each."""
-    from sglang.srt.arg_groups.model_override_base import attention_backends_of
-
-    fields = ("prefill_attention_backend", "decode_attention_backend")
-    return {
-        field if getattr(args, field) else "attention_backend": backend
-        for field, backend in zip(fields, attention_backends_of(args), strict=True)
-    }
-
-
-def _flag(field: str, value: Any) -> str:
-    """A field and its value as on the command line."""
-    name = f"--{field.replace('_', '-')}"
-    if value is True:
-        return name
-    return f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple | dict) else value}"
-
-
-def dual_view(server_args: Any) -> DualViewConfig:
-    """The diffusion view of the checkpoint that the arguments name.
-
-    Raises:
-        ValueError: if it is not an Orthrus checkpoint, or not a complete one.
-    """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
-    hf_config = model_config_of(server_args).hf_config
-    if not is_orthrus(hf_config):
-        raise ValueError(
-            f"--model-path {server_args.model_path}: its architectures are {hf_config.architectures}, and "
-            f"--speculative-algorithm ORTHRUS serves {' and '.join(ARCHITECTURES)} only; use an Orthrus checkpoint "
-            "such as chiennv/Orthrus-Qwen3-8B, or remove --speculative-algorithm."
-        )
-    return DualViewConfig.from_hf(hf_config)
+        for field, backend in attention_backends(server_args).items():
+            if server_args.device == "cuda" and backend not in ATTENTION_BACKENDS and not is_given(server_args, field):
+                setattr(server_args, field, ATTENTION_BACKENDS[0])

@@ -11,6 +11,7 @@ from functools import wraps
 from importlib.metadata import version
 from typing import Any
 
+from sglang_orthrus.token_counts import cut_reasoning
 from sglang_orthrus.touch import Touch
 
 SUPPORTED_SGLANG = "0.5.23"
@@ -55,7 +56,8 @@ LEDGER: tuple[Touch, ...] = (
     Touch(
         "sglang.srt.managers.schedule_batch:Req.update_finish_state",
         ("new_accepted_len",),
-        "wrapped, so that stops are looked for token by token",
+        "wrapped, so that stops are looked for token by token, and reasoning is counted up to where the text stops "
+        "(`token_counts`)",
         "of several stops in one round the built-in check takes a string before a token and the string listed first, "
         "not the one that ends the text first (patches/0002)",
         "SGLang takes the first",
@@ -262,8 +264,8 @@ LEDGER: tuple[Touch, ...] = (
     Touch(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
         ("model_runner", "attn_backend", "speculative_num_draft_tokens"),
-        "subclassed; capture, capture_one_shape, get_spec_info, can_run_graph, "
-        "_resolve_lora_variant and _next_token_logits_buffer_capacity_rows are overridden",
+        "subclassed; capture, capture_one_shape, get_spec_info, can_run_graph, _resolve_lora_variant and "
+        "_next_token_logits_buffer_capacity_rows are overridden",
         "it has no spec input for custom algorithms, and one graph per batch size",
         "it asks the algorithm for spec inputs and graph variants",
     ),
@@ -449,6 +451,7 @@ def stop_at_first_match() -> None:
             if is_run and (wanted.stop_strs or wanted.stop_regex_strs):
                 _look_for_stops(self, new_accepted_len)
             stock(self, new_accepted_len)
+            cut_reasoning(self)
 
         return update_finish_state
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_orthrus import compat
+from sglang_orthrus import compat, refusals
 from sglang_orthrus.algorithm import ATTENTION_BACKENDS, OrthrusAlgorithm, Refused
 from sglang_orthrus.plugin import register
 from tests.fixtures import Shape, write_checkpoint
@@ -184,6 +185,98 @@ def test_a_gpu_has_other_attention_backends(checkpoint: Path) -> None:
             f"{flag} torch_native: with --device cuda ORTHRUS runs on flashinfer or fa3 or triton; "
             "use --attention-backend flashinfer.",
         )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--quantization fp8",
+        "--quantization awq",
+        "--quantization bitsandbytes",
+        "--quantization fp8 --tp-size 2",
+        "--device cuda --quantization fp8",
+        "--device cuda --kv-cache-dtype fp8_e4m3",
+        "--device cuda --kv-cache-dtype fp8_e5m2 --attention-backend fa3",
+        "--device cuda --kv-cache-dtype fp8_e4m3 --attention-backend triton",
+        "--device cuda --enable-deterministic-inference",
+        "--device cuda --prefill-attention-backend flashinfer --decode-attention-backend triton",
+        "--device cuda --decode-attention-backend flashinfer --attention-backend fa3 "
+        "--speculative-attention-mode decode",
+        "--enable-dp-attention --dp-size 2 --tp-size 2",
+        "--lora-paths adapter=/nowhere",
+        "--dtype float16 --kv-cache-dtype fp8_e5m2 --enable-metrics --schedule-policy fcfs --chunked-prefill-size -1 "
+        "--page-size 64 --enable-deterministic-inference --disable-cuda-graph --load-format dummy",
+    ],
+)
+def test_no_refusal_comes_from_what_sglang_derived(checkpoint: Path, flags: str) -> None:
+    """Each names a flag that the user gave, or its former name."""
+    former = {"--attn-dp-size": "--enable-dp-attention"}
+    try:
+        _resolve(checkpoint, *flags.split())
+    except Refused as refused:
+        for sentence in refused.sentences:
+            named = [word for word in sentence.split(": ")[0].split() if word.startswith("--")]
+            assert named and all(name in flags or former.get(name, name) in flags for name in named), sentence
+    except ValueError as error:
+        assert "ORTHRUS" not in str(error)  # SGLang's own
+
+
+def test_quantization_of_the_served_model_is_not_that_of_a_draft_model(checkpoint: Path) -> None:
+    _resolve(checkpoint, "--quantization", "fp8")
+    with pytest.raises(Refused, match=r"--speculative-draft-model-quantization fp8: .* remove the flag"):
+        _resolve(checkpoint, "--speculative-draft-model-quantization", "fp8")
+
+
+def test_a_backend_that_sglang_chose_gives_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Blackwell, where SGLang's default is `trtllm_mha`."""
+    from sglang.srt.arg_groups import overrides
+
+    monkeypatch.setattr(overrides, "get_default_attn_backend", lambda *args: "flex_attention2")
+    args = _resolve(checkpoint, "--device", "cuda")
+    assert _resolved(args, "attention_backend") == "flashinfer"
+
+
+def test_a_block_and_its_prefix_have_the_same_precision(checkpoint: Path, tmp_path: Path) -> None:
+    """Triton attends to a block's own K and V before they are rounded to the pool's type."""
+    on_triton = ("--device", "cuda", "--attention-backend", "triton")
+    for dtype in ("fp8_e4m3", "fp8_e5m2"):
+        with pytest.raises(Refused, match=rf"--kv-cache-dtype {dtype}: on triton .*use --attention-backend flashinfer"):
+            _resolve(checkpoint, *on_triton, "--kv-cache-dtype", dtype)
+    _resolve(checkpoint, "--device", "cuda", "--attention-backend", "flashinfer", "--kv-cache-dtype", "fp8_e4m3")
+    declares = ("--json-model-override-args", '{"quantization_config": {"kv_cache_quant_algo": "FP8"}}')
+    args = SimpleNamespace(kv_cache_dtype="auto", model_path=checkpoint)
+    found = SimpleNamespace(
+        hf_config=SimpleNamespace(quantization_config=json.loads(declares[1])["quantization_config"])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sglang.srt.arg_groups.model_override_base.model_config_of", lambda args: found)
+        (sentence,) = refusals._triton_refusals(args)
+        assert sentence.startswith(f"--model-path {checkpoint}: the checkpoint asks for an fp8 KV cache")
+        found.hf_config.quantization_config = None
+        assert not list(refusals._triton_refusals(args))
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_refused"),
+    [
+        ("--prefill-attention-backend flashinfer --decode-attention-backend fa3", True),
+        ("--attention-backend flashinfer --decode-attention-backend triton", True),
+        ("--attention-backend fa3 --decode-attention-backend flashinfer --speculative-attention-mode decode", True),
+        ("--attention-backend fa3 --decode-attention-backend flashinfer", False),
+        ("--prefill-attention-backend fa3 --decode-attention-backend triton", False),
+        ("--prefill-attention-backend flashinfer --decode-attention-backend flashinfer", False),
+    ],
+)
+def test_flashinfer_verifies_alone(checkpoint: Path, flags: str, is_refused: bool) -> None:
+    """In a hybrid of two backends it would miss our plans."""
+    if not is_refused:
+        _resolve(checkpoint, "--device", "cuda", *flags.split())
+        return
+    with pytest.raises(Refused) as refused:
+        _resolve(checkpoint, "--device", "cuda", *flags.split())
+    (sentence,) = refused.value.sentences
+    assert sentence.startswith(f"{flags.removesuffix(' --speculative-attention-mode decode')}: ")
+    assert sentence.endswith("use --attention-backend flashinfer for both.")
 
 
 def test_fa3_verifies_whole_blocks_only(checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from importlib.metadata import version
 from operator import attrgetter
 from types import SimpleNamespace
@@ -13,16 +14,18 @@ import pytest
 
 from sglang_orthrus import compat
 from sglang_orthrus.accounting import ACCOUNTING_TOUCHES
+from sglang_orthrus.cpu import patches as cpu_patches
 from sglang_orthrus.cpu.patches import CPU_TOUCHES
 from sglang_orthrus.memory_touches import MEMORY_TOUCHES
 from sglang_orthrus.request_hooks import REQUEST_LEDGER
 from sglang_orthrus.sampling_touches import SAMPLING_TOUCHES
+from sglang_orthrus.token_counts import TOKEN_COUNT_TOUCHES
 from sglang_orthrus.tool_streams import TOOL_STREAM_TOUCHES
 from sglang_orthrus.touch import Touch
 
 TOUCHES = (
     *(*compat.LEDGER, *REQUEST_LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES),
-    *(*ACCOUNTING_TOUCHES, *MEMORY_TOUCHES, *TOOL_STREAM_TOUCHES),
+    *(*ACCOUNTING_TOUCHES, *MEMORY_TOUCHES, *TOOL_STREAM_TOUCHES, *TOKEN_COUNT_TOUCHES),
 )
 pytestmark = pytest.mark.contract
 
@@ -48,6 +51,44 @@ def test_an_entry_says_what_why_and_until_when(touch: Touch) -> None:
 def test_no_symbol_is_listed_twice() -> None:
     targets = [touch.target for touch in TOUCHES]
     assert len(targets) == len(set(targets))
+
+
+def _own(ours: type, theirs: type) -> set[str]:
+    """The methods of theirs that our class defines anew."""
+    return {name for name, value in vars(ours).items() if callable(value) and hasattr(theirs, name)} - {"__init__"}
+
+
+def test_the_graph_runner_overrides_what_its_entry_names() -> None:
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+    from sglang_orthrus.graph_runner import OrthrusGraphRunner
+
+    (entry,) = (touch for touch in compat.LEDGER if touch.target.endswith(":DecodeCudaGraphRunner"))
+    named = set(re.findall(r"\w+", entry.what)) - {"subclassed", "and", "are", "overridden"}
+    assert named == _own(OrthrusGraphRunner, DecodeCudaGraphRunner)
+
+
+def test_what_is_overridden_has_an_entry_of_its_own_or_is_named() -> None:
+    """Of classes whose methods are listed one by one."""
+    from sglang_orthrus.cpu.attention import OrthrusCpuAttnBackend
+    from sglang_orthrus.cpu.kv_pool import CpuMHATokenToKVPool
+    from sglang_orthrus.sampler import LoneSampler
+
+    for ours in (OrthrusCpuAttnBackend, CpuMHATokenToKVPool, LoneSampler):
+        (theirs,) = ours.__bases__
+        listed = {
+            touch.target.rsplit(".", 1)[1]
+            for touch in TOUCHES
+            if f":{theirs.__name__}." in touch.target
+            and touch.what.startswith(("overridden", "extended", "subclassed"))
+        }
+        assert listed - {"__init__"} == _own(ours, theirs), ours
+
+
+@pytest.mark.parametrize("target", cpu_patches.REPLACEMENTS)
+def test_what_the_cpu_platform_replaces_has_an_entry(target: str) -> None:
+    (entry,) = (touch for touch in cpu_patches.CPU_TOUCHES if touch.target == target)
+    assert entry.what.startswith("replaced")
 
 
 def test_the_installed_sglang_is_the_supported_one() -> None:

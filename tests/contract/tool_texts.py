@@ -1,4 +1,5 @@
 """Tool calls as models of many families write them."""
+# ruff: noqa: RUF001
 
 from __future__ import annotations
 

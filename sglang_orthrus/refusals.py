@@ -1,0 +1,251 @@
+"""Which server arguments ORTHRUS refuses, and what it says about each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sglang_orthrus.compat import require_supported_sglang
+from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
+from sglang_orthrus.settings import DraftMode, slow_mask_seconds
+
+ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
+CPU_ATTENTION_BACKENDS = ("torch_native",)
+
+
+class Refused(ValueError):
+    """Server arguments that ORTHRUS can't serve. The message is the first refusal; `sentences` are all of them."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        super().__init__(sentences[0])
+        self.sentences = tuple(sentences)
+
+
+def validate_server_args(server_args: Any) -> None:
+    """Refuse what ORTHRUS can't serve.
+
+    Raises:
+        Refused: with one sentence for each flag, which names it, its value and what to do.
+    """
+    sentences = [
+        *_checkpoint_refusals(server_args),
+        *_attention_refusals(server_args),
+        *flag_refusals(server_args),
+        *environment_refusals(),
+    ]
+    if sentences:
+        raise Refused(sentences)
+
+
+class _Rule(NamedTuple):
+    """A field of SGLang's `ServerArgs`, the values of it that ORTHRUS serves, why no other, and what to do."""
+
+    field: str
+    served: tuple[Any, ...]
+    advice: str
+    reason: str = "ORTHRUS does not support it"
+
+
+_REMOVE = "remove the flag"
+_NO_DRAFT_MODEL = "ORTHRUS drafts with the served model itself"
+_BLOCK_DECIDES = "ORTHRUS drafts one block per round, as wide as the checkpoint says"
+_EXACT = "ORTHRUS accepts exactly the tokens that the autoregressive view would have chosen"
+
+_RULES = (
+    _Rule("device", (None, "cuda", "cpu"), "use cuda or cpu"),
+    _Rule("tp_size", (1,), "use --tp-size 1"),
+    _Rule("pp_size", (1,), "use --pp-size 1"),
+    _Rule("attn_dp_size", (1,), "use --attn-dp-size 1"),
+    _Rule("dcp_size", (1,), "use --dcp-size 1"),
+    _Rule("tokenizer_worker_num", (1,), "use --tokenizer-worker-num 1", "SGLang loads no plugins in the extra workers"),
+    _Rule("disaggregation_mode", ("null",), _REMOVE),
+    _Rule("enable_mixed_chunk", (False,), _REMOVE),
+    _Rule("enable_two_batch_overlap", (False,), _REMOVE),
+    _Rule("enable_pdmux", (False,), _REMOVE),
+    _Rule("enable_torch_compile", (False,), _REMOVE),
+    _Rule("enable_hierarchical_cache", (False,), _REMOVE),
+    _Rule("enable_lora", (None, False), "merge the adapter into the checkpoint or remove the flag"),
+    _Rule("lora_paths", (None,), "merge the adapter into the checkpoint or remove the flag"),
+    _Rule(
+        "grammar_backend",
+        (None, "xgrammar", "llguidance", "none"),
+        "use xgrammar or llguidance",
+        "it can't roll back rejected drafts",
+    ),
+    # Two of SGLang's own are those of devices that are refused.
+    _Rule(
+        "sampling_backend",
+        (None, "flashinfer", "pytorch", "ascend", "intel_xpu"),
+        "use flashinfer or pytorch",
+        "rounds sample as SGLang's own sampler does",
+    ),
+    _Rule("rl_on_policy_target", (None,), _REMOVE),
+    _Rule("enable_watermark", (False,), _REMOVE),
+    _Rule("model_impl", ("auto", "sglang"), "use --model-impl sglang", "only SGLang's own model has the two views"),
+    _Rule("speculative_draft_model_path", (None,), _REMOVE, _NO_DRAFT_MODEL),
+    _Rule("speculative_draft_model_quantization", (None,), _REMOVE, _NO_DRAFT_MODEL),
+    _Rule("speculative_draft_attention_backend", (None,), "use --attention-backend", _NO_DRAFT_MODEL),
+    _Rule("speculative_draft_window_size", (None,), _REMOVE, _NO_DRAFT_MODEL),
+    _Rule("speculative_token_map", (None,), _REMOVE, _NO_DRAFT_MODEL),
+    _Rule("speculative_num_steps", (None,), "leave it out, or set --speculative-num-draft-tokens", _BLOCK_DECIDES),
+    _Rule("speculative_eagle_topk", (None, 1), "leave it out", "ORTHRUS drafts a chain, not a tree"),
+    _Rule("speculative_adaptive", (False,), _REMOVE, _BLOCK_DECIDES),
+    _Rule("speculative_accept_threshold_single", (1.0,), _REMOVE, _EXACT),
+    _Rule("speculative_accept_threshold_acc", (1.0,), _REMOVE, _EXACT),
+    _Rule("speculative_use_rejection_sampling", (False,), _REMOVE, _EXACT),
+)
+
+
+# What SGLang makes of the machine, and of --enable-dp-attention, the former name of --attn-dp-size.
+_REFUSED_IF_DERIVED = ("device", "attn_dp_size")
+
+
+def flag_refusals(args: Any) -> Iterator[str]:
+    """One sentence for each flag that is refused whatever the checkpoint; `args` need not be resolved."""
+    for rule in _RULES:
+        value = getattr(args, rule.field)
+        if value not in rule.served and (rule.field in _REFUSED_IF_DERIVED or is_given(args, rule.field, rule.served)):
+            yield f"{_flag(rule.field, value)}: {rule.reason}; {rule.advice}."
+
+
+def is_given(args: Any, field: str, served: Sequence[Any] = (None,)) -> bool:
+    """Whether the user gave a field another value than these; SGLang may have derived the one that it has now."""
+    given: dict[str, Any] | None = getattr(args, "_raw_input", None)
+    return (getattr(args, field) if given is None else given[field]) not in served
+
+
+def environment_refusals() -> Iterator[str]:
+    """One sentence for each environment variable that is refused."""
+    from sglang.srt.environ import envs
+
+    for variable, served in (
+        (envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH, False),
+        (envs.SGLANG_RAGGED_VERIFY_MODE, "static"),
+    ):
+        if variable.get() != served:
+            setting = f"{variable.name}={os.environ.get(variable.name)}"
+            yield f"{setting}: ORTHRUS does not support it; unset the environment variable."
+    for read in (DraftMode.from_env, slow_mask_seconds):
+        try:
+            read()
+        except ValueError as error:
+            yield str(error)
+
+
+def _checkpoint_refusals(args: Any) -> Iterator[str]:
+    try:
+        require_supported_sglang()
+    except ValueError as error:
+        yield str(error)
+    try:
+        block_size = dual_view(args).block_size
+    except ValueError as error:
+        yield str(error)
+        return
+    width = args.speculative_num_draft_tokens
+    if width is not None and not 2 <= width <= block_size:
+        yield (
+            f"--speculative-num-draft-tokens {width}: ORTHRUS verifies 2 to {block_size} tokens per round, the "
+            "checkpoint's block_size at most; leave the flag out for the whole block."
+        )
+    elif width not in (None, block_size) and "fa3" in attention_backends(args).values():
+        yield (
+            f"--speculative-num-draft-tokens {width}: fa3 runs blocks of one width only, and drafts are {block_size} "
+            "wide; leave the flag out or use --attention-backend flashinfer."
+        )
+
+
+def _attention_refusals(args: Any) -> Iterator[str]:
+    served = {"cpu": CPU_ATTENTION_BACKENDS, "cuda": ATTENTION_BACKENDS}.get(args.device)
+    if served is None:
+        return  # the device itself is refused
+    backends = attention_backends(args)
+    for field, backend in backends.items():
+        if backend is not None and backend not in served and is_given(args, field):
+            yield (
+                f"{_flag(field, backend)}: with --device {args.device} ORTHRUS runs on {' or '.join(served)}; "
+                f"use --attention-backend {served[0]}."
+            )
+    if args.device == "cuda":
+        yield from _hybrid_refusals(args)
+        if "triton" in backends.values():
+            yield from _triton_refusals(args)
+
+
+def _hybrid_refusals(args: Any) -> Iterator[str]:
+    """Of unlike backends SGLang makes one, which gives both passes of a round to one of them.
+
+    `RoundRunner` finds no FlashInfer backend then, so that it would capture graphs without our plans.
+    """
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of
+
+    prefill, decode = attention_backends_of(args)
+    verifies = decode if args.speculative_attention_mode == "decode" else prefill
+    if prefill == decode or verifies != "flashinfer" or not {prefill, decode} <= {*ATTENTION_BACKENDS}:
+        return
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    flags = " ".join(_flag(field, getattr(args, field)) for field in fields if is_given(args, field))
+    yield (
+        f"{flags}: prefill would run on {prefill} and decode on {decode}, and ORTHRUS can't plan rounds for flashinfer "
+        "beside another backend; use --attention-backend flashinfer for both."
+    )
+
+
+def _triton_refusals(args: Any) -> Iterator[str]:
+    """Its kernel attends to a block's own K and V as they were before they were rounded to the pool's type."""
+    reason = "on triton a round would attend to K and V that are not rounded as plain SGLang's are"
+    advice = "use --attention-backend flashinfer or fa3, or --kv-cache-dtype bfloat16"
+    if args.kv_cache_dtype.startswith("fp8"):
+        yield f"{_flag('kv_cache_dtype', args.kv_cache_dtype)}: {reason}; {advice}."
+    elif args.kv_cache_dtype == "auto" and _declares_fp8_kv(args):
+        yield f"--model-path {args.model_path}: the checkpoint asks for an fp8 KV cache, and {reason}; {advice}."
+
+
+def _declares_fp8_kv(args: Any) -> bool:
+    """Whether `--kv-cache-dtype auto` means fp8: SGLang heeds what ModelOpt writes."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    declared = getattr(model_config_of(args).hf_config, "quantization_config", None) or {}
+    algorithm = declared.get("kv_cache_quant_algo") or declared.get("quantization", {}).get("kv_cache_quant_algo")
+    scheme = declared.get("kv_cache_scheme") or {}
+    is_modelopt = str(declared.get("quant_method", "")).startswith("modelopt")
+    is_fp8_scheme = is_modelopt and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    return str(algorithm).upper() == "FP8" or is_fp8_scheme
+
+
+def attention_backends(args: Any) -> dict[str, str | None]:
+    """The attention backends, by the field that chose each."""
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of
+
+    fields = ("prefill_attention_backend", "decode_attention_backend")
+    return {
+        field if getattr(args, field) else "attention_backend": backend
+        for field, backend in zip(fields, attention_backends_of(args), strict=True)
+    }
+
+
+def _flag(field: str, value: Any) -> str:
+    """A field and its value as on the command line."""
+    name = f"--{field.replace('_', '-')}"
+    if value is True:
+        return name
+    return f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple | dict) else value}"
+
+
+def dual_view(server_args: Any) -> DualViewConfig:
+    """The diffusion view of the checkpoint that the arguments name.
+
+    Raises:
+        ValueError: if it is not an Orthrus checkpoint, or not a complete one.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    hf_config = model_config_of(server_args).hf_config
+    if not is_orthrus(hf_config):
+        raise ValueError(
+            f"--model-path {server_args.model_path}: its architectures are {hf_config.architectures}, and "
+            f"--speculative-algorithm ORTHRUS serves {' and '.join(ARCHITECTURES)} only; use an Orthrus checkpoint "
+            "such as chiennv/Orthrus-Qwen3-8B, or remove --speculative-algorithm."
+        )
+    return DualViewConfig.from_hf(hf_config)
