@@ -167,29 +167,8 @@ def _attention_refusals(args: Any) -> Iterator[str]:
                 f"{_flag(field, backend)}: with --device {args.device} ORTHRUS runs on {' or '.join(served)}; "
                 f"use --attention-backend {served[0]}."
             )
-    if args.device == "cuda":
-        yield from _hybrid_refusals(args)
-        if "triton" in backends.values():
-            yield from _triton_refusals(args)
-
-
-def _hybrid_refusals(args: Any) -> Iterator[str]:
-    """Of unlike backends SGLang makes one, which gives both passes of a round to one of them.
-
-    `RoundRunner` finds no FlashInfer backend then, so that it would capture graphs without our plans.
-    """
-    from sglang.srt.arg_groups.model_override_base import attention_backends_of
-
-    prefill, decode = attention_backends_of(args)
-    verifies = decode if args.speculative_attention_mode == "decode" else prefill
-    if prefill == decode or verifies != "flashinfer" or not {prefill, decode} <= {*ATTENTION_BACKENDS}:
-        return
-    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    flags = " ".join(_flag(field, getattr(args, field)) for field in fields if is_given(args, field))
-    yield (
-        f"{flags}: prefill would run on {prefill} and decode on {decode}, and ORTHRUS can't plan rounds for flashinfer "
-        "beside another backend; use --attention-backend flashinfer for both."
-    )
+    if args.device == "cuda" and "triton" in backends.values():
+        yield from _triton_refusals(args)
 
 
 def _triton_refusals(args: Any) -> Iterator[str]:

@@ -257,26 +257,17 @@ def test_a_block_and_its_prefix_have_the_same_precision(checkpoint: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "is_refused"),
+    "flags",
     [
-        ("--prefill-attention-backend flashinfer --decode-attention-backend fa3", True),
-        ("--attention-backend flashinfer --decode-attention-backend triton", True),
-        ("--attention-backend fa3 --decode-attention-backend flashinfer --speculative-attention-mode decode", True),
-        ("--attention-backend fa3 --decode-attention-backend flashinfer", False),
-        ("--prefill-attention-backend fa3 --decode-attention-backend triton", False),
-        ("--prefill-attention-backend flashinfer --decode-attention-backend flashinfer", False),
+        "--prefill-attention-backend flashinfer --decode-attention-backend fa3",
+        "--attention-backend flashinfer --decode-attention-backend triton",
+        "--attention-backend fa3 --decode-attention-backend flashinfer --speculative-attention-mode decode",
+        "--prefill-attention-backend fa3 --decode-attention-backend triton",
     ],
 )
-def test_flashinfer_verifies_alone(checkpoint: Path, flags: str, is_refused: bool) -> None:
-    """In a hybrid of two backends it would miss our plans."""
-    if not is_refused:
-        _resolve(checkpoint, "--device", "cuda", *flags.split())
-        return
-    with pytest.raises(Refused) as refused:
-        _resolve(checkpoint, "--device", "cuda", *flags.split())
-    (sentence,) = refused.value.sentences
-    assert sentence.startswith(f"{flags.removesuffix(' --speculative-attention-mode decode')}: ")
-    assert sentence.endswith("use --attention-backend flashinfer for both.")
+def test_unlike_attention_backends_are_served(checkpoint: Path, flags: str) -> None:
+    """`tests/gpu/test_gpu_backends.py` compares their answers."""
+    _resolve(checkpoint, "--device", "cuda", *flags.split())
 
 
 def test_fa3_verifies_whole_blocks_only(checkpoint: Path) -> None:
