@@ -69,6 +69,18 @@ def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
     )
 
 
+def apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """Forbid what a mask of XGrammar forbids (`sglang.srt.constrained.xgrammar_backend`).
+
+    Args:
+        logits: [n, vocabulary], written in place.
+        vocab_mask: [n, vocabulary / 32] int32, a bit per token.
+    """
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
+
+
 def synchronize(device: Any = None) -> None:
     """The CPU computes synchronously: there is nothing to wait for."""
 

@@ -49,6 +49,13 @@ CPU_TOUCHES: tuple[Touch, ...] = (
         "SGLang asks the platform",
     ),
     Touch(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.apply_vocab_mask",
+        ("logits", "vocab_mask"),
+        "replaced by XGrammar's own call, which the grammar objects make",
+        "it knows no CPU, so that the first request under --enable-strict-thinking ends the scheduler (patches/0017)",
+        "it has a branch for it",
+    ),
+    Touch(
         "sglang.srt.server_args:add_deterministic_attention_backend_choices",
         ("iterable",),
         "called with torch_native",
@@ -122,3 +129,10 @@ def install_cpu_kernels() -> None:
         for module in (owner, *importers):
             if vars(module).get(attribute) is stock:
                 setattr(module, attribute, replacement)
+    _mask_on_cpu()
+
+
+def _mask_on_cpu() -> None:
+    from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+
+    XGrammarGrammarBackend.apply_vocab_mask = staticmethod(kernels.apply_vocab_mask)
