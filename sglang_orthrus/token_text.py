@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # A forced string is followed for so many bytes per token that is wanted. Tokens of Qwen3 have 4.5 in the mean.
@@ -78,7 +76,7 @@ class TokenText:
         return [(first, second) for first, second in ids if first is not None and second is not None]
 
     @cached_property
-    def single_bytes(self) -> npt.NDArray[np.int64]:
+    def single_bytes(self) -> Sequence[int]:
         """The tokens of one byte each."""
         tokens = map(self._tokenizer.convert_tokens_to_ids, _BYTES)
-        return np.array([token for token in tokens if token is not None], np.int64)
+        return [token for token in tokens if token is not None]

@@ -8,7 +8,6 @@ from math import isfinite
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from xgrammar import GrammarMatcher
@@ -76,6 +75,7 @@ class XGrammarCursor:
         self._text = text
         self._stop_ids = stop_ids
         self._scratch = scratch
+        self._words: Masks = scratch.numpy()[0]  # made here, as PyTorch lets go of the interpreter's lock for it
 
     def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Reach:
         """See `Cursor`."""
@@ -101,13 +101,13 @@ class XGrammarCursor:
         To know that, longest tokens are followed. Where a string is forced, a mask takes microseconds. Elsewhere
         they may take tens of milliseconds, but there two characters of the same script are allowed.
         """
-        calls, handle, words = self._calls, self._handle, self._scratch.numpy()[0]
+        calls, handle = self._calls, self._handle
         found, moved, ends = b"", 0, False
         while moved <= count and len(found) <= BYTES_PER_TOKEN * count and not (ends or deadline.is_over()):
             token = None
             if not self._is_open():
                 calls.fill_next_token_bitmask(handle, self._scratch, 0, False)
-                token = self._only_token(words)
+                token = self._only_token(self._words)
             if token is None:
                 ends = True
             elif calls.accept_token(handle, token, False):
@@ -140,15 +140,20 @@ class XGrammarCursor:
 
         words: [W].
         """
-        singles = self._text.single_bytes
-        firsts = singles[(words[singles >> 5] >> (singles & 31) & 1).nonzero()]
-        if len(firsts) != 1 or any(is_allowed(token, words) for token in self._stop_ids):
-            return None
-        places = (words != 0).nonzero()[0]
+        allowed = list[int]()
+        places: list[int] = (words != 0).nonzero()[0].tolist()
         if len(places) > _MAX_FORCED_WORDS:
-            return int(firsts[0])
-        bits = np.unpackbits(words[places].view(np.uint8), bitorder="little").nonzero()[0]
-        allowed = (places[bits >> 5] * 32 + (bits & 31)).tolist()
+            allowed = [token for token in self._text.single_bytes if is_allowed(token, words)]
+            if len(allowed) > 1 or any(is_allowed(token, words) for token in self._stop_ids):
+                return None
+            places = []
+        for place in places:
+            word = words.item(place) & 0xFFFFFFFF
+            while word:
+                allowed.append(place * 32 + (word & -word).bit_length() - 1)
+                word &= word - 1
+        if not self._stop_ids.isdisjoint(allowed):
+            return None
         spelled = sorted(((self._text.spelling(token), token) for token in allowed), key=lambda one: len(one[0]))
         found = None
         for place, (spelling, token) in enumerate(spelled, start=1):
