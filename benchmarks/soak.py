@@ -17,8 +17,10 @@ import argparse
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,23 +150,23 @@ class Run:
         is_late = self.late_penalties and ("penalties" in request.kind or request.min_tokens)
         if request.greedy and request.act != "control" and theirs is not None and statuses_ok and not is_late:
             self.greedy += 1
-            verdict = compare(request, ours, theirs, self._divergence_of(request), self.tie_below)
+            alone = partial(self._alone, request)
+            verdict = compare(
+                request, ours, theirs, partial(self._divergence, alone=alone), alone, tie_below=self.tie_below
+            )
             problems += verdict.problems
             self.near_ties += [asdict(tie) | {"number": request.number} for tie in verdict.near_ties]
         if problems:
             self._fail(request, self.sides.orthrus, problems, ours, theirs)
 
-    def _divergence_of(self, request: Request) -> Any:
-        """Plain SGLang is asked once more, alone, for its best two tokens each."""
+    def _alone(self, request: Request, number: int) -> Answer:
+        """Plain SGLang's answer to a request that it is sent once more, alone, with its best two tokens each."""
         assert self.sides.plain is not None
-        plain = self.sides.plain
+        reply = Client(self.sides.plain.url, "ranked", self.sides.plain.weights).send(_ranking(request))
+        return reply.answers[number] if number < len(reply.answers) else Answer()
 
-        def find(number: int, expected: Any, actual: Any) -> Divergence | None:
-            ranked = Client(plain.url, "ranked", plain.weights).send(_ranking(request))
-            answer = ranked.answers[number] if number < len(ranked.answers) else Answer()
-            return ranked_divergence(answer, expected, actual, self.tie_below)
-
-        return find
+    def _divergence(self, number: int, expected: Any, actual: Any, alone: Callable[[int], Answer]) -> Divergence | None:
+        return ranked_divergence(alone(number), expected, actual, self.tie_below)
 
     def _fail(
         self, request: Request | None, side: Side, problems: list[str], ours: Reply | None = None, theirs: Any = None

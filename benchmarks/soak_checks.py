@@ -47,9 +47,17 @@ def check(request: Request, reply: Reply) -> list[str]:
 
 
 def compare(
-    request: Request, ours: Reply, theirs: Reply, divergence_of: GapAfter, tie_below: float = NEAR_TIE
+    request: Request,
+    ours: Reply,
+    theirs: Reply,
+    divergence_of: GapAfter,
+    alone: Callable[[int], Answer],
+    tie_below: float = NEAR_TIE,
 ) -> Verdict:
-    """A greedy reply against plain SGLang's to the same request."""
+    """A greedy reply against plain SGLang's to the same request.
+
+    alone: plain SGLang's answer of that number to the request sent once more, alone.
+    """
     verdict = Verdict()
     if len(ours.answers) != len(theirs.answers):
         verdict.problems.append(f"{len(ours.answers)} answers, plain SGLang gives {len(theirs.answers)}")
@@ -67,7 +75,11 @@ def compare(
                     break  # what follows has another context
                 continue
         if not is_cut:
-            verdict.problems += [f"answer {number}: {what}" for what in _differences(our, their, tie_below)]
+            problems = _differences(our, their)
+            # In a batch plain SGLang forgets penalties of a request that it retracts, so it is asked again.
+            if _logprob_differences(our, their, tie_below):
+                problems += _logprob_differences(our, alone(number), tie_below)
+            verdict.problems += [f"answer {number}: {what}" for what in problems]
     if equal and not is_cut and not verdict.problems and ours.usage != theirs.usage:
         verdict.problems.append(f"usage {ours.usage}, plain SGLang's {theirs.usage}")
     return verdict
@@ -86,19 +98,23 @@ def _judge(verdict: Verdict, number: int, divergence: Divergence | None, our: An
     )
 
 
-def _differences(our: Answer, their: Answer, tie_below: float) -> list[str]:
+def _differences(our: Answer, their: Answer) -> list[str]:
     """Of two answers with the same ids."""
     problems = []
     for name in ("text", "reasoning", "calls", "finish", "matched", "tokens"):
         mine, other = getattr(our, name), getattr(their, name)
         if mine != other:
             problems.append(f"{name} {mine!r}, plain SGLang's {other!r}")
+    return problems
+
+
+def _logprob_differences(our: Answer, their: Answer, tie_below: float) -> list[str]:
+    """The first log probability that differs, of two answers with the same ids."""
     slack = max(_LOGPROB_SLACK, tie_below)
     for index, (mine, other) in enumerate(zip(our.logprobs or (), their.logprobs or (), strict=False)):
         if mine is not None and other is not None and abs(mine - other) > slack * max(1.0, abs(other)):
-            problems.append(f"log probability {index} is {mine}, plain SGLang's {other}")
-            break
-    return problems
+            return [f"log probability {index} is {mine}, plain SGLang's {other}"]
+    return []
 
 
 # -- one answer

@@ -159,6 +159,7 @@ class TokenChoice:
                 supports[piece.requests] = support
             else:
                 is_lost = True
+            del support, drawn
         # Verify overwrites hidden states where it replays a graph.
         kept = hidden_states.clone() if is_lost else None
         return Drafts(block, q, is_certain, are_drawn, kept, supports, candidates if slots else None)

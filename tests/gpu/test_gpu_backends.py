@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 COMMON = (
     *("--dtype", "bfloat16", "--mem-fraction-static", "0.3", "--max-total-tokens", "65536"),
     *("--max-running-requests", "16", "--cuda-graph-max-bs-decode", "4", "--context-length", "2048"),
+    *("--cuda-graph-backend-prefill", "disabled"),  # they take minutes to make
 )
 COUNT = 18
 # Who verifies: FlashInfer as the prefill backend, FlashInfer as the decode backend, and the other one beside it.

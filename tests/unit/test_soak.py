@@ -14,6 +14,7 @@ from benchmarks.parity_rules import Divergence
 from benchmarks.soak import is_excused
 from benchmarks.soak_checks import check, compare, ranked_divergence
 from benchmarks.soak_client import Answer, Reply, read_stream, read_whole
+from benchmarks.soak_merge import merged
 from benchmarks.soak_report import growth, kinds, latencies, memory_report
 from benchmarks.soak_requests import Mix, Request
 
@@ -153,11 +154,15 @@ def gap(value: float) -> Any:
     return lambda number, expected, actual: Divergence(3, expected[-1], actual[-1], value)
 
 
+def alone(number: int) -> Answer:
+    return replace(GOOD, logprobs=[-1.0] * 4)
+
+
 OTHER = replace(GOOD, ids=[5, 6, 7, 9], text="a b c e")
 
 
 def test_equal_replies_pass() -> None:
-    assert compare(PLAIN, reply(GOOD), reply(GOOD), never).problems == []
+    assert compare(PLAIN, reply(GOOD), reply(GOOD), never, alone).problems == []
 
 
 @pytest.mark.parametrize(
@@ -175,26 +180,32 @@ def test_equal_replies_pass() -> None:
 )
 def test_equal_ids_with_another_rest_are_found(change: dict[str, Any]) -> None:
     ours, theirs = replace(GOOD, **{"logprobs": [-1.0] * 4, **change}), replace(GOOD, logprobs=[-1.0] * 4)
-    assert compare(PLAIN, reply(ours), reply(theirs), never).problems
+    assert compare(PLAIN, reply(ours), reply(theirs), never, alone).problems
+
+
+def test_log_probabilities_that_plain_sglang_gives_alone_pass() -> None:
+    """It forgets penalties of a request that it retracts."""
+    ours, theirs = replace(GOOD, logprobs=[-1.0] * 4), replace(GOOD, logprobs=[-1.0, -1.0, -1.0, -0.8])
+    assert compare(PLAIN, reply(ours), reply(theirs), never, alone).problems == []
 
 
 def test_other_ids_pass_at_a_near_tie_only() -> None:
-    near = compare(PLAIN, reply(OTHER), reply(GOOD), gap(1e-5))
+    near = compare(PLAIN, reply(OTHER), reply(GOOD), gap(1e-5), alone)
     assert not near.problems and len(near.near_ties) == 1
-    assert compare(PLAIN, reply(OTHER), reply(GOOD), gap(0.5)).problems
+    assert compare(PLAIN, reply(OTHER), reply(GOOD), gap(0.5), alone).problems
 
 
 def test_a_cut_stream_is_a_prefix() -> None:
     cut = replace(PLAIN, act="cut")
     short = replace(GOOD, ids=[5, 6], text="a b", finish=None, tokens=(3, 2, 0))
-    assert compare(cut, reply(short), reply(GOOD), never).problems == []
-    assert compare(cut, reply(replace(short, ids=[5, 9])), reply(GOOD), gap(0.5)).problems
-    assert compare(PLAIN, reply(short), reply(GOOD), gap(math.inf)).problems
+    assert compare(cut, reply(short), reply(GOOD), never, alone).problems == []
+    assert compare(cut, reply(replace(short, ids=[5, 9])), reply(GOOD), gap(0.5), alone).problems
+    assert compare(PLAIN, reply(short), reply(GOOD), gap(math.inf), alone).problems
 
 
 def test_other_usage_and_numbers_of_answers_are_found() -> None:
-    assert compare(PLAIN, reply(GOOD, usage=(3, 4, 0)), reply(GOOD, usage=(3, 5, 0)), never).problems
-    assert compare(PLAIN, reply(GOOD), reply(GOOD, GOOD), never).problems
+    assert compare(PLAIN, reply(GOOD, usage=(3, 4, 0)), reply(GOOD, usage=(3, 5, 0)), never, alone).problems
+    assert compare(PLAIN, reply(GOOD), reply(GOOD, GOOD), never, alone).problems
 
 
 def test_a_divergence_is_judged_by_plain_sglangs_ranking() -> None:
@@ -266,3 +277,35 @@ def test_latencies_leave_out_what_was_cut() -> None:
     cut = replace(PLAIN, act="cut")
     timed = [(PLAIN, Reply(200, [GOOD], seconds=1.0)), (cut, Reply(200, [GOOD], seconds=9.0))]
     assert latencies(timed)["all"] == {"requests": 1, "p50": 1.0, "p99": 1.0}
+
+
+# -- slices
+
+
+def test_slices_are_counted_together() -> None:
+    def part(requests: int, failures: int, seed: int) -> dict[str, Any]:
+        return {
+            **{
+                "requests": requests,
+                "failures": failures,
+                "seconds": 10.0,
+                "compared_with_plain": requests,
+                "seed": seed,
+            },
+            **{"near_ties": {"below": 1e-4, "found": [1] * failures}, "ended_early": "", "kinds": {"chat": requests}},
+            **{"tokens_per_cycle": 2.0, "failed": [seed] * failures, "plain_too": [], "in_flight": 16},
+            **{"latency_seconds": {}, "pool": {}, "resident_memory": {}, "provenance": {"commit": "a"}},
+        }
+
+    whole = merged([part(3000, 0, 1), part(1000, 2, 2)])
+    assert (whole["requests"], whole["failures"], whole["kinds"]) == (4000, 2, {"chat": 4000})
+    assert whole["failed"] == [2, 2]
+    assert [one["seed"] for one in whole["slices"]] == [1, 2]
+    # One near tie in 200 requests is allowed over all.
+    assert whole["near_ties"]["allowed"] == 20
+
+
+def test_slices_of_unlike_commits_are_not_one_run() -> None:
+    parts = [{"provenance": {"commit": commit}} for commit in "ab"]
+    with pytest.raises(SystemExit, match="one commit"):
+        merged(parts)
