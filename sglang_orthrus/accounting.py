@@ -1,12 +1,12 @@
-"""What SGLang reports of rounds: tokens of requests that run, and nothing of those that have ended.
+"""What SGLang reports of rounds: tokens that somebody gets.
 
 Under overlap scheduling a round begins before the former one's result is known, so it runs once more for requests that
-ended there. Nobody gets its tokens.
+ended there. And a round may run past the end of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -33,7 +33,7 @@ ACCOUNTING_TOUCHES: tuple[Touch, ...] = (
         "sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter.report_decode_stats",
         ("can_run_cuda_graph", "running_batch", "num_generated_tokens"),
         "wrapped, so that it reports nothing where nothing was counted",
-        "it divides by the number of rows",
+        "it divides by the number of rows, and tokens past the end of a text are known by then",
         "as above",
     ),
     Touch(
@@ -57,17 +57,31 @@ def count_running_requests_only() -> None:
     def counted(stock: Callable[..., None]) -> Callable[..., None]:
         @wraps(stock)
         def process_batch_result_decode(self: Any, batch: Any, result: Any) -> None:
-            if result.accept_lens is not None:
-                _leave_out_ended(self.metrics_reporter, batch, result)
+            if result.accept_lens is None:
+                stock(self, batch, result)
+                return
+            reporter = self.metrics_reporter
+            if result.copy_done is not None:
+                result.copy_done.synchronize()
+            lens = result.accept_lens.tolist()
+            _leave_out_ended(reporter, batch.reqs, result, lens)
+            reporter._orthrus_begun = _Begun(batch.reqs, lens)
             stock(self, batch, result)
 
         return process_batch_result_decode
 
     def reported(stock: Callable[..., None]) -> Callable[..., None]:
         @wraps(stock)
-        def report_decode_stats(self: Any, *args: Any, **kwargs: Any) -> None:
+        def report_decode_stats(self: Any, *args: Any, num_generated_tokens: int = 0, **kwargs: Any) -> None:
+            begun, self._orthrus_begun = getattr(self, "_orthrus_begun", None), None
+            if begun is not None:
+                past = begun.tokens_past_the_end()
+                num_generated_tokens -= past
+                self.num_generated_tokens -= past
+                self.spec_num_accept_tokens -= past
+                self.spec_num_correct_drafts -= past
             if self.spec_num_forward_ct > 0:
-                stock(self, *args, **kwargs)
+                stock(self, *args, num_generated_tokens=num_generated_tokens, **kwargs)
 
         return report_decode_stats
 
@@ -75,14 +89,29 @@ def count_running_requests_only() -> None:
     _wrap_once(SchedulerMetricsReporter, "report_decode_stats", reported)
 
 
-def _leave_out_ended(reporter: Any, batch: Any, result: Any) -> None:
+class _Begun:
+    """The running requests of a round whose result is being taken in."""
+
+    def __init__(self, reqs: Sequence[Any], lens: Sequence[int]) -> None:
+        self._rows = [
+            (req, len(req.output_ids) + length)
+            for req, length in zip(reqs, lens, strict=True)
+            if not (req.finished() or req.is_retracted)
+        ]
+
+    def tokens_past_the_end(self) -> int:
+        """Accepted tokens that the requests' texts did not take in."""
+        return sum(
+            committed - min(len(req.output_ids), len(req.output_ids) if req.finished_len is None else req.finished_len)
+            for req, committed in self._rows
+        )
+
+
+def _leave_out_ended(reporter: Any, reqs: Sequence[Any], result: Any, lens: Sequence[int]) -> None:
     """SGLang adds all rows of the batch; take off before what rows of ended requests will add."""
-    ended = [row for row, req in enumerate(batch.reqs) if req.finished() or req.is_retracted]
+    ended = [row for row, req in enumerate(reqs) if req.finished() or req.is_retracted]
     if not ended:
         return
-    if result.copy_done is not None:
-        result.copy_done.synchronize()
-    lens = result.accept_lens.tolist()
     emitted = sum(lens[row] for row in ended)
     stock = result.get_num_generated_tokens
     result.get_num_generated_tokens = lambda batch_size: stock(batch_size) - emitted

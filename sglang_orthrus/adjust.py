@@ -19,7 +19,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.last_resort import tame_inplace, within_the_grammar
+from sglang_orthrus.last_resort import leave_something_inplace, tame_inplace, within_the_grammar
 from sglang_orthrus.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
 from sglang_orthrus.rows import Piece, rows_index
 
@@ -151,6 +151,8 @@ class Adjustments:
             self._process(logits, piece, place)
         if allowed is not None:
             allowed.take_over_inplace(logits, masks)
+        if masks is not None and not piece.way.is_greedy:
+            leave_something_inplace(logits)
         sanitize_nan_logits(logits.flatten(0, 1), "ORTHRUS: logits")
 
     def _process(self, logits: torch.Tensor, piece: Piece, place: Place) -> None:

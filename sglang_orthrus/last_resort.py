@@ -24,6 +24,15 @@ def within_the_grammar(adjusted: torch.Tensor, allowed: torch.Tensor) -> torch.T
     return torch.where(nothing, allowed, adjusted)
 
 
+def leave_something_inplace(logits: torch.Tensor) -> None:
+    """Where a grammar itself allows no token, let all be alike. logits: [..., V]
+
+    Whatever is drawn there, the grammar refuses it, and its request ends. A row without any token would end the
+    scheduler, and with it the requests beside it.
+    """
+    logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
+
+
 def tame_inplace(logits: torch.Tensor) -> None:
     """Let what custom processors wrote be sampled from: NaN forbids a token, infinity is a large logit."""
     logits.nan_to_num_(nan=float("-inf"), posinf=_MAX_LOGIT, neginf=float("-inf")).clamp_(max=_MAX_LOGIT)

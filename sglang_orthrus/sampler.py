@@ -12,7 +12,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 
-from sglang_orthrus.last_resort import tame_inplace, within_the_grammar
+from sglang_orthrus.last_resort import leave_something_inplace, tame_inplace, within_the_grammar
 
 
 class LoneSampler(Sampler):
@@ -32,6 +32,8 @@ class LoneSampler(Sampler):
         if allowed is not None:
             logits.copy_(within_the_grammar(logits, allowed))
             sampling_info.allowed_logits = None
+        if not sampling_info.is_all_greedy:
+            leave_something_inplace(logits)
         sanitize_nan_logits(logits, "sampler: next_token_logits")
         return logits
 

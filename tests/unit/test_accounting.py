@@ -36,14 +36,21 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The processor and the reporter wrapped; what is reported."""
     found: list[str] = []
     monkeypatch.setattr(SchedulerBatchResultProcessor, "process_batch_result_decode", _count)
-    monkeypatch.setattr(SchedulerMetricsReporter, "report_decode_stats", lambda self, *args: found.append("report"))
+    monkeypatch.setattr(SchedulerMetricsReporter, "report_decode_stats", lambda self, *args, **kwargs: found.append("report"))
     count_running_requests_only()
     count_running_requests_only()
     return found
 
 
 def _process(reporter: _Reporter, lens: list[int], ended: list[int], retracted: list[int] | None = None) -> None:
-    reqs = [request({}, has_ended=row in ended, is_retracted=row in (retracted or [])) for row in range(len(lens))]
+    reqs = [
+        request({}, has_ended=row in ended, is_retracted=row in (retracted or []), finished_len=None)
+        for row in range(len(lens))
+    ]
+    _take_in(reporter, reqs, lens)
+
+
+def _take_in(reporter: _Reporter, reqs: list[Any], lens: list[int]) -> None:
     result = GenerationBatchResult(accept_lens=torch.tensor(lens))
     processor: Any = SimpleNamespace(metrics_reporter=reporter)
     SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)  # type: ignore[arg-type]
@@ -70,3 +77,25 @@ def test_a_round_that_accepts_nothing_by_design_counts_for_nothing(reports: list
     _process(reporter, [4, 1], ended=[1])
     SchedulerMetricsReporter.report_decode_stats(reporter, False)  # type: ignore[arg-type]
     assert reports == ["report"]
+
+
+def test_tokens_past_the_end_of_a_text_are_not_counted(reports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of 32 tokens may end a text with its third one."""
+    generated = list[int]()
+    reporter = _Reporter()
+    reqs = [request({}, output_ids=[5] * said, finished_len=None) for said in (10, 20, 30)]
+    _take_in(reporter, reqs, [32, 6, 9])
+    for req, length, end in zip(reqs, [32, 6, 9], [13, None, 39], strict=True):
+        req.output_ids = req.output_ids + [6] * length
+        req.finished_len = end
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        SchedulerMetricsReporter,
+        "report_decode_stats",
+        lambda self, graph, num_generated_tokens=0: generated.append(num_generated_tokens),
+    )
+    count_running_requests_only()
+    SchedulerMetricsReporter.report_decode_stats(reporter, False, num_generated_tokens=47)  # type: ignore[arg-type]
+    assert generated == [3 + 6 + 9]
+    assert reporter.num_generated_tokens == reporter.spec_num_accept_tokens == 18
+    assert reporter.spec_num_correct_drafts == 15

@@ -17,7 +17,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatc
 from sglang_orthrus import sampler
 from sglang_orthrus.adjust import Adjustments, RowMasks, may_forbid
 from sglang_orthrus.choice import TokenChoice
-from sglang_orthrus.last_resort import tame_inplace, within_the_grammar
+from sglang_orthrus.last_resort import leave_something_inplace, tame_inplace, within_the_grammar
 from sglang_orthrus.request_hooks import keep_allowed_logits
 from sglang_orthrus.sampler import LoneSampler
 from tests.sampling import decode_batch
@@ -202,6 +202,7 @@ def test_the_first_token_obeys_the_same_rule(monkeypatch: pytest.MonkeyPatch) ->
     preprocess = partial(LoneSampler._preprocess_logits, SimpleNamespace())
     plain = torch.arange(2.0 * VOCAB).view(2, VOCAB)
     info: Any = Info()
+    info.is_all_greedy = False
     info.logit_bias = torch.zeros(2, VOCAB)
     info.logit_bias[0] = -INF
     info.grammar_mask = Allow(torch.arange(VOCAB).expand(2, -1) < 3)
@@ -233,3 +234,22 @@ def test_a_batch_without_such_options_keeps_nothing(monkeypatch: pytest.MonkeyPa
     info: Any = Info()
     SamplingBatchInfo.apply_logits_bias(info, torch.zeros(2, VOCAB))
     assert info.allowed_logits is None
+
+
+def test_a_grammar_that_allows_nothing_leaves_its_neighbours_something_to_sample_from() -> None:
+    """Of a row without any token softmax makes NaN, and SGLang samples all rows of a batch together."""
+    logits = torch.tensor([[float("-inf")] * 4, [1.0, float("-inf"), 2.0, 0.5]])
+    kept = logits[1].clone()
+    leave_something_inplace(logits)
+    assert torch.softmax(logits, dim=-1).isfinite().all()
+    assert torch.equal(logits[1], kept)
+
+
+@pytest.mark.parametrize("how", ["sampled", "filtered"])
+def test_a_round_in_which_a_grammar_allows_nothing_harms_no_neighbour(how: str) -> None:
+    nothing = RowMasks(Allow(torch.zeros(WIDTH, VOCAB, dtype=torch.bool)), [0])
+    verdict, block = _round(_batch([SAMPLING[how]] * 2), nothing)
+    assert (verdict.accept_lens >= 1).all()
+    assert (verdict.tokens >= 0).all() and (verdict.tokens < VOCAB).all()
+    length = int(verdict.accept_lens[1])
+    assert torch.equal(verdict.tokens[1, : length - 1], block[1, 1:length])
