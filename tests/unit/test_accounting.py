@@ -36,7 +36,9 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The processor and the reporter wrapped; what is reported."""
     found: list[str] = []
     monkeypatch.setattr(SchedulerBatchResultProcessor, "process_batch_result_decode", _count)
-    monkeypatch.setattr(SchedulerMetricsReporter, "report_decode_stats", lambda self, *args, **kwargs: found.append("report"))
+    monkeypatch.setattr(
+        SchedulerMetricsReporter, "report_decode_stats", lambda self, *args, **kwargs: found.append("report")
+    )
     count_running_requests_only()
     count_running_requests_only()
     return found
