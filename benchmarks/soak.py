@@ -148,7 +148,14 @@ class Run:
             problems = []
         statuses_ok = theirs is not None and ours.status == theirs.status == requests.codes.ok
         is_late = self.late_penalties and ("penalties" in request.kind or request.min_tokens)
-        if request.greedy and request.act != "control" and theirs is not None and statuses_ok and not is_late:
+        if (
+            request.greedy
+            and request.act != "control"
+            and theirs is not None
+            and statuses_ok
+            and not is_late
+            and not any(excused)
+        ):
             self.greedy += 1
             alone = partial(self._alone, request)
             verdict = compare(

@@ -164,5 +164,5 @@ def tools(random: Random, draft: Draft) -> None:
     draft.body["tools"] = [{**tool, "function": {**tool["function"], "strict": strict}} for tool in TOOLS]
     draft.body["tool_choice"] = {"type": "function", "function": {"name": name}} if choice == "named" else choice
     if choice != "auto":
-        draft.rules["valid"] = {"call": name if choice == "named" else ""}
+        draft.rules["valid"] = {"call": True}
     draft.words.append(f"tool {choice}")

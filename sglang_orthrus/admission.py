@@ -80,7 +80,7 @@ def raw_problem(request: Any) -> str | None:
 
 
 def tokenized_problem(request: Any, vocab_size: int, hidden_size: int | None = None) -> str | None:
-    """Why a request may not be sent to the scheduler; None if it may. Rewrites its sampling parameters.
+    """Why a request may not be sent to the scheduler; None if it may. Drops what the scheduler can't use.
 
     Args:
         request: SGLang's `TokenizedGenerateReqInput` or `TokenizedEmbeddingReqInput`.
@@ -90,6 +90,9 @@ def tokenized_problem(request: Any, vocab_size: int, hidden_size: int | None = N
     problem = value_problem(_numbers(request), request.sampling_params, vocab_size, hidden_size)
     if problem is None:
         without_pitfalls(request.sampling_params, vocab_size)
+        if hasattr(request, "top_logprobs_num") and not getattr(request, "return_logprob", False):
+            # The scheduler looks up as many for every request of a batch as any of them names.
+            request.top_logprobs_num = 0
     return problem
 
 

@@ -451,6 +451,8 @@ def stop_at_first_match() -> None:
             if is_run and (wanted.stop_strs or wanted.stop_regex_strs):
                 _look_for_stops(self, new_accepted_len)
             stock(self, new_accepted_len)
+            if self.finished() and self.finished_len is None and len(self.output_ids) > wanted.max_new_tokens:
+                self.finished_len = wanted.max_new_tokens  # aborted in a round that runs past the limit
             cut_reasoning(self)
 
         return update_finish_state

@@ -79,3 +79,16 @@ def test_sglang_itself_takes_a_later_stop() -> None:
     at_once = [finish(schedule_batch.Req, sampling, len(TEXT)) for sampling in CASES.values()]
     one_by_one = [finish(schedule_batch.Req, sampling, 1) for sampling in CASES.values()]
     assert at_once != one_by_one
+
+
+def test_a_request_that_is_aborted_keeps_to_its_limit(wrapped: Any) -> None:
+    """A round may run past it before the abort is seen."""
+    parameters = SamplingParams(max_new_tokens=3)
+    parameters.normalize(TOKENIZER)
+    request = wrapped("id", "", [1], parameters, eos_token_ids={END}, vocab_size=TOKENIZER.vocab_size + 64)
+    request.tokenizer = TOKENIZER
+    request.to_finish = schedule_batch.FINISH_ABORT()
+    request.output_ids.extend([5, 6, 7, 8, 9])
+    request.update_finish_state(5)
+    assert isinstance(request.finished_reason, schedule_batch.FINISH_ABORT)
+    assert list(request.output_ids_through_stop) == [5, 6, 7]

@@ -138,6 +138,16 @@ def test_numbers_at_the_ends_of_their_ranges_are_served(sampling: dict[str, Any]
     assert tokenized_problem(_sent(sampling, **fields), VOCAB) is None
 
 
+def test_log_probabilities_that_nobody_asked_for_are_not_looked_up() -> None:
+    """The scheduler takes the largest number in a batch, also of a request that wants none."""
+    sent = _sent({}, top_logprobs_num=10**9)
+    assert tokenized_problem(sent, VOCAB) is None
+    assert sent.top_logprobs_num == 0
+    sent = _sent({}, return_logprob=True, top_logprobs_num=5)
+    assert tokenized_problem(sent, VOCAB) is None
+    assert sent.top_logprobs_num == 5
+
+
 def test_stop_ids_that_no_token_matches_are_dropped() -> None:
     """Beside a neighbour with min_new_tokens they would end the scheduler."""
     sent = _sent({"stop_token_ids": [-1, 7, VOCAB]})

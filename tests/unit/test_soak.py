@@ -87,13 +87,13 @@ WRONG: dict[str, tuple[Request, Answer]] = {
     ),
     "unbalanced text": (replace(PLAIN, valid={"nested": True}), replace(GOOD, text="((x)", finish="stop")),
     "an open tag": (replace(PLAIN, valid={"tags": True}), replace(GOOD, text="<tool_call>", finish="stop")),
-    "no call": (replace(PLAIN, valid={"call": ""}), replace(GOOD, finish="tool_calls")),
+    "no call": (replace(PLAIN, valid={"call": True}), replace(GOOD, finish="tool_calls")),
     "a call of another function": (
-        replace(PLAIN, valid={"call": "set_alarm"}),
-        replace(GOOD, finish="tool_calls", calls=[("get_weather", '{"city": "Oslo"}')]),
+        replace(PLAIN, valid={"call": True}),
+        replace(GOOD, finish="tool_calls", calls=[("hang_up", '{"city": "Oslo"}')]),
     ),
     "a call with wrong arguments": (
-        replace(PLAIN, valid={"call": ""}),
+        replace(PLAIN, valid={"call": True}),
         replace(GOOD, finish="tool_calls", calls=[("set_alarm", '{"hour": 99}')]),
     ),
     "no log probabilities": (replace(PLAIN, logprobs={"top": 0, "ids": 0}), GOOD),
