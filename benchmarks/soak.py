@@ -127,6 +127,8 @@ class Run:
         self.memory.setdefault(side.name, []).append((len(self.done), resident_mib(side.url)))
         client = Client(side.url, "idle", side.weights)
         for path, body in _IDLE_EVENTS[number % len(_IDLE_EVENTS)]:
+            if "weights" in path and not side.weights:
+                continue
             sent = {"model_path": side.weights} if "weights" in path else body
             response = client.call("POST", path, sent)
             if response.status_code != requests.codes.ok:

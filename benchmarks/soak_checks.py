@@ -252,7 +252,7 @@ def ranked_divergence(
         ranked: plain SGLang's answer to the same request, sent alone, two alternatives listed per token.
         expected: its answer in the run, cut to the length that is compared.
     """
-    alone = list(ranked.ids or ())[: len(expected)] if ranked.ids else list(expected)
+    alone = list(ranked.ids or expected)[: max(len(expected), len(actual))]
 
     def gap_after(common: Sequence[int]) -> float:
         if len(common) >= len(ranked.top) or len(ranked.top[len(common)]) < 2:

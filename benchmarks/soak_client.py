@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,9 @@ from benchmarks.soak_requests import Request
 
 Ranked = list[list[tuple[float | None, int]]]
 _SESSION_CAPACITY = 4000
+
+# Two updates at once end SGLang's TokenizerManager.
+_UPDATE = threading.Lock()
 
 
 @dataclass
@@ -150,8 +154,14 @@ class Client:
     def _control(self, request: Request, reply: Reply) -> None:
         """All steps in any case: what is paused must go on."""
         for method, path, body in request.body["steps"]:
-            sent = {"model_path": self.weights} if path == "/update_weights_from_disk" else body
-            response = self.call(method, path, sent)
+            reply.status = max(reply.status, requests.codes.ok)
+            if path != "/update_weights_from_disk":
+                response = self.call(method, path, body)
+            elif self.weights:
+                with _UPDATE:
+                    response = self.call(method, path, {"model_path": self.weights})
+            else:  # a server that was started elsewhere
+                continue
             busy = path == "/flush_cache" and response.status_code == requests.codes.bad
             if response.status_code != requests.codes.ok and not busy:
                 reply.error += f"{path}: {response.status_code} {response.text[:500]}"

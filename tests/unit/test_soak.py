@@ -215,6 +215,7 @@ def test_a_divergence_is_judged_by_plain_sglangs_ranking() -> None:
     far = ranked_divergence(ranked, [5, 6, 7, 8], [5, 6, 9, 8], 1e-4)
     assert far is not None and not far.near_tie
     assert ranked_divergence(ranked, [5, 6, 7, 9], [5, 6, 7, 8], 1e-4) is None, "plain SGLang alone gives ours"
+    assert ranked_divergence(ranked, [5, 6, 9], [5, 6, 7, 8], 1e-4) is None, "which may be longer"
 
 
 def test_an_abort_of_everything_excuses_what_ran_then() -> None:
