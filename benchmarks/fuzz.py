@@ -29,7 +29,18 @@ import torch
 
 from benchmarks.common_pool import PoolError, wait_until_idle
 from benchmarks.common_servers import Side, Sides, add_arguments, resident_mib, sides_of
-from benchmarks.fuzz_client import TIMEOUT_SECONDS, Autopsy, Outcome, clear, ends, find_culprits, probe, send, send_all
+from benchmarks.fuzz_client import (
+    TIMEOUT_SECONDS,
+    Autopsy,
+    Outcome,
+    accepts,
+    clear,
+    ends,
+    find_culprits,
+    probe,
+    send,
+    send_all,
+)
 from benchmarks.fuzz_requests import Hostile, request
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.soak_report import percentile, write
@@ -263,6 +274,9 @@ def run(fuzz: Fuzz, hostile: Iterator[Hostile], seed: int, out: Path | None) -> 
             file=sys.stderr,
             flush=True,
         )
+        if not accepts(fuzz.sides.orthrus):
+            print("the server is gone, and it was started elsewhere", file=sys.stderr)
+            break
     return result
 
 

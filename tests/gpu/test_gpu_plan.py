@@ -93,16 +93,7 @@ def test_every_row_of_an_output_is_written(lens: list[int]) -> None:
     prefix_lens = torch.tensor([*lens, 0], device="cuda")
     wrapper, kv_indptr = _planned(prefix_lens, width, num_heads, num_kv_heads)
     bs, num_pages = len(prefix_lens), int(kv_indptr[-1])
-    write_plan(
-        wrapper._int_workspace_buffer,
-        PlanLayout(*wrapper._plan_info),
-        prefix_lens,
-        torch.zeros(bs, dtype=torch.int32, device="cuda"),
-        kv_indptr,
-        width=width,
-        group=num_heads // num_kv_heads,
-        max_work=max_split_work(torch.cuda.get_device_properties(0).multi_processor_count, num_kv_heads),
-    )
+    _write(wrapper, prefix_lens, kv_indptr, width, num_heads, num_kv_heads)
     q = torch.randn(bs * width, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     cache = tuple(torch.randn(num_pages, 1, num_kv_heads, HEAD_DIM, dtype=q.dtype, device="cuda") for _ in range(2))
     expected = wrapper.run(q, cache)
@@ -114,6 +105,29 @@ def test_every_row_of_an_output_is_written(lens: list[int]) -> None:
         out = wrapper.run(q, cache)
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def _write(
+    wrapper: Any,
+    prefix_lens: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    width: int,
+    num_heads: int,
+    num_kv_heads: int,
+    **options: Any,
+) -> None:
+    """Our plan in the wrapper's place for one."""
+    write_plan(
+        wrapper._int_workspace_buffer,
+        PlanLayout(*wrapper._plan_info),
+        prefix_lens,
+        torch.zeros(len(prefix_lens), dtype=torch.int32, device="cuda"),
+        kv_indptr,
+        width=width,
+        group=num_heads // num_kv_heads,
+        max_work=max_split_work(torch.cuda.get_device_properties(0).multi_processor_count, num_kv_heads),
+        **options,
+    )
 
 
 def _whole(prefix_lens: torch.Tensor, width: int, num_heads: int, num_kv_heads: int) -> Any:
@@ -132,17 +146,7 @@ def _whole(prefix_lens: torch.Tensor, width: int, num_heads: int, num_kv_heads: 
         batch_size=bs, spec_info=SimpleNamespace(draft_token_num=width), forward_mode=ForwardMode.TARGET_VERIFY
     )
     GraphPlanner(backend).init_forward_metadata_out_graph(batch, in_capture=True)
-    write_plan(
-        wrapper._int_workspace_buffer,
-        PlanLayout(*wrapper._plan_info),
-        prefix_lens,
-        torch.zeros(bs, dtype=torch.int32, device="cuda"),
-        kv_indptr,
-        width=width,
-        group=num_heads // num_kv_heads,
-        max_work=max_split_work(torch.cuda.get_device_properties(0).multi_processor_count, num_kv_heads),
-        min_chunk=UNSPLIT,
-    )
+    _write(wrapper, prefix_lens, kv_indptr, width, num_heads, num_kv_heads, min_chunk=UNSPLIT)
     return wrapper
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.common_servers import Side, Sides
-from benchmarks.fuzz import Fuzz, stream
+from benchmarks.fuzz import Fuzz, run, stream
 from benchmarks.fuzz_client import Outcome, find_culprits, probe, send
 from benchmarks.fuzz_grammars import constraint
 from benchmarks.fuzz_requests import BASES, Hostile, encoded, request
@@ -184,6 +184,15 @@ def test_the_request_that_ends_the_server_is_found_and_not_sent_again() -> None:
         assert probe(fuzz.sides.orthrus) is not None
         fuzz.batch([*hostile(b"good", b"other"), Hostile(9, "kind b'bad'", "/generate", b"bad")])
         assert fuzz.skipped == 1 and len(fuzz.failures) == 1
+
+
+def test_a_server_that_was_started_elsewhere_is_not_fuzzed_once_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fuzzing(dies, fine) as fuzz:
+        monkeypatch.setattr(fuzz.sides.orthrus, "start", lambda: None)
+        monkeypatch.setattr(fuzz, "report", lambda seconds, seed: {})  # toys tell nothing of a pool
+        run(fuzz, iter(hostile(b"bad", *[b"good"] * 300)), 0, None)
+        assert len(fuzz.failures) == 1
+        assert fuzz.sent < 101
 
 
 def test_what_plain_sglang_does_not_survive_is_named() -> None:
