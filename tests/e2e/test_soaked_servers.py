@@ -1,4 +1,4 @@
-"""The soak against real servers: some requests here, ten minutes of them under `make test-all`."""
+"""The soak against real servers, under `make test-all`: some requests, and ten minutes of them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Shared:
         return [self.orthrus, self.plain]
 
 
+@slow
 def test_sixty_requests_of_every_kind(orthrus: Server, plain: Server) -> None:
     sides = cast(Sides, Shared(orthrus, plain))
     run = Run(sides, Mix(0, processor=processor()), in_flight=8, late_penalties=True)
