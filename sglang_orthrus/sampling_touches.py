@@ -22,6 +22,13 @@ SAMPLING_TOUCHES: tuple[Touch, ...] = (
         "as above",
     ),
     Touch(
+        "sglang.srt.layers.sampler:Sampler._preprocess_logits",
+        ("logits", "sampling_info"),
+        "overridden, so that options which together allow no token give way",
+        "a row without a token ends its scheduler",
+        "it leaves every row a token",
+    ),
+    Touch(
         "sglang.srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch",
         ("probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed", "positions"),
         "called for seeded rows with filters",

@@ -211,9 +211,9 @@ def test_a_grammar_begins_behind_the_reasoning(
     answer = reply["text"].rpartition("</think>")[2]
     jsonschema.validate(json.loads(answer), case.schema)
     assert tokens_per_cycle(reply) > 5
-    if thinking:
-        said = next(chunk["output_ids"] for chunk in rounds if THINK_END in chunk["output_ids"])
-        assert said[-1] != THINK_END, "the grammar should begin in the round that ends the reasoning"
+    if thinking and name != "strict":  # that one has no time for masks, so a grammar that waits ends its round
+        run = next(chunk["output_ids"] for chunk in rounds if THINK_END in chunk["output_ids"])
+        assert run[-1] != THINK_END, "the grammar should begin in the round that ends the reasoning"
 
 
 @slow

@@ -295,12 +295,14 @@ def test_slices_are_counted_together() -> None:
             },
             **{"near_ties": {"below": 1e-4, "found": [1] * failures}, "ended_early": "", "kinds": {"chat": requests}},
             **{"tokens_per_cycle": 2.0, "failed": [seed] * failures, "plain_too": [], "in_flight": 16},
+            "plain_differs_from_itself": 1,
             **{"latency_seconds": {}, "pool": {}, "resident_memory": {}, "provenance": {"commit": "a"}},
         }
 
     whole = merged([part(3000, 0, 1), part(1000, 2, 2)])
     assert (whole["requests"], whole["failures"], whole["kinds"]) == (4000, 2, {"chat": 4000})
     assert whole["failed"] == [2, 2]
+    assert whole["plain_differs_from_itself"] == 2
     assert [one["seed"] for one in whole["slices"]] == [1, 2]
     # One near tie in 200 requests is allowed over all.
     assert whole["near_ties"]["allowed"] == 20
