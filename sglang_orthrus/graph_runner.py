@@ -10,7 +10,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
-from sglang_orthrus.spec_input import OrthrusBlockInput, Phase
+from sglang_orthrus.core import OrthrusBlockInput, Phase
 
 Forward = Callable[..., LogitsProcessorOutput]
 

@@ -19,9 +19,9 @@ from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names
 from sglang_orthrus.compat import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.core import OrthrusBlockInput, View, view_of
 from sglang_orthrus.qkv_kernel import caches_of, place_qkv
 from sglang_orthrus.rows import HEAD_ROWS
-from sglang_orthrus.spec_input import OrthrusBlockInput, View, view_of
 
 _SCALES = ("k_scale", "v_scale", "k_scale_float", "v_scale_float")
 

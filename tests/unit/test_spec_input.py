@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_orthrus.spec_input import OrthrusBlockInput, OrthrusState, Phase, View, view_of
+from sglang_orthrus.core import OrthrusBlockInput, OrthrusState, Phase, View, view_of
 
 
 def _state(anchors: list[int], lens: list[int]) -> OrthrusState:
