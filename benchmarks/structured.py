@@ -37,8 +37,8 @@ from benchmarks.structured_cases import Case, foreign_cases, is_valid, own_cases
 from benchmarks.structured_figures import SETTING, grammar_counts, rates
 from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
+from sglang_orthrus.environment import GRAMMAR_DRAFT
 from sglang_orthrus.server import Server, plain_env
-from sglang_orthrus.settings import GRAMMAR_DRAFT
 
 RESULTS = ROOT / "benchmarks" / "results"
 ARGS = {

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_orthrus.settings import DraftMode
+from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
 
 ALL_ALLOWED = -1  # as a word of a mask

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sglang_orthrus.compat import require_supported_sglang
 from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
-from sglang_orthrus.settings import DraftMode, slow_mask_seconds
+from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 
 ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)

@@ -27,6 +27,7 @@ from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.core import OrthrusState
+from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 from sglang_orthrus.grammar import Ids
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
@@ -36,7 +37,6 @@ from sglang_orthrus.model_runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.rows import rows_index
-from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from sglang_orthrus.verify import Verdict, accept_greedy, accept_nothing
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sglang_orthrus import grammar
+from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 from sglang_orthrus.grammar import (
     ALL_ALLOWED,
     NUM_TRIED,
@@ -21,7 +22,6 @@ from sglang_orthrus.grammar import (
     fill_where_refused,
     is_allowed,
 )
-from sglang_orthrus.settings import DraftMode, slow_mask_seconds
 from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
 from tests.grammars import judged
 
