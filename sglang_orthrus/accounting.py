@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-from sglang_orthrus.compat import _wrap_once
+from sglang_orthrus.compat.scheduler import _wrap_once
 from sglang_orthrus.touch import Touch
 
 ACCOUNTING_TOUCHES: tuple[Touch, ...] = (

@@ -11,7 +11,7 @@ from sglang.srt.managers import schedule_batch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from sglang_orthrus import compat
+from sglang_orthrus.compat import scheduler as compat
 from sglang_orthrus.demo import NANO
 from tests.contract.test_patches import PATCHES, apply, load
 

@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus import compat
+from sglang_orthrus.compat import scheduler as compat
 from tests.contract.test_patches import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract

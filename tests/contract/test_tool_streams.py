@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import Function, Tool
 from sglang.srt.function_call.base_format_detector import BaseFormatDetector
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
-from sglang_orthrus import compat
+from sglang_orthrus.compat import scheduler as compat
 from tests.contract.test_patches import PATCHES, apply, load
 from tests.contract.tool_texts import KINDS, Call, text_of
 

@@ -156,7 +156,7 @@ def test_another_algorithm_is_only_mentioned() -> None:
 
 
 def test_another_sglang_fails_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_orthrus import compat
+    from sglang_orthrus.compat import scheduler as compat
 
     monkeypatch.setattr(compat, "version", lambda name: "0.5.22")
     (check,) = doctor.examine(())
