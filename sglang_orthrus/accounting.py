@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.compat.scheduler import _wrap_once
-from sglang_orthrus.touch import Touch
 
 ACCOUNTING_TOUCHES: tuple[Touch, ...] = (
     Touch(

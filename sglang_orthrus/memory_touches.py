@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_orthrus.touch import Touch
+from sglang_orthrus.compat.ledger import Touch
 
 MEMORY_TOUCHES: tuple[Touch, ...] = (
     Touch(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.compat.scheduler import _wrap_once
-from sglang_orthrus.touch import Touch
 
 REQUEST_LEDGER: tuple[Touch, ...] = (
     Touch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_orthrus.touch import Touch
+from sglang_orthrus.compat.ledger import Touch
 
 TOKEN_COUNT_TOUCHES: tuple[Touch, ...] = (
     Touch(

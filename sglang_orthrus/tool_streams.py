@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from sglang_orthrus.touch import Touch
+from sglang_orthrus.compat.ledger import Touch
 
 TOOL_STREAM_TOUCHES: tuple[Touch, ...] = (
     Touch(

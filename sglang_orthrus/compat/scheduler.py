@@ -11,8 +11,8 @@ from functools import wraps
 from importlib.metadata import version
 from typing import Any
 
+from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.token_counts import cut_reasoning
-from sglang_orthrus.touch import Touch
 
 SUPPORTED_SGLANG = "0.5.23"
 

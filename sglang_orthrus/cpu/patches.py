@@ -7,8 +7,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.cpu import kernels
-from sglang_orthrus.touch import Touch
 
 REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func": kernels.assign_req_to_token_pool_func,

@@ -14,6 +14,7 @@ import pytest
 
 from sglang_orthrus.accounting import ACCOUNTING_TOUCHES
 from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.cpu import patches as cpu_patches
 from sglang_orthrus.cpu.patches import CPU_TOUCHES
 from sglang_orthrus.memory_touches import MEMORY_TOUCHES
@@ -21,7 +22,6 @@ from sglang_orthrus.request_hooks import REQUEST_LEDGER
 from sglang_orthrus.sampling_touches import SAMPLING_TOUCHES
 from sglang_orthrus.token_counts import TOKEN_COUNT_TOUCHES
 from sglang_orthrus.tool_streams import TOOL_STREAM_TOUCHES
-from sglang_orthrus.touch import Touch
 
 TOUCHES = (
     *(*compat.LEDGER, *REQUEST_LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES),

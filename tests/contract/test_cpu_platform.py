@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.cpu.patches import CPU_TOUCHES, REPLACEMENTS
 from sglang_orthrus.cpu.platform import OrthrusCpuPlatform, activate
-from sglang_orthrus.touch import Touch
 
 pytestmark = pytest.mark.contract
 
