@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sglang_orthrus.accounting import ACCOUNTING_TOUCHES
 from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat.accounting import ACCOUNTING_TOUCHES
 from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.cpu import patches as cpu_patches
 from sglang_orthrus.cpu.patches import CPU_TOUCHES

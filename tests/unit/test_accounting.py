@@ -11,7 +11,7 @@ from sglang.srt.managers.scheduler_components.batch_result_processor import Sche
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 from sglang.srt.managers.utils import GenerationBatchResult
 
-from sglang_orthrus.accounting import count_running_requests_only
+from sglang_orthrus.compat.accounting import count_running_requests_only
 from tests.sampling import request
 
 
