@@ -38,8 +38,8 @@ def register() -> None:
 
 def _prepare(server_args: Any) -> None:
     """Runs where an ORTHRUS server's arguments are read: in the process that answers HTTP, too."""
+    from sglang_orthrus.compat.requests import refuse_numbers
     from sglang_orthrus.compat.scheduler import stream_tool_calls_in_pieces
-    from sglang_orthrus.request_hooks import refuse_numbers
 
     validate_server_args(server_args)
     stream_tool_calls_in_pieces()

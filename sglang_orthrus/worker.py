@@ -17,12 +17,13 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus import flashinfer_plans, request_hooks
+from sglang_orthrus import flashinfer_plans
 from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.checkpoint import folder_problem
 from sglang_orthrus.choice import Drafts, TokenChoice
+from sglang_orthrus.compat import requests as request_hooks
 from sglang_orthrus.compat import scheduler as compat
 from sglang_orthrus.compat.accounting import count_running_requests_only
 from sglang_orthrus.config import DualViewConfig

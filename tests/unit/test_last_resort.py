@@ -17,8 +17,8 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatc
 from sglang_orthrus import sampler
 from sglang_orthrus.adjust import Adjustments, RowMasks, may_forbid
 from sglang_orthrus.choice import TokenChoice
+from sglang_orthrus.compat.requests import keep_allowed_logits
 from sglang_orthrus.last_resort import leave_something_inplace, tame_inplace, within_the_grammar
-from sglang_orthrus.request_hooks import keep_allowed_logits
 from sglang_orthrus.sampler import LoneSampler
 from tests.sampling import decode_batch
 
