@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_orthrus.compat.ledger import Touch
-from sglang_orthrus.token_counts import cut_reasoning
+from sglang_orthrus.compat.reasoning_counts import cut_reasoning
 
 SUPPORTED_SGLANG = "0.5.23"
 
