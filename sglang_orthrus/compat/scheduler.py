@@ -489,7 +489,7 @@ def stream_tool_calls_in_pieces() -> None:
     """
     from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
-    from sglang_orthrus.tool_streams import Parsed, ToolStream
+    from sglang_orthrus.compat.tool_streams import Parsed, ToolStream
 
     def cut(stock: Callable[..., Parsed]) -> Callable[..., Parsed]:
         @wraps(stock)
