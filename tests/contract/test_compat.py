@@ -18,10 +18,10 @@ from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.compat.memory_touches import MEMORY_TOUCHES
 from sglang_orthrus.compat.reasoning_counts import TOKEN_COUNT_TOUCHES
 from sglang_orthrus.compat.requests import REQUEST_LEDGER
+from sglang_orthrus.compat.sampling_touches import SAMPLING_TOUCHES
 from sglang_orthrus.compat.tool_streams import TOOL_STREAM_TOUCHES
 from sglang_orthrus.cpu import patches as cpu_patches
 from sglang_orthrus.cpu.patches import CPU_TOUCHES
-from sglang_orthrus.sampling_touches import SAMPLING_TOUCHES
 
 TOUCHES = (
     *(*compat.LEDGER, *REQUEST_LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES),
