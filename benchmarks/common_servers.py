@@ -14,8 +14,8 @@ import psutil
 import requests
 import torch
 
-from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
+from sglang_orthrus.models.checkpoint import export_ar
 from sglang_orthrus.server import Server, plain_env
 
 COMMON_ARGS = (*SERVER_ARGS, "--enable-metrics", "--enable-custom-logit-processor")

@@ -29,7 +29,7 @@ from benchmarks.parity import RESULTS
 from benchmarks.provenance import provenance
 from benchmarks.sweep import GPU, ORTHRUS, PLAIN
 from benchmarks.sweep_prompts import PromptPool
-from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.models.checkpoint import export_ar
 from sglang_orthrus.server import Server, plain_env
 
 PASSES = 10

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.models.checkpoint import export_ar
 from sglang_orthrus.server import Server, ServerError
 
 _CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sglang_orthrus import __version__
-from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names, tensor_names
+from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names, tensor_names
 
 LIBRARIES = ("torch", "flashinfer-python", "transformers", "xgrammar")
 PLUGIN = "orthrus"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.parity import SETUPS
-from sglang_orthrus.checkpoint import export_ar
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
+from sglang_orthrus.models.checkpoint import export_ar
 from sglang_orthrus.server import Server, plain_env
 from tests.reference import Reference
 

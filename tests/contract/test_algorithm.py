@@ -335,7 +335,7 @@ def test_an_overridden_block_size_counts(checkpoint: Path) -> None:
 
 
 def test_a_plain_checkpoint_is_refused(tmp_path: Path) -> None:
-    from sglang_orthrus.checkpoint import export_ar
+    from sglang_orthrus.models.checkpoint import export_ar
 
     plain = export_ar(write_checkpoint(tmp_path / "dual"), tmp_path / "plain")
     with pytest.raises(ValueError, match=r"Qwen3ForCausalLM.*Orthrus checkpoint"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_orthrus.checkpoint import check_tensors, diff_tensor_names, export_ar, folder_problem, tensor_names
+from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names, export_ar, folder_problem, tensor_names
 from tests.fixtures import Shape, write_checkpoint, write_released_shaped
 
 

@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_fails(tmp_path: Path) -> None:
 
 
 def test_a_plain_checkpoint_fails_once(tmp_path: Path) -> None:
-    from sglang_orthrus.checkpoint import export_ar
+    from sglang_orthrus.models.checkpoint import export_ar
 
     (found,) = _failures("--model-path", str(export_ar(NANO, tmp_path / "plain")))
     assert "Qwen3ForCausalLM" in found and "use an Orthrus checkpoint" in found

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_orthrus.checkpoint import export_ar
+from sglang_orthrus.models.checkpoint import export_ar
 from tests.fixtures import Shape, write_checkpoint
 from tests.reference import Reference, top2_gap
 

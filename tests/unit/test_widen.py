@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.widen import SHAPES, Width, widen
-from sglang_orthrus.checkpoint import check_tensors, export_ar, tensor_names
 from sglang_orthrus.demo import NANO
+from sglang_orthrus.models.checkpoint import check_tensors, export_ar, tensor_names
 from tests.conftest import slow
 from tests.e2e.helpers import prompt_of
 from tests.fixtures import Shape, write_checkpoint
