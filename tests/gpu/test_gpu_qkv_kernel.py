@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_orthrus.qkv_kernel import place_qkv
+from sglang_orthrus.models.qkv_kernel import place_qkv
 
 pytestmark = pytest.mark.gpu
 

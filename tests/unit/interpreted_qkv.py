@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_orthrus.qkv_kernel import place_qkv
+from sglang_orthrus.models.qkv_kernel import place_qkv
 
 
 def main(file: str) -> None:

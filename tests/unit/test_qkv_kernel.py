@@ -13,7 +13,7 @@ import pytest
 import torch
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
-from sglang_orthrus import qkv_kernel
+from sglang_orthrus.models import qkv_kernel
 
 EPS = 1e-6
 SLOTS = 40
