@@ -154,7 +154,7 @@ def plugin_check() -> Check:
         load_plugins()
     from sglang.srt.speculative.spec_registry import get_spec
 
-    from sglang_orthrus.algorithm import NAME
+    from sglang_orthrus.server_args.algorithm import NAME
 
     if get_spec(NAME) is not None:
         return Check(Status.OK, "plugin", f"--speculative-algorithm {NAME} is registered")
@@ -178,8 +178,8 @@ def swallowed(records: Sequence[logging.LogRecord], plugin: str) -> str | None:
 
 def argument_checks(flags: Sequence[str]) -> Iterator[Check]:
     """The checkpoint, the attention backend and every refused flag, resolved as a server would."""
-    from sglang_orthrus.algorithm import NAME
     from sglang_orthrus.refusals import flag_refusals
+    from sglang_orthrus.server_args.algorithm import NAME
 
     try:
         args = parse(flags)
@@ -212,8 +212,8 @@ def parse(flags: Sequence[str]) -> Any:
     """
     from sglang.srt.server_args import prepare_server_args
 
-    from sglang_orthrus.algorithm import NAME
     from sglang_orthrus.demo import NANO
+    from sglang_orthrus.server_args.algorithm import NAME
 
     # A later flag overrides an earlier one, but a flag overrides a configuration file.
     defaults = () if "--config" in flags else ("--model-path", str(NANO), "--speculative-algorithm", NAME)
