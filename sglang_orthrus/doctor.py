@@ -178,8 +178,8 @@ def swallowed(records: Sequence[logging.LogRecord], plugin: str) -> str | None:
 
 def argument_checks(flags: Sequence[str]) -> Iterator[Check]:
     """The checkpoint, the attention backend and every refused flag, resolved as a server would."""
-    from sglang_orthrus.refusals import flag_refusals
     from sglang_orthrus.server_args.algorithm import NAME
+    from sglang_orthrus.server_args.refusals import flag_refusals
 
     try:
         args = parse(flags)
@@ -228,7 +228,7 @@ def parse(flags: Sequence[str]) -> Any:
 
 def argument_problems(args: Any) -> list[str]:
     """Our refusals, then SGLang's complaint if it has one. Resolves the arguments."""
-    from sglang_orthrus.refusals import Refused, flag_refusals
+    from sglang_orthrus.server_args.refusals import Refused, flag_refusals
 
     # Once more before the resolution: a check of SGLang's may end it before it comes to ours.
     problems = dict.fromkeys(flag_refusals(args))
@@ -259,7 +259,7 @@ def checkpoint_check(args: Any) -> Check:
     """Is the checkpoint a complete Orthrus one? Its tensors are looked at only if it is a local directory."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
-    from sglang_orthrus.refusals import dual_view
+    from sglang_orthrus.server_args.refusals import dual_view
 
     try:
         config = dual_view(args)

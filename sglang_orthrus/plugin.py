@@ -9,8 +9,8 @@ from typing import Any
 
 from sglang_orthrus import __version__
 from sglang_orthrus.config import ARCHITECTURES
-from sglang_orthrus.refusals import validate_server_args
 from sglang_orthrus.server_args.algorithm import NAME, OrthrusAlgorithm
+from sglang_orthrus.server_args.refusals import validate_server_args
 
 logger = logging.getLogger(__name__)
 

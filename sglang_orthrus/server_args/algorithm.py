@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_orthrus.refusals import (
+from sglang_orthrus.server_args.refusals import (
     ATTENTION_BACKENDS,
     Refused,
     attention_backends,

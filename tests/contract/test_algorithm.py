@@ -15,9 +15,9 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_orthrus import refusals
 from sglang_orthrus.compat import scheduler as compat
 from sglang_orthrus.plugin import register
+from sglang_orthrus.server_args import refusals
 from sglang_orthrus.server_args.algorithm import ATTENTION_BACKENDS, OrthrusAlgorithm, Refused
 from tests.fixtures import Shape, write_checkpoint
 
