@@ -19,7 +19,6 @@ from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus import flashinfer_plans
 from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
-from sglang_orthrus.admission import refusal
 from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.compat import requests as request_hooks
@@ -39,6 +38,7 @@ from sglang_orthrus.models.checkpoint import folder_problem
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.rows import rows_index
+from sglang_orthrus.server_args.admission import refusal
 from sglang_orthrus.verify import Verdict, accept_greedy, accept_nothing
 
 logger = logging.getLogger(__name__)

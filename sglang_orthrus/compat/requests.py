@@ -64,7 +64,7 @@ def refuse_numbers() -> None:
     """
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-    from sglang_orthrus.admission import raw_problem, tokenized_problem, unreadable
+    from sglang_orthrus.server_args.admission import raw_problem, tokenized_problem, unreadable
 
     def checked(stock: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(stock)

@@ -14,7 +14,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus.admission import raw_problem, refusal, tokenized_problem, unreadable
+from sglang_orthrus.server_args.admission import raw_problem, refusal, tokenized_problem, unreadable
 
 
 def _request(sampling: dict[str, Any] | None = None, ids: Sequence[int] = (1, 2, 3), **options: Any) -> Req:
