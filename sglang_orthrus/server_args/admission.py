@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-from sglang_orthrus.admission_values import Numbers, computed_fields, value_problem, without_pitfalls
+from sglang_orthrus.server_args.admission_values import Numbers, computed_fields, value_problem, without_pitfalls
 
 
 class _Rule(NamedTuple):
