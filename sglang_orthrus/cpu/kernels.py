@@ -1,6 +1,6 @@
 """PyTorch versions of SGLang's Triton kernels that have no CPU path of their own.
 
-Same signatures and same results, bit by bit, as the functions they replace (`sglang_orthrus.cpu.patches`).
+Same signatures and same results, bit by bit, as the functions they replace (`sglang_orthrus.cpu.replacements`).
 """
 
 from __future__ import annotations

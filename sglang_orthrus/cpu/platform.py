@@ -1,7 +1,7 @@
 """The CPU as an SGLang platform: entry point `orthrus_cpu` of the group `sglang.srt.platforms`.
 
 SGLang 0.5.23 serves on CPU only with kernels that its CUDA wheel lacks. This platform declares no kernels at all, so
-that SGLang takes its PyTorch paths, and supplies the few that have none (`sglang_orthrus.cpu.patches`).
+that SGLang takes its PyTorch paths, and supplies the few that have none (`sglang_orthrus.cpu.replacements`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         """Called in every process that runs a model, before its pools are made."""
-        from sglang_orthrus.cpu.patches import install_cpu_kernels
+        from sglang_orthrus.cpu.replacements import install_cpu_kernels
 
         install_cpu_kernels()
 

@@ -20,8 +20,8 @@ from sglang_orthrus.compat.reasoning_counts import TOKEN_COUNT_TOUCHES
 from sglang_orthrus.compat.requests import REQUEST_LEDGER
 from sglang_orthrus.compat.sampling_touches import SAMPLING_TOUCHES
 from sglang_orthrus.compat.tool_streams import TOOL_STREAM_TOUCHES
-from sglang_orthrus.cpu import patches as cpu_patches
-from sglang_orthrus.cpu.patches import CPU_TOUCHES
+from sglang_orthrus.cpu import replacements as cpu_patches
+from sglang_orthrus.cpu.replacements import CPU_TOUCHES
 
 TOUCHES = (
     *(*compat.LEDGER, *REQUEST_LEDGER, *SAMPLING_TOUCHES, *CPU_TOUCHES),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from sglang_orthrus.compat.ledger import Touch
-from sglang_orthrus.cpu.patches import CPU_TOUCHES, REPLACEMENTS
 from sglang_orthrus.cpu.platform import OrthrusCpuPlatform, activate
+from sglang_orthrus.cpu.replacements import CPU_TOUCHES, REPLACEMENTS
 
 pytestmark = pytest.mark.contract
 
@@ -29,7 +29,7 @@ REPLACING = """
 import inspect, json, pkgutil
 from sglang.srt.mem_cache import allocation
 from sglang.srt.speculative import spec_utils
-from sglang_orthrus.cpu.patches import REPLACEMENTS, install_cpu_kernels
+from sglang_orthrus.cpu.replacements import REPLACEMENTS, install_cpu_kernels
 
 def parameters(function):
     return [[p.name, str(p.kind), repr(p.default)] for p in inspect.signature(function).parameters.values()]
