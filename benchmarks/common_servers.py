@@ -14,9 +14,9 @@ import psutil
 import requests
 import torch
 
+from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, plain_env
 
 COMMON_ARGS = (*SERVER_ARGS, "--enable-metrics", "--enable-custom-logit-processor")
 # fp32, so that answers can be compared token by token. All slots of the pool are taken now and then.

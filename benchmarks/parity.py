@@ -46,9 +46,9 @@ from benchmarks.parity_rules import (
     gap_differences,
 )
 from benchmarks.provenance import ROOT, provenance
+from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, plain_env
 from tests.reference import Reference, Trace
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -41,9 +41,9 @@ from benchmarks.sweep_measures import decode_measures, median_ttft_ms, serve_mea
 from benchmarks.sweep_prompts import FAMILIES, PromptPool
 from benchmarks.sweep_published import released_shape
 from benchmarks.sweep_report import report, table
+from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, plain_env
 
 FORMAT = 1
 # SGLang then keeps the time of every `--decode-log-interval` passes.

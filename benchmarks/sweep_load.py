@@ -26,7 +26,7 @@ from sglang.benchmark.datasets.common import BaseDataset, DatasetRow
 
 from benchmarks.parity import Prompt
 from benchmarks.sweep_measures import Request, chunks_of
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 
 # Its command line knows the names of its own data sets only.
 _DATASET, _BACKEND = "custom", "sglang"

@@ -29,8 +29,8 @@ from benchmarks.parity import RESULTS
 from benchmarks.provenance import provenance
 from benchmarks.sweep import GPU, ORTHRUS, PLAIN
 from benchmarks.sweep_prompts import PromptPool
+from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, plain_env
 
 PASSES = 10
 NEW_TOKENS = 16384

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from sglang_orthrus.cli.server import Server, ServerError
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, ServerError
 
 _CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "default", "messages": [{{"role": "user", "content": "How do you work?"}}]}}'"""

@@ -15,7 +15,7 @@ from typing import Any
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 
 NANO = Path(__file__).with_name("nano")
 ORTHRUS_ARGS = ("--speculative-algorithm", "ORTHRUS")

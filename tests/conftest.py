@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.parity import SETUPS
+from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, plain_env
 from tests.reference import Reference
 
 CONTEXT_LENGTH = 2048

@@ -9,7 +9,7 @@ from typing import Any
 
 import requests
 
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 
 CHAT = "/v1/chat/completions"
 

@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 from benchmarks import common_pool
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, prompt_of
 
 # The scheduler asserts the accounting of the pool after every step, and that no slot has two owners.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 from tests.conftest import slow
 
 pytestmark = pytest.mark.e2e

@@ -14,7 +14,7 @@ import requests
 from benchmarks.parity import held_out
 from benchmarks.structured import metrics
 from benchmarks.structured_cases import SCHEMAS
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, generate_together, prompt_of, tokens_per_cycle
 from tests.e2e.serving import streaming
 

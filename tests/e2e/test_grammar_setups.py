@@ -27,10 +27,10 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from benchmarks.structured import metrics
 from benchmarks.structured_cases import END, Case, foreign_cases, own_cases, tool_cases
+from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.environment import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
-from sglang_orthrus.server import Server, plain_env
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming

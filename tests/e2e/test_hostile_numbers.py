@@ -12,7 +12,7 @@ import requests
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import generate, prompt_of
 
 VOCAB = 4096

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common_servers import Side, Sides
 from benchmarks.soak import Run, processor, soak
 from benchmarks.soak_requests import Mix
-from sglang_orthrus.server import Server
+from sglang_orthrus.cli.server import Server
 from tests.conftest import slow
 
 pytestmark = pytest.mark.e2e

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sglang_orthrus import doctor
+from sglang_orthrus.cli.server import plain_env
 from sglang_orthrus.demo import NANO
 from sglang_orthrus.doctor import Check, Status
-from sglang_orthrus.server import plain_env
 from tests.fixtures import write_checkpoint
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_orthrus.server import HOST, Server, ServerError, free_port
+from sglang_orthrus.cli.server import HOST, Server, ServerError, free_port
 
 ANSWERS = """
     import subprocess, sys
