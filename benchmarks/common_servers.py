@@ -14,8 +14,8 @@ import psutil
 import requests
 import torch
 
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 
 COMMON_ARGS = (*SERVER_ARGS, "--enable-metrics", "--enable-custom-logit-processor")

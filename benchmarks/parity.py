@@ -46,8 +46,8 @@ from benchmarks.parity_rules import (
     gap_differences,
 )
 from benchmarks.provenance import ROOT, provenance
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.reference import Reference, Trace
 

@@ -22,8 +22,8 @@ import psutil
 
 from benchmarks.parity import collect, load_prompts
 from benchmarks.provenance import provenance
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 
 RESULT = Path(__file__).with_name("results") / "profile-cpu.json"
 SECONDS = 20

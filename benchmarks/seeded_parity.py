@@ -33,8 +33,8 @@ from benchmarks.provenance import provenance
 from benchmarks.seeded_merge import ROUNDS, conclude, merge
 from benchmarks.seeded_rules import margin
 from benchmarks.slices import Slice
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.reference import Reference, top2_gap
 

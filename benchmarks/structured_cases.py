@@ -23,7 +23,7 @@ from xgrammar import (
 )
 
 from benchmarks.provenance import ROOT
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 from tests.reference import Reference
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -41,8 +41,8 @@ from benchmarks.sweep_measures import decode_measures, median_ttft_ms, serve_mea
 from benchmarks.sweep_prompts import FAMILIES, PromptPool
 from benchmarks.sweep_published import released_shape
 from benchmarks.sweep_report import report, table
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 
 FORMAT = 1

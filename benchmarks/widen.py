@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.wide_tokenizer import widened_tokenizer
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 
 MAX_POSITIONS = 40960
 VIEWS = ("", "_diff")

@@ -18,7 +18,7 @@ _CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
 
 def serve(model: str | None, port: int, extra: list[str]) -> int:
     """Run an ORTHRUS server in the foreground until Ctrl-C; `extra` goes to SGLang as it is."""
-    from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS, Waiting, clear_line
+    from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS, Waiting, clear_line
 
     chosen = model or str(NANO)
     with Server(chosen, *ORTHRUS_ARGS, *SERVER_ARGS, *extra, port=port, progress=Waiting("ORTHRUS")) as server:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             from sglang_orthrus import doctor
 
             return doctor.run(extra)
-        from sglang_orthrus import demo
+        from sglang_orthrus.cli import demo
 
         return demo.run()
     except KeyboardInterrupt:

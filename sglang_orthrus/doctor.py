@@ -212,7 +212,7 @@ def parse(flags: Sequence[str]) -> Any:
     """
     from sglang.srt.server_args import prepare_server_args
 
-    from sglang_orthrus.demo import NANO
+    from sglang_orthrus.cli.demo import NANO
     from sglang_orthrus.server_args.algorithm import NAME
 
     # A later flag overrides an earlier one, but a flag overrides a configuration file.

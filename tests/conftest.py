@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.parity import SETUPS
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.reference import Reference
 

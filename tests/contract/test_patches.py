@@ -14,9 +14,9 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBacke
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.compat import scheduler as compat
 from sglang_orthrus.cpu.kernels import murmur_hash32
-from sglang_orthrus.demo import NANO
 from tests.patching import PATCHES, apply, installed_sglang
 
 pytestmark = pytest.mark.contract

@@ -12,8 +12,8 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBacke
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cpu import replacements as patches
-from sglang_orthrus.demo import NANO
 from tests.contract.test_patches import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract

@@ -11,8 +11,8 @@ from sglang.srt.managers import schedule_batch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.compat import scheduler as compat
-from sglang_orthrus.demo import NANO
 from tests.contract.test_patches import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.parity import Prompt, load_prompts
 from benchmarks.parity_rules import find_divergence
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO
 from tests.reference import Reference, top2_gap
 
 Reply = dict[str, Any]

@@ -21,8 +21,8 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 
 from benchmarks.parity import load_prompts
 from benchmarks.parity_rules import NEAR_TIE, find_divergence
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, prompt_of

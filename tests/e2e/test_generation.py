@@ -9,8 +9,8 @@ import pytest
 import requests
 from openai import OpenAI
 
+from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import REQUESTS
 from tests.conftest import CONTEXT_LENGTH
 from tests.e2e.helpers import (
     assert_same_output,

@@ -27,8 +27,8 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from benchmarks.structured import metrics
 from benchmarks.structured_cases import END, Case, foreign_cases, own_cases, tool_cases
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.environment import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import SETUP, TEST_ARGS, slow

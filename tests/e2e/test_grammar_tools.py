@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from benchmarks.parity import held_out
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.chats import CHAT, assembled, content, events

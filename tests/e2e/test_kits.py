@@ -25,8 +25,8 @@ from sglang.test.kits import radix_cache_server_kit
 from sglang.test.kits.cache_hit_kit import run_multiturn_cache_hit_test
 from sglang.test.server_fixtures.spec_eagle_fixture import SpecEagleServerBase
 
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.e2e import kits
 from tests.e2e.kits import NOT_RUN, RUN, WITHOUT_TESTS, Kit

@@ -20,8 +20,8 @@ from benchmarks.parity import (
     tokens_per_cycle,
     trace_all,
 )
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO
 from tests.conftest import CONTEXT_LENGTH
 from tests.reference import Reference, Trace
 

@@ -10,8 +10,8 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
+from sglang_orthrus.cli.demo import ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, ServerError
-from sglang_orthrus.demo import ORTHRUS_ARGS
 from tests.conftest import slow
 from tests.e2e.helpers import generate, prompt_of
 from tests.fixtures import write_checkpoint

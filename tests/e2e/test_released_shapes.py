@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_orthrus.cli.demo import ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import ORTHRUS_ARGS
 from tests.conftest import slow
 from tests.fixtures import write_released_shaped
 

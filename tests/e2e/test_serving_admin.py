@@ -14,8 +14,8 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle

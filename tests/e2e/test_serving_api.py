@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import requests
 
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, REQUESTS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS, REQUESTS
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.chats import CHAT, assembled, chat, content, events
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle

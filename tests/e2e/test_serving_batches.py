@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.parity import stop_ids
 from benchmarks.parity_rules import Answer, Rounds, compare_rounds
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from tests.conftest import CONTEXT_LENGTH, TEST_ARGS
 from tests.e2e.helpers import (
     Reply,

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from tests.conftest import TEST_ARGS, slow
 from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
 from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, gauge, streaming, wait_for_gauge

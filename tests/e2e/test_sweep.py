@@ -14,7 +14,7 @@ from benchmarks import sweep
 from benchmarks.plot import plot
 from benchmarks.sweep import CPU, by_concurrency
 from benchmarks.sweep_prompts import FAMILIES
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 from tests.conftest import SETUP
 
 pytestmark = [

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.parity import BF16_NEAR_TIE, SETUPS, load_prompts
 from benchmarks.parity_rules import NEAR_TIE
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu
 

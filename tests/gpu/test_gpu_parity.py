@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.parity import SETUPS, run
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu
 

@@ -20,8 +20,8 @@ import torch
 from benchmarks.parity import SETUPS, load_prompts
 from benchmarks.parity_rules import NEAR_TIE
 from benchmarks.seeded_parity import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import slow
 from tests.e2e.helpers import Reply, generate, prompt_of

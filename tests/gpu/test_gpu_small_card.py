@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_orthrus.cli.demo import ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.demo import ORTHRUS_ARGS
 from tests.fixtures import write_released_shaped
 
 pytestmark = pytest.mark.gpu

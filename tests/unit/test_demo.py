@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_orthrus.demo import REQUESTS, Measurement, table
+from sglang_orthrus.cli.demo import REQUESTS, Measurement, table
 
 FAST = Measurement(output_ids=list(range(41)), cycles=8, seconds=0.25)
 PLAIN = Measurement(output_ids=list(range(41)), cycles=0, seconds=1.0)

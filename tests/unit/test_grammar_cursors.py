@@ -20,8 +20,8 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.speculative.spec_utils import GrammarTree, generate_token_bitmask
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
-from sglang_orthrus.demo import NANO
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar import Change, Choice, Cursor, Reach, choose, is_allowed
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone

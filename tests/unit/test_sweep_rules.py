@@ -29,7 +29,7 @@ from benchmarks.sweep_prompts import FAMILIES, LONGEST, PromptPool, in_turn
 from benchmarks.sweep_published import PUBLISHED, published_for, released_shape
 from benchmarks.sweep_report import report, table
 from benchmarks.widen import SHAPES
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 
 TINY = replace(CPU, settings=sweep.by_concurrency((1, 2), 4, 2, 16), check_prompts=2)
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.widen import SHAPES, Width, widen
-from sglang_orthrus.demo import NANO
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.models.checkpoint import check_tensors, export_ar, tensor_names
 from tests.conftest import slow
 from tests.e2e.helpers import prompt_of
