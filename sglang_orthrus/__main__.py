@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "serve":
             return serve(arguments.model, arguments.port, extra)
         if arguments.command == "doctor":
-            from sglang_orthrus import doctor
+            from sglang_orthrus.cli import doctor
 
             return doctor.run(extra)
         from sglang_orthrus.cli import demo

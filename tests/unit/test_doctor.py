@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_orthrus import doctor
+from sglang_orthrus.cli import doctor
 from sglang_orthrus.cli.demo import NANO
+from sglang_orthrus.cli.doctor import Check, Status
 from sglang_orthrus.cli.server import plain_env
-from sglang_orthrus.doctor import Check, Status
 from tests.fixtures import write_checkpoint
 
 
