@@ -12,12 +12,12 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.utils.common import get_available_gpu_memory
 
-from sglang_orthrus.block import DraftBlock, draft_block
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusBlockInput, Phase
 from sglang_orthrus.flashinfer_plans import fit, verifying
 from sglang_orthrus.graph_plan import plans_in_graphs
 from sglang_orthrus.graph_runner import OrthrusGraphRunner
+from sglang_orthrus.passes.blocks import DraftBlock, draft_block
 
 
 class Pass(NamedTuple):

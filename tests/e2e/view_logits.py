@@ -20,8 +20,8 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, prepare_server_args
 
-from sglang_orthrus.block import DraftBlock
 from sglang_orthrus.core import OrthrusState
+from sglang_orthrus.passes.blocks import DraftBlock
 from sglang_orthrus.worker import OrthrusWorker
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_orthrus.block import draft_block
+from sglang_orthrus.passes.blocks import draft_block
 
 MASK = 77
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_orthrus.block import draft_block
 from sglang_orthrus.cpu.kernels import assign_req_to_token_pool_func, murmur_hash32
+from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.verify import accept_greedy
 
 # Reads [(name, arguments)], writes the originals' results in the same order.

@@ -1,0 +1,1 @@
+"""The two forward passes of a round, on SGLang's runner and attention backends."""
