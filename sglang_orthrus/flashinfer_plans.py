@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_orthrus.graph_plan import max_split_work, plan_in_graphs
+from sglang_orthrus.passes.plan_kernel import max_split_work, plan_in_graphs
 
 # What SGLang's backend takes for plain Qwen3; it does not know that ours is one.
 _MIN_WORKSPACE_BYTES = 512 * 1024 * 1024

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus.flashinfer_plans import _leave_output_empty
-from sglang_orthrus.graph_plan import MIN_CHUNK, UNSPLIT, GraphPlanner, PlanLayout, max_split_work, write_plan
+from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, GraphPlanner, PlanLayout, max_split_work, write_plan
 from tests.unit.interpreted_plans import read_plan
 
 pytestmark = pytest.mark.gpu

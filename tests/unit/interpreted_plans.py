@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_orthrus.graph_plan import PlanLayout, write_plan
+from sglang_orthrus.passes.plan_kernel import PlanLayout, write_plan
 
 
 def read_plan(workspace: torch.Tensor, layout: PlanLayout, bs: int, width: int) -> dict[str, Any]:

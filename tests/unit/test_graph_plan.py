@@ -15,8 +15,8 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_orthrus import graph_plan
-from sglang_orthrus.graph_plan import UNSPLIT, GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
+from sglang_orthrus.passes import plan_kernel as graph_plan
+from sglang_orthrus.passes.plan_kernel import UNSPLIT, GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
 
 SHAPES = ((4, 8, 300), (4, 1, 600), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
 WIDTHS = (12, 32)
