@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus import flashinfer_plans
 from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.compat import requests as request_hooks
@@ -34,6 +33,7 @@ from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.model_runner import DualViewRunner, VerifyPass
 from sglang_orthrus.models.checkpoint import folder_problem
+from sglang_orthrus.passes import flashinfer as flashinfer_plans
 from sglang_orthrus.passes.blocks import DraftBlock
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve

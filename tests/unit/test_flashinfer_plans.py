@@ -12,8 +12,8 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_orthrus import flashinfer_plans
-from sglang_orthrus.flashinfer_plans import (
+from sglang_orthrus.passes import flashinfer as flashinfer_plans
+from sglang_orthrus.passes.flashinfer import (
     bound_indices,
     fit,
     keep_blocks_whole,
