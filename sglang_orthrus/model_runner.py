@@ -14,8 +14,8 @@ from sglang.srt.utils.common import get_available_gpu_memory
 
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusBlockInput, Phase
-from sglang_orthrus.graph_runner import OrthrusGraphRunner
 from sglang_orthrus.passes.blocks import DraftBlock, draft_block
+from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.flashinfer import fit, verifying
 from sglang_orthrus.passes.plan_kernel import plans_in_graphs
 

@@ -61,7 +61,7 @@ def _own(ours: type, theirs: type) -> set[str]:
 def test_the_graph_runner_overrides_what_its_entry_names() -> None:
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
-    from sglang_orthrus.graph_runner import OrthrusGraphRunner
+    from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 
     (entry,) = (touch for touch in compat.LEDGER if touch.target.endswith(":DecodeCudaGraphRunner"))
     named = set(re.findall(r"\w+", entry.what)) - {"subclassed", "and", "are", "overridden"}
