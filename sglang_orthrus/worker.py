@@ -30,11 +30,11 @@ from sglang_orthrus.grammar import Ids
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.history import History
 from sglang_orthrus.logprobs import RoundLogprobs
-from sglang_orthrus.model_runner import DualViewRunner, VerifyPass
 from sglang_orthrus.models.checkpoint import folder_problem
 from sglang_orthrus.passes import flashinfer as flashinfer_plans
 from sglang_orthrus.passes.blocks import DraftBlock
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
+from sglang_orthrus.passes.runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.rows import rows_index
