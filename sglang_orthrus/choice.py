@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang_orthrus.adjust import Adjustments, Place, RowMasks
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.rows import Piece, pieces, rows_index
-from sglang_orthrus.sampling import (
+from sglang_orthrus.sampling.distributions import (
     Support,
     draw,
     is_accepted,

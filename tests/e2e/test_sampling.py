@@ -26,7 +26,7 @@ from benchmarks.seeded_parity import FILTERS, Case, cases
 from benchmarks.seeded_rules import margin, noise
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.sampling import sorted_support
+from sglang_orthrus.sampling.distributions import sorted_support
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
 from tests.fixtures import Shape, write_checkpoint

@@ -20,7 +20,7 @@ from sglang_orthrus import choice
 from sglang_orthrus.adjust import Adjustments, RowMasks
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.cpu import kernels
-from sglang_orthrus.sampling import joint_support, sequential_support
+from sglang_orthrus.sampling.distributions import joint_support, sequential_support
 from sglang_orthrus.verify import Verdict
 from tests.sampling import decode_batch, top_k_renorm, top_p_renorm
 

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
-from sglang_orthrus.sampling import (
+from sglang_orthrus.sampling.distributions import (
     STRIPE,
     Support,
     draw,

@@ -1,0 +1,1 @@
+"""How the tokens of a round are chosen from logits."""
