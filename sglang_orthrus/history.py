@@ -14,7 +14,7 @@ from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus.adjust import Adjustments, is_penalised, reads_output
 from sglang_orthrus.penalties import TokenCounts
-from sglang_orthrus.verify import Verdict
+from sglang_orthrus.sampling.acceptance import Verdict
 
 
 class History:

@@ -13,7 +13,7 @@ from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.penalties import TokenCounts
 from sglang_orthrus.rehearsal import choosing_bytes
 from sglang_orthrus.rows import HEAD_ROWS, SAMPLED_ROWS
-from sglang_orthrus.verify import Verdict
+from sglang_orthrus.sampling.acceptance import Verdict
 from tests.sampling import Peak, decode_batch
 
 REQUESTS, WIDTH, HIDDEN = 128, 32, 64

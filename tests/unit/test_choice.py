@@ -20,8 +20,8 @@ from sglang_orthrus import choice
 from sglang_orthrus.adjust import Adjustments, RowMasks
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.cpu import kernels
+from sglang_orthrus.sampling.acceptance import Verdict
 from sglang_orthrus.sampling.distributions import joint_support, sequential_support
-from sglang_orthrus.verify import Verdict
 from tests.sampling import decode_batch, top_k_renorm, top_p_renorm
 
 VOCAB, WIDTH = 5, 4

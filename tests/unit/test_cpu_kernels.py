@@ -16,7 +16,7 @@ import torch
 
 from sglang_orthrus.cpu.kernels import assign_req_to_token_pool_func, murmur_hash32
 from sglang_orthrus.passes.blocks import draft_block
-from sglang_orthrus.verify import accept_greedy
+from sglang_orthrus.sampling.acceptance import accept_greedy
 
 # Reads [(name, arguments)], writes the originals' results in the same order.
 ORIGINALS = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_orthrus.verify import accept_greedy, accept_nothing
+from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing
 
 
 def _by_loop(block: list[int], predictions: list[int]) -> list[int]:
