@@ -18,7 +18,6 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from sglang_orthrus.adjust import Adjustments, Place, RowMasks
 from sglang_orthrus.logprobs import RoundLogprobs
-from sglang_orthrus.rows import Piece, pieces, rows_index
 from sglang_orthrus.sampling.acceptance import Verdict, accept_drafts, leading
 from sglang_orthrus.sampling.distributions import (
     Support,
@@ -30,6 +29,7 @@ from sglang_orthrus.sampling.distributions import (
     sequential_support,
     sorted_support,
 )
+from sglang_orthrus.sampling.request_groups import Piece, pieces, rows_index
 
 # Distributions of drafts are kept until they are verified if they are no larger than this (fp32, or fp32 and int64 with
 # top-k). A larger one is computed again from the hidden state, and only where a draft was rejected.

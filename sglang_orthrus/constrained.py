@@ -18,7 +18,7 @@ from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar import Cursor, Ids, choose
 from sglang_orthrus.grammar_cursors import cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
-from sglang_orthrus.rows import rows_index
+from sglang_orthrus.sampling.request_groups import rows_index
 from sglang_orthrus.slow_masks import Deadline
 from sglang_orthrus.token_text import TokenText
 

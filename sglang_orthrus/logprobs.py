@@ -13,7 +13,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.utils.common import async_d2h, async_h2d
 
-from sglang_orthrus.rows import Piece, rows_index
+from sglang_orthrus.sampling.request_groups import Piece, rows_index
 
 _NOTHING = np.empty(0, dtype=np.float32)
 

@@ -16,7 +16,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_orthrus.adjust import Adjustments
 from sglang_orthrus.choice import TokenChoice
 from sglang_orthrus.penalties import TokenCounts
-from sglang_orthrus.rows import SAMPLED_ROWS
+from sglang_orthrus.sampling.request_groups import SAMPLED_ROWS
 
 logger = logging.getLogger(__name__)
 

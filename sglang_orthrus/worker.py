@@ -37,8 +37,8 @@ from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve
-from sglang_orthrus.rows import rows_index
 from sglang_orthrus.sampling.acceptance import Verdict, accept_greedy, accept_nothing
+from sglang_orthrus.sampling.request_groups import rows_index
 from sglang_orthrus.server_args.admission import refusal
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusBlockInput, View, view_of
 from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names
 from sglang_orthrus.models.qkv_kernel import caches_of, place_qkv
-from sglang_orthrus.rows import HEAD_ROWS
+from sglang_orthrus.sampling.request_groups import HEAD_ROWS
 
 _SCALES = ("k_scale", "v_scale", "k_scale_float", "v_scale_float")
 

@@ -12,8 +12,8 @@ from sglang_orthrus.choice import TokenChoice
 from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.penalties import TokenCounts
 from sglang_orthrus.rehearsal import choosing_bytes
-from sglang_orthrus.rows import HEAD_ROWS, SAMPLED_ROWS
 from sglang_orthrus.sampling.acceptance import Verdict
+from sglang_orthrus.sampling.request_groups import HEAD_ROWS, SAMPLED_ROWS
 from tests.sampling import Peak, decode_batch
 
 REQUESTS, WIDTH, HIDDEN = 128, 32, 64

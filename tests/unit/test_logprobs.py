@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_orthrus import logprobs as logprobs_module
 from sglang_orthrus.logprobs import RoundLogprobs
-from sglang_orthrus.rows import GREEDY, Piece, Way, rows_index
+from sglang_orthrus.sampling.request_groups import GREEDY, Piece, Way, rows_index
 
 WIDTH, VOCAB = 4, 11
 WANTS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus.rows import GREEDY, HEAD_ROWS, SAMPLED_ROWS, Way, pieces, way_of
+from sglang_orthrus.sampling.request_groups import GREEDY, HEAD_ROWS, SAMPLED_ROWS, Way, pieces, way_of
 
 
 def _params(**given: Any) -> Any:
