@@ -12,7 +12,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 
-from sglang_orthrus.last_resort import leave_something_inplace, tame_inplace, within_the_grammar
+from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 
 
 class LoneSampler(Sampler):
