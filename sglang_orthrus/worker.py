@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.adjust import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.compat import requests as request_hooks
 from sglang_orthrus.compat import scheduler as compat
@@ -38,6 +37,7 @@ from sglang_orthrus.passes.runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.sampling.acceptance import Verdict, accept_greedy, accept_nothing
+from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.sampling.request_groups import rows_index
 from sglang_orthrus.server_args.admission import refusal
 

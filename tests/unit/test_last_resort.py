@@ -15,10 +15,10 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 
 from sglang_orthrus import sampler
-from sglang_orthrus.adjust import Adjustments, RowMasks, may_forbid
 from sglang_orthrus.choice import TokenChoice
 from sglang_orthrus.compat.requests import keep_allowed_logits
 from sglang_orthrus.sampler import LoneSampler
+from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, may_forbid
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 from tests.sampling import decode_batch
 
