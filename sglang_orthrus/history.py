@@ -12,9 +12,9 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.penalties import TokenCounts
 from sglang_orthrus.sampling.acceptance import Verdict
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, is_penalised, reads_output
+from sglang_orthrus.sampling.penalties import TokenCounts
 
 
 class History:

@@ -14,8 +14,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_orthrus.choice import TokenChoice
-from sglang_orthrus.penalties import TokenCounts
 from sglang_orthrus.sampling.logit_adjustments import Adjustments
+from sglang_orthrus.sampling.penalties import TokenCounts
 from sglang_orthrus.sampling.request_groups import SAMPLED_ROWS
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
+from sglang_orthrus.sampling.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
 from sglang_orthrus.sampling.request_groups import Piece, rows_index
 
 REQUEST_KEY = "__req__"  # where SGLang puts the request for custom processors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.sampling import penaltylib
 
-from sglang_orthrus.penalties import TABLE_ROWS, Penalties, TokenCounts, forbid_inplace, penalise_inplace
+from sglang_orthrus.sampling.penalties import TABLE_ROWS, Penalties, TokenCounts, forbid_inplace, penalise_inplace
 from tests.sampling import Peak, request
 
 VOCAB, WIDTH = 12, 5
