@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sglang_orthrus.history import History
 from sglang_orthrus.sampling.acceptance import Verdict
+from sglang_orthrus.sampling.output_history import History
 from tests.sampling import Request, request
 
 VOCAB = 6
