@@ -16,7 +16,6 @@ from sglang.kernels.ops.sampling import softmax
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.acceptance import Verdict, accept_drafts, leading
 from sglang_orthrus.sampling.distributions import (
     Support,
@@ -29,6 +28,7 @@ from sglang_orthrus.sampling.distributions import (
     sorted_support,
 )
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, Place, RowMasks
+from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.request_groups import Piece, pieces, rows_index
 
 # Distributions of drafts are kept until they are verified if they are no larger than this (fp32, or fp32 and int64 with

@@ -27,7 +27,6 @@ from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 from sglang_orthrus.grammar import Ids
 from sglang_orthrus.grammar_stats import GrammarStats
-from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.models.checkpoint import folder_problem
 from sglang_orthrus.passes import flashinfer as flashinfer_plans
 from sglang_orthrus.passes.blocks import DraftBlock
@@ -37,6 +36,7 @@ from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.sampling.acceptance import Verdict, accept_greedy, accept_nothing
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, are_adjusted
+from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.output_history import History
 from sglang_orthrus.sampling.request_groups import rows_index
 from sglang_orthrus.server_args.admission import refusal

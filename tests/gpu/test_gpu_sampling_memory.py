@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sglang_orthrus.choice import TokenChoice
-from sglang_orthrus.logprobs import RoundLogprobs
 from sglang_orthrus.rehearsal import choosing_bytes
 from sglang_orthrus.sampling.acceptance import Verdict
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, is_penalised
+from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.penalties import TokenCounts
 from sglang_orthrus.sampling.request_groups import HEAD_ROWS, SAMPLED_ROWS
 from tests.sampling import Peak, decode_batch

@@ -10,8 +10,8 @@ import torch
 from sglang.srt.layers.logprob_processor import get_token_ids_logprobs, get_top_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_orthrus import logprobs as logprobs_module
-from sglang_orthrus.logprobs import RoundLogprobs
+from sglang_orthrus.sampling import logprobs as logprobs_module
+from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.request_groups import GREEDY, Piece, Way, rows_index
 
 WIDTH, VOCAB = 4, 11
