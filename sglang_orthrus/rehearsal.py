@@ -13,10 +13,10 @@ from sglang.srt.runtime_context import get_exec, get_schedule
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus.choice import TokenChoice
 from sglang_orthrus.sampling.logit_adjustments import Adjustments
 from sglang_orthrus.sampling.penalties import TokenCounts
 from sglang_orthrus.sampling.request_groups import SAMPLED_ROWS
+from sglang_orthrus.sampling.verification import TokenChoice
 
 logger = logging.getLogger(__name__)
 

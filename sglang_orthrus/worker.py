@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.compat import requests as request_hooks
 from sglang_orthrus.compat import scheduler as compat
 from sglang_orthrus.compat.accounting import count_running_requests_only
@@ -39,6 +38,7 @@ from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, are
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.output_history import History
 from sglang_orthrus.sampling.request_groups import rows_index
+from sglang_orthrus.sampling.verification import Drafts, TokenChoice
 from sglang_orthrus.server_args.admission import refusal
 
 logger = logging.getLogger(__name__)

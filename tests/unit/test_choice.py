@@ -16,12 +16,12 @@ from scipy.stats import chi2
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
-from sglang_orthrus import choice
-from sglang_orthrus.choice import Drafts, TokenChoice
 from sglang_orthrus.cpu import kernels
+from sglang_orthrus.sampling import verification as choice
 from sglang_orthrus.sampling.acceptance import Verdict
 from sglang_orthrus.sampling.distributions import joint_support, sequential_support
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks
+from sglang_orthrus.sampling.verification import Drafts, TokenChoice
 from tests.sampling import decode_batch, top_k_renorm, top_p_renorm
 
 VOCAB, WIDTH = 5, 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_orthrus.choice import Drafts
+from sglang_orthrus.sampling.verification import Drafts
 from tests.unit.test_choice import (
     FALSE_ALARM,
     FILTERS,
