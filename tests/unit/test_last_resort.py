@@ -14,9 +14,9 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 
-from sglang_orthrus import sampler
 from sglang_orthrus.compat.requests import keep_allowed_logits
-from sglang_orthrus.sampler import LoneSampler
+from sglang_orthrus.sampling import first_token as sampler
+from sglang_orthrus.sampling.first_token import LoneSampler
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, may_forbid
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 from sglang_orthrus.sampling.verification import TokenChoice
