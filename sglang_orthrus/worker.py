@@ -32,10 +32,10 @@ from sglang_orthrus.passes.blocks import DraftBlock
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
-from sglang_orthrus.rehearsal import reserve
 from sglang_orthrus.sampling.acceptance import Verdict, accept_greedy, accept_nothing
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
+from sglang_orthrus.sampling.memory import reserve
 from sglang_orthrus.sampling.output_history import History
 from sglang_orthrus.sampling.request_groups import rows_index
 from sglang_orthrus.sampling.verification import Drafts, TokenChoice

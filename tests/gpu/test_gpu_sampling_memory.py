@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_orthrus.rehearsal import choosing_bytes
 from sglang_orthrus.sampling.acceptance import Verdict
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, is_penalised
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
+from sglang_orthrus.sampling.memory import choosing_bytes
 from sglang_orthrus.sampling.penalties import TokenCounts
 from sglang_orthrus.sampling.request_groups import HEAD_ROWS, SAMPLED_ROWS
 from sglang_orthrus.sampling.verification import TokenChoice

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_orthrus.cpu import kernels
-from sglang_orthrus.rehearsal import choose_once
+from sglang_orthrus.sampling.memory import choose_once
 from sglang_orthrus.sampling.request_groups import SAMPLED_ROWS
 from tests.gpu.test_gpu_sampling_memory import HIDDEN, ONE_ASKS, OPTIONS, WIDTH, Head, choose
 from tests.sampling import Peak
