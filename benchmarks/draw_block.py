@@ -20,7 +20,7 @@ from benchmarks.provenance import ROOT, provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano
 from sglang_orthrus.constrained import NUM_CANDIDATES
 from sglang_orthrus.environment import DraftMode
-from sglang_orthrus.grammar import Change, choose
+from sglang_orthrus.grammar.repair import Change, choose
 from sglang_orthrus.token_text import TokenText
 from sglang_orthrus.xgrammar_cursor import XGrammarCursor
 

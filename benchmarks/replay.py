@@ -23,10 +23,10 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_to
 
 from benchmarks.provenance import provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano, own_cases
-from sglang_orthrus import grammar
 from sglang_orthrus.constrained import NUM_CANDIDATES
 from sglang_orthrus.environment import DraftMode
-from sglang_orthrus.grammar import MAX_REPAIRS, Change, choose
+from sglang_orthrus.grammar import repair as grammar
+from sglang_orthrus.grammar.repair import MAX_REPAIRS, Change, choose
 from sglang_orthrus.token_text import TokenText
 from sglang_orthrus.xgrammar_cursor import XGrammarCursor
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_orthrus.grammar import ALL_ALLOWED, Ids, Masks
+from sglang_orthrus.grammar.repair import ALL_ALLOWED, Ids, Masks
 
 
 @dataclass(slots=True)

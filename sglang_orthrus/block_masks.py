@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sglang_orthrus.block_buffers import BlockBuffers, Slot
 from sglang_orthrus.crew import Crew, Job, available_cores
-from sglang_orthrus.grammar import Choice, Cursor, Ids, Reach, allow_only, fill_where_refused
+from sglang_orthrus.grammar.repair import Choice, Cursor, Ids, Reach, allow_only, fill_where_refused
 from sglang_orthrus.grammar_cursors import GuidanceCursor, fill_blocks
 from sglang_orthrus.slow_masks import SlowGrammars, TimeShares
 

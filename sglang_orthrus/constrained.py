@@ -15,7 +15,7 @@ from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang_orthrus.block_buffers import BlockBuffers, Slot
 from sglang_orthrus.block_masks import BestOf, MaskFiller, Walk
 from sglang_orthrus.environment import DraftMode
-from sglang_orthrus.grammar import Cursor, Ids, choose
+from sglang_orthrus.grammar.repair import Cursor, Ids, choose
 from sglang_orthrus.grammar_cursors import cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.sampling.request_groups import rows_index

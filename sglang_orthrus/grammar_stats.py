@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_orthrus.grammar import Change, Choice
+from sglang_orthrus.grammar.repair import Change, Choice
 
 logger = logging.getLogger(__name__)
 

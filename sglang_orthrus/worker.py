@@ -24,7 +24,7 @@ from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.environment import DraftMode, slow_mask_seconds
-from sglang_orthrus.grammar import Ids
+from sglang_orthrus.grammar.repair import Ids
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.models.checkpoint import folder_problem
 from sglang_orthrus.passes import flashinfer as flashinfer_plans

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from sglang_orthrus.grammar import Change, Choice, Reach
+from sglang_orthrus.grammar.repair import Change, Choice, Reach
 from sglang_orthrus.grammar_stats import GrammarStats
 
 

@@ -1,0 +1,1 @@
+"""What grammars do to the drafts of a round and to their verification."""
