@@ -17,7 +17,7 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
 from sglang_orthrus.grammar.repair import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed
-from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
+from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from sglang_orthrus.token_text import TokenText
 from sglang_orthrus.xgrammar_cursor import XGrammarCursor, stop_ids_of
 

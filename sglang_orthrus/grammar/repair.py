@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from sglang_orthrus.environment import DraftMode
-from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
+from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
 ALL_ALLOWED = -1  # as a word of a mask
 # Each repair is a guess, and a block is accepted up to the first wrong one. On the schemas of tests/data six guesses a

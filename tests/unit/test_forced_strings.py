@@ -13,7 +13,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.slow_masks import Deadline
+from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.token_text import BYTES_PER_TOKEN, TokenText
 from sglang_orthrus.xgrammar_cursor import XGrammarCursor
 

@@ -22,7 +22,7 @@ from sglang_orthrus.grammar.repair import (
     fill_where_refused,
     is_allowed,
 )
-from sglang_orthrus.slow_masks import NO_DEADLINE, Deadline
+from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from tests.grammars import judged
 
 STOP = 63

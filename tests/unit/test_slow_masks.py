@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sglang_orthrus.slow_masks import (
+from sglang_orthrus.grammar.slow_masks import (
     MAX_GRAMMARS,
     NO_DEADLINE,
     NUM_SLOW_BLOCKS,
