@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_orthrus.crew import Crew, available_cores
+from sglang_orthrus.grammar.threads import Crew, available_cores
 
 
 @pytest.mark.parametrize("num_jobs", [0, 1, 3, 4, 100])
