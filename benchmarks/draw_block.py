@@ -21,7 +21,7 @@ from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases,
 from sglang_orthrus.constrained import NUM_CANDIDATES
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar.repair import Change, choose
-from sglang_orthrus.token_text import TokenText
+from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.xgrammar_cursor import XGrammarCursor
 
 TRACE = ROOT / "benchmarks" / "results" / "repaired-block.json"

@@ -17,10 +17,10 @@ from sglang_orthrus.block_masks import BestOf, MaskFiller, Walk
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar.repair import Cursor, Ids, choose
 from sglang_orthrus.grammar.slow_masks import Deadline
+from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.grammar_cursors import cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.sampling.request_groups import rows_index
-from sglang_orthrus.token_text import TokenText
 
 # What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
 # of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).

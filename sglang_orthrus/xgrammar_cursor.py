@@ -15,7 +15,7 @@ from xgrammar.base import _core
 
 from sglang_orthrus.grammar.repair import Masks, Reach, is_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
-from sglang_orthrus.token_text import BYTES_PER_TOKEN, TokenText
+from sglang_orthrus.grammar.token_text import BYTES_PER_TOKEN, TokenText
 
 _STOP_IDS: WeakKeyDictionary[XGrammarGrammar, frozenset[int]] = WeakKeyDictionary()
 

@@ -24,9 +24,9 @@ from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar.repair import Change, Choice, Cursor, Reach, choose, is_allowed
+from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.grammar_cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
-from sglang_orthrus.token_text import TokenText
 
 SCHEMA = json.dumps(
     {
