@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from sglang_orthrus.block_buffers import BlockBuffers, Slot
+from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
 from sglang_orthrus.grammar.repair import Choice, Cursor, Ids, Reach, allow_only, fill_where_refused
 from sglang_orthrus.grammar.slow_masks import SlowGrammars, TimeShares
 from sglang_orthrus.grammar.threads import Crew, Job, available_cores
