@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.block_masks import BestOf, MaskFiller, Walk
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
+from sglang_orthrus.grammar.masks import BestOf, MaskFiller, Walk
 from sglang_orthrus.grammar.repair import Cursor, Ids, choose
 from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.grammar.token_text import TokenText
