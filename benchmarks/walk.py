@@ -33,7 +33,7 @@ from benchmarks.wide_tokenizer import widened_tokenizer
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.constrained import NUM_CANDIDATES, BlockGrammars, Proposal
 from sglang_orthrus.environment import DraftMode
-from sglang_orthrus.grammar_cursors import cursor_of
+from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.grammar_stats import GrammarStats
 
 VOCABULARY = 151_936

@@ -13,12 +13,12 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.grammar.cursors import cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
 from sglang_orthrus.grammar.masks import BestOf, MaskFiller, Walk
 from sglang_orthrus.grammar.repair import Cursor, Ids, choose
 from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.grammar.token_text import TokenText
-from sglang_orthrus.grammar_cursors import cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar_stats import GrammarStats
 from sglang_orthrus.sampling.request_groups import rows_index
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from sglang_orthrus.grammar.cursors import GuidanceCursor, fill_blocks
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
 from sglang_orthrus.grammar.repair import Choice, Cursor, Ids, Reach, allow_only, fill_where_refused
 from sglang_orthrus.grammar.slow_masks import SlowGrammars, TimeShares
 from sglang_orthrus.grammar.threads import Crew, Job, available_cores
-from sglang_orthrus.grammar_cursors import GuidanceCursor, fill_blocks
 
 # On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
 # slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.

@@ -12,8 +12,8 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.constrained import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.grammar.slow_masks import NUM_SLOW_BLOCKS
-from sglang_orthrus.grammar_cursors import cursor_of
 from sglang_orthrus.grammar_stats import GrammarStats
 from tests.grammars import judged
 from tests.unit import test_grammar_cursors as cursors
