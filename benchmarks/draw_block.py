@@ -22,7 +22,7 @@ from sglang_orthrus.constrained import NUM_CANDIDATES
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar.repair import Change, choose
 from sglang_orthrus.grammar.token_text import TokenText
-from sglang_orthrus.xgrammar_cursor import XGrammarCursor
+from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 
 TRACE = ROOT / "benchmarks" / "results" / "repaired-block.json"
 FIGURE = ROOT / "docs" / "img" / "repaired-block.svg"

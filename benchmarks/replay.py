@@ -28,7 +28,7 @@ from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar import repair as grammar
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, Change, choose
 from sglang_orthrus.grammar.token_text import TokenText
-from sglang_orthrus.xgrammar_cursor import XGrammarCursor
+from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 
 
 class Way(NamedTuple):

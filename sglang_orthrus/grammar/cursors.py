@@ -19,7 +19,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from sglang_orthrus.grammar.repair import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from sglang_orthrus.grammar.token_text import TokenText
-from sglang_orthrus.xgrammar_cursor import XGrammarCursor, stop_ids_of
+from sglang_orthrus.grammar.xgrammar import XGrammarCursor, stop_ids_of
 
 # A limit is no matter where a block of so many rows would keep it.
 _NUM_QUICK_ROWS = 8

@@ -15,7 +15,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.grammar.token_text import BYTES_PER_TOKEN, TokenText
-from sglang_orthrus.xgrammar_cursor import XGrammarCursor
+from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 
 VOCABULARY, NUM_DRAFTS = 4096, 31
 TOKENIZER = get_tokenizer(str(NANO))
