@@ -34,7 +34,7 @@ PARTS = {
         "init_new (sglang/srt/model_executor/forward_batch_info.py",
         "init_forward_metadata (sglang_orthrus/cpu/attention.py",
     ),
-    "rest of the worker": ("(sglang_orthrus/worker.py", "(sglang_orthrus/passes/runner.py"),
+    "rest of the worker": ("(sglang_orthrus/round/worker.py", "(sglang_orthrus/passes/runner.py"),
     "idle": ("sleep_on_idle", "maybe_sleep", "poll (zmq"),
 }
 

@@ -48,7 +48,7 @@ def _prepare(server_args: Any) -> None:
 
 def _worker_class(server_args: Any) -> type:
     """Only the scheduler process needs the worker, and with it the model code."""
-    from sglang_orthrus.worker import OrthrusWorker
+    from sglang_orthrus.round.worker import OrthrusWorker
 
     return OrthrusWorker
 

@@ -21,7 +21,7 @@ from sglang.srt.plugins import load_plugins
 
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.passes.blocks import DraftBlock
-from sglang_orthrus.worker import OrthrusWorker
+from sglang_orthrus.round.worker import OrthrusWorker
 from tests.e2e import graph_replay
 from tests.e2e.view_logits import prefill, start_worker
 

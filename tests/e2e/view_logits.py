@@ -22,7 +22,7 @@ from sglang.srt.server_args import PortArgs, prepare_server_args
 
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.passes.blocks import DraftBlock
-from sglang_orthrus.worker import OrthrusWorker
+from sglang_orthrus.round.worker import OrthrusWorker
 
 
 def start_worker(model: str, *flags: str) -> OrthrusWorker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.profile_round import shares
 
 LOOP = "run_scheduler_process (scheduler.py:1);event_loop_overlap (scheduler.py:2)"
-WORKER = f"{LOOP};_round (sglang_orthrus/worker.py:3)"
+WORKER = f"{LOOP};_round (sglang_orthrus/round/worker.py:3)"
 
 
 def test_shares_are_of_the_busy_samples() -> None:
