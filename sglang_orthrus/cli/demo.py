@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion
 
 from sglang_orthrus.cli.server import Server
 
-NANO = Path(__file__).with_name("nano")
+NANO = Path(__file__).parents[1] / "nano"
 ORTHRUS_ARGS = ("--speculative-algorithm", "ORTHRUS")
 SERVER_ARGS = ("--tool-call-parser", "qwen25")
 _REPEATS = 5

@@ -113,7 +113,7 @@ def test_without_our_plugin_sglang_is_untouched(neighbour: dict[str, str]) -> No
     assert found["NEIGHBOUR"] == ["True"]
     assert found["ORTHRUS"] == found["OrthrusLM"] == found["variable"] == ["False"]
     # The CPU platform is a plugin of its own, and chosen by name.
-    platform = ("sglang_orthrus.cpu", "sglang_orthrus.compat.ledger")
+    platform = ("sglang_orthrus.cpu", "sglang_orthrus.compat")
     others = {name for name in found["modules"] if not name.startswith(platform)}
     assert others == ({"sglang_orthrus"} if "SGLANG_PLATFORM" in plain_env() else set())
 
