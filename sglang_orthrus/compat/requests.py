@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import wraps
+from http import HTTPStatus
 from typing import Any
+
+from starlette.exceptions import HTTPException
 
 from sglang_orthrus.compat.ledger import Touch
 from sglang_orthrus.compat.scheduler import _wrap_once
 
 REQUEST_LEDGER: tuple[Touch, ...] = (
+    Touch(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+        ("obj", "request"),
+        "wrapped, so that a ValueError of a request is a 400 in every interface",
+        "Ollama's and Vertex AI's do not catch it and answer 500",
+        "SGLang's interfaces catch it alike",
+    ),
     Touch(
         "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
         ("obj",),
@@ -57,6 +68,16 @@ REQUEST_LEDGER: tuple[Touch, ...] = (
 )
 
 
+class BadRequest(ValueError, HTTPException):
+    """What SGLang's interfaces answer 400 to, and the web framework where an interface does not catch ValueErrors."""
+
+    def __init__(self, problem: str) -> None:
+        HTTPException.__init__(self, HTTPStatus.BAD_REQUEST, problem)
+
+    def __str__(self) -> str:
+        return self.detail
+
+
 def refuse_numbers() -> None:
     """Answer 400 to requests with numbers that the scheduler could not use.
 
@@ -82,7 +103,20 @@ def refuse_numbers() -> None:
 
         return create_tokenized_object
 
+    def answered(stock: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncGenerator[Any]]:
+        @wraps(stock)
+        async def generate_request(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+            try:
+                async with aclosing(stock(self, *args, **kwargs)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except ValueError as error:
+                raise BadRequest(str(error)) from error
+
+        return generate_request
+
     _wrap_once(TokenizerManager, "_create_tokenized_object", checked)
+    _wrap_once(TokenizerManager, "generate_request", answered)
 
 
 def keep_allowed_logits() -> None:
@@ -132,6 +166,5 @@ def forget_processors_of_aborted() -> None:
 
 
 def _raise(problem: str | None) -> None:
-    """SGLang answers 400 to ValueErrors of a request."""
     if problem is not None:
         raise ValueError(problem)

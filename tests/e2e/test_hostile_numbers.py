@@ -19,6 +19,7 @@ VOCAB = 4096
 INTEGER = json.dumps({"type": "integer", "minimum": 0, "maximum": 100})
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 SCORE = {"model": "default", "items": [[3]], "label_token_ids": [1, 2]}
+OLLAMA = {"model": "default", "prompt": "Hello", "stream": False}
 FORBID = json.dumps({str(token): -1e100 for token in range(VOCAB)})
 
 
@@ -80,6 +81,9 @@ def _an_ordinary_request_is_answered_afterwards(orthrus: Server) -> Iterator[Non
         (_native(return_logprob=True, top_logprobs_num=VOCAB + 1), "top_logprobs_num: 4097"),
         (_chat(logprobs=True, top_logprobs=VOCAB + 1), "top_logprobs_num: 4097"),
         (_text(logprobs=VOCAB + 1), "top_logprobs_num: 4097"),
+        # An interface that does not catch errors of requests.
+        (("/api/generate", OLLAMA | {"options": {"num_predict": False}}), "can't be passed on"),
+        (("/api/generate", OLLAMA | {"options": {"num_predict": 10**6}}), "maximum context length"),
         (_native(return_logprob=True, logprob_start_len=-2), "logprob_start_len: -2"),
         (_native({"stop_token_ids": [VOCAB], "min_new_tokens": 2}), "stop_token_ids (with min_new_tokens): 4096"),
         (_chat(stop_token_ids=[-1], min_tokens=2), "stop_token_ids (with min_new_tokens): -1"),
