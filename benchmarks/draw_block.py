@@ -18,7 +18,7 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_to
 
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES
 from sglang_orthrus.grammar.repair import Change, choose
 from sglang_orthrus.grammar.token_text import TokenText

@@ -23,7 +23,7 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_to
 
 from benchmarks.provenance import provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano, own_cases
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar import repair as grammar
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, Change, choose

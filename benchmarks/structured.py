@@ -37,7 +37,7 @@ from benchmarks.structured_cases import Case, foreign_cases, is_valid, own_cases
 from benchmarks.structured_figures import SETTING, grammar_counts, rates
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.environment import GRAMMAR_DRAFT
+from sglang_orthrus.config import GRAMMAR_DRAFT
 from sglang_orthrus.models.checkpoint import export_ar
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -31,7 +31,7 @@ from benchmarks.provenance import provenance
 from benchmarks.structured_cases import END, Block, blocks, foreign_cases, own_cases
 from benchmarks.wide_tokenizer import widened_tokenizer
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES, BlockGrammars, Proposal
 from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.grammar_stats import GrammarStats

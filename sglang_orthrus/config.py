@@ -1,11 +1,15 @@
-"""What an Orthrus checkpoint says about its diffusion view, read once from its configuration."""
+"""What the checkpoint says of its diffusion view, and what environment variables set (docs/structured.md)."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 ARCHITECTURES = ("OrthrusLM", "OrthrusForCausalLM")
+GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
+SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
 
 
 def is_orthrus(hf_config: Any) -> bool:
@@ -46,3 +50,46 @@ class DualViewConfig:
                 f"config.json: mask_token_id {mask_token_id} is outside the vocabulary of {hf_config.vocab_size}."
             )
         return cls(block_size, mask_token_id)
+
+
+class DraftMode(Enum):
+    """What a grammar does to drafts; verification is masked in any case.
+
+    REPAIR: a draft that the grammar does not allow is replaced by the string that the grammar forces there, or else by
+    the best candidate that it allows. OFF: drafts stay as they are.
+    """
+
+    REPAIR = "repair"
+    OFF = "off"
+
+    @classmethod
+    def from_env(cls) -> DraftMode:
+        """The mode that `ORTHRUS_GRAMMAR_DRAFT` names, `repair` if it is unset.
+
+        Raises:
+            ValueError: naming the value and the fix.
+        """
+        value = os.environ.get(GRAMMAR_DRAFT, cls.REPAIR.value)
+        try:
+            return cls(value)
+        except ValueError:
+            choices = ", ".join(mode.value for mode in cls)
+            raise ValueError(f"{GRAMMAR_DRAFT}={value}: use one of {choices}, or unset it for repair.") from None
+
+
+def slow_mask_seconds(is_cpu: bool = False) -> float:
+    """How long the masks of a round may take, by `ORTHRUS_SLOW_MASK_MS`: 10 ms if it is unset, on a CPU 100.
+
+    What is saved by leaving masks out costs more on a CPU, a second run of the head.
+
+    Raises:
+        ValueError: naming the value and the fix.
+    """
+    value = os.environ.get(SLOW_MASK_MS, "100" if is_cpu else "10")
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = -1.0
+    if not milliseconds >= 0:
+        raise ValueError(f"{SLOW_MASK_MS}={value}: use milliseconds, 0 or more, or unset it.")
+    return milliseconds / 1e3

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
 from sglang_orthrus.grammar.masks import BestOf, MaskFiller, Walk

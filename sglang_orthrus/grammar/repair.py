@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
 ALL_ALLOWED = -1  # as a word of a mask

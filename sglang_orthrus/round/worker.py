@@ -20,9 +20,8 @@ from sglang.srt.utils.common import async_h2d
 from sglang_orthrus.compat import requests as request_hooks
 from sglang_orthrus.compat import scheduler as compat
 from sglang_orthrus.compat.accounting import count_running_requests_only
-from sglang_orthrus.config import DualViewConfig
+from sglang_orthrus.config import DraftMode, DualViewConfig, slow_mask_seconds
 from sglang_orthrus.core import OrthrusState
-from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 from sglang_orthrus.grammar.batch import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.grammar.repair import Ids
 from sglang_orthrus.grammar_stats import GrammarStats

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sglang_orthrus.compat.scheduler import require_supported_sglang
-from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
-from sglang_orthrus.environment import DraftMode, slow_mask_seconds
+from sglang_orthrus.config import ARCHITECTURES, DraftMode, DualViewConfig, is_orthrus, slow_mask_seconds
 
 ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)

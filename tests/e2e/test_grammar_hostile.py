@@ -12,7 +12,7 @@ import pytest
 
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.environment import SLOW_MASK_MS
+from sglang_orthrus.config import SLOW_MASK_MS
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import generate, prompt_of
 

@@ -29,7 +29,7 @@ from benchmarks.structured import metrics
 from benchmarks.structured_cases import END, Case, foreign_cases, own_cases, tool_cases
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.environment import SLOW_MASK_MS
+from sglang_orthrus.config import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, tokens_per_cycle

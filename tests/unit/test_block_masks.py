@@ -10,7 +10,7 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar.batch import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.grammar.slow_masks import NUM_SLOW_BLOCKS

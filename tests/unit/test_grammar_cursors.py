@@ -21,7 +21,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, generate_token_bitmas
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar.batch import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.grammar.cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
 from sglang_orthrus.grammar.repair import Change, Choice, Cursor, Reach, choose, is_allowed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_orthrus.environment import DraftMode, slow_mask_seconds
+from sglang_orthrus.config import DraftMode, slow_mask_seconds
 from sglang_orthrus.grammar import repair as grammar
 from sglang_orthrus.grammar.repair import (
     ALL_ALLOWED,

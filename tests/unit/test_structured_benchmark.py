@@ -14,7 +14,7 @@ from benchmarks.slices import Slice
 from benchmarks.structured_cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
 from benchmarks.structured_figures import Row, grammar_counts, quantile, rates
 from benchmarks.structured_merge import merge
-from sglang_orthrus.environment import DraftMode
+from sglang_orthrus.config import DraftMode
 
 
 def test_the_schemas_are_many_and_valid() -> None:
