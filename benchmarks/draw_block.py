@@ -18,9 +18,9 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_to
 
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.structured_cases import END, Block, blocks, fast, foreign_cases, nano
-from sglang_orthrus.config import DraftMode
+from sglang_orthrus.core import DraftChange
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES
-from sglang_orthrus.grammar.repair import Change, choose
+from sglang_orthrus.grammar.repair import repair_drafts
 from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 
@@ -43,14 +43,14 @@ def traces(case_blocks: Iterator[Block]) -> Iterator[dict[str, Any]]:
             matcher.accept_token(token)
         candidates = block.candidates[:, :NUM_CANDIDATES].numpy()
         cursor = XGrammarCursor(matcher, text, frozenset(matcher.stop_token_ids), scratch)
-        done = choose(cursor, candidates[:, 0].copy(), candidates, scratch, DraftMode.REPAIR)
+        done = repair_drafts(cursor, candidates[:, 0].copy(), candidates, scratch)
         rest = block.answer[len(block.committed) :]
         yield {
             "schema": block.case.name,
             "committed": tokenizer.decode(block.committed, skip_special_tokens=False),
             "drafts": spell(candidates[:, 0].tolist()),
             "walked": spell(done.tokens.tolist()),
-            "changes": [Change(change).name for change in done.changes],
+            "changes": [DraftChange(change).name for change in done.changes],
             "emitted": spell(rest[: agreeing(done.tokens.tolist(), rest) + 1]),
             "emitted_without_walk": agreeing(candidates[:, 0].tolist(), rest) + 1,
         }

@@ -52,7 +52,7 @@ ARGS = {
 }
 CONCURRENCIES = {"cpu": (4,), "gpu": (1, 8, 32)}
 STRICT = "--constrained-json-disable-any-whitespace"
-SERVERS = ("plain", "off", "repair", "full", "plain_again")
+SERVERS = ("plain", "off", "repair", "plain_again")
 MAX_NEW_TOKENS = 160
 FOREIGN = "tests/data"
 

@@ -32,9 +32,9 @@ from benchmarks.structured_cases import END, Block, blocks, foreign_cases, own_c
 from benchmarks.wide_tokenizer import widened_tokenizer
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.config import DraftMode
-from sglang_orthrus.grammar.batch import NUM_CANDIDATES, BlockGrammars, Proposal
+from sglang_orthrus.grammar.batch import NUM_CANDIDATES, BlockGrammars, CandidatesCopy
 from sglang_orthrus.grammar.cursors import cursor_of
-from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.metrics import GrammarMetrics
 
 VOCABULARY = 151_936
 WIDTH = 32
@@ -65,8 +65,8 @@ def backends(tokenizer: Any) -> dict[str, BaseGrammarBackend]:
 def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block], bs: int, mode: DraftMode) -> Any:
     """Rounds of `bs` requests at random places of random answers."""
     rng, templates = random.Random(0), dict[str, Any]()
-    stats = GrammarStats(log_interval=1 << 30, with_metrics=False)
-    grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, stats)
+    metrics = GrammarMetrics(log_interval=1 << 30, with_metrics=False)
+    grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, metrics)
     taken, scratch = [], torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
     for _ in range(WARM_UP + ROUNDS):
         chosen, reqs = rng.choices(drafted, k=bs), []
@@ -79,9 +79,9 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
                 grammar.accept_token(token)
             cursor_of(grammar, grammars.text, scratch)  # as in a request's earlier rounds
             reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
-        proposal = Proposal(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
+        candidates = CandidatesCopy(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
         start = _clocks()
-        drafts = grammars.choose(reqs, range(bs), proposal, VOCABULARY)
+        drafts = grammars.repair(reqs, range(bs), candidates, VOCABULARY)
         between = _clocks()
         grammars.masks(drafts)
         taken.append((start, between, _clocks()))

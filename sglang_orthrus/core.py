@@ -1,15 +1,25 @@
-"""What travels with a batch: the state between rounds and the inputs of one pass."""
+"""The nouns that several rooms share: views and phases of a pass, blocks, verdicts, the state between rounds.
+
+Letters: bs requests, C committed tokens of one, F draft width, Q verify width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import ClassVar
+from enum import Enum, IntEnum
+from typing import ClassVar, NamedTuple
 
 import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
+from sglang.srt.utils.common import async_h2d
+
+# The model's head works on at most so many rows at a time: of a vocabulary of 151,936, 512 rows of logits in fp32 take
+# 0.3 GB.
+HEAD_ROWS = 512
 
 
 class View(Enum):
@@ -25,6 +35,44 @@ class Phase(Enum):
     DRAFT = "draft"
     VERIFY = "verify"
     ROUND = "round"
+
+
+class DraftBlock(NamedTuple):
+    """Inputs of the draft pass for a batch; all tensors are int64 on the model's device.
+
+    Attributes:
+        ids: [bs, F] the anchor, then the mask token.
+        positions: [bs, F] absolute positions, from each request's C.
+        slots: [bs, F] KV slots of those positions.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+
+
+class Verdict(NamedTuple):
+    """What a round commits, in SGLang's spec-V2 result layout; tensors on the model's device.
+
+    Attributes:
+        accept_lens: [bs] int32, tokens emitted this round, bonus included, in 1..Q.
+        tokens: [bs, Q] int64, row i holds the accepted drafts, then the bonus, then padding.
+        bonus: [bs] int64, the last emitted token, which is the next round's anchor.
+        new_seq_lens: [bs] committed lengths after the round, in the dtype of the prefix lengths.
+    """
+
+    accept_lens: torch.Tensor
+    tokens: torch.Tensor
+    bonus: torch.Tensor
+    new_seq_lens: torch.Tensor
+
+
+class DraftChange(IntEnum):
+    """What a grammar made of a draft."""
+
+    NONE = 0
+    REPAIRED = 1
+    FORCED = 2
 
 
 @dataclass
@@ -89,3 +137,52 @@ class OrthrusState(SpecInput):
             return
         self.bonus_tokens = torch.cat((self.bonus_tokens, other.bonus_tokens))
         self.new_seq_lens = torch.cat((self.new_seq_lens, other.new_seq_lens))
+
+
+def snapshot(batch: ScheduleBatch) -> ScheduleBatch:
+    """A shallow copy, which nobody else writes to."""
+    copied: ScheduleBatch = object.__new__(type(batch))
+    vars(copied).update(vars(batch))
+    return copied
+
+
+class RoundBatch:
+    """A decode batch as one round sees it: the scheduler goes on writing to its own, and passes write to copies.
+
+    Attributes:
+        scheduled: SGLang's batch when the round began, to be read only.
+        blocks: of its requests, still to be drafted.
+    """
+
+    def __init__(self, batch: ScheduleBatch, blocks: DraftBlock) -> None:
+        self.scheduled = snapshot(batch)
+        self.blocks = blocks
+        self._lens_on_host: torch.Tensor | None = batch.seq_lens_cpu
+
+    @property
+    def anchors(self) -> torch.Tensor:
+        """[bs] int64, emitted and not in the cache yet."""
+        return self.blocks.ids[:, 0]
+
+    @property
+    def prefix_lens(self) -> torch.Tensor:
+        """[bs] committed lengths C."""
+        return self.scheduled.seq_lens
+
+    @property
+    def known_lens(self) -> torch.Tensor | None:
+        """The committed lengths on the host, if they are there."""
+        return self._lens_on_host
+
+    def wait_for_lens(self) -> None:
+        """Bring the committed lengths to the host: waits for the device."""
+        if self._lens_on_host is None:
+            self._lens_on_host = self.prefix_lens.cpu()
+
+
+def rows_index(rows: Sequence[int], device: torch.device | str) -> torch.Tensor | slice:
+    """Ascending row numbers to index device tensors with: a slice if it can be one, as that copies nothing."""
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows):
+        return slice(first, last + 1)
+    return async_h2d(list(rows), dtype=torch.int64, device=device)

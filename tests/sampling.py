@@ -78,7 +78,7 @@ def decode_batch(
     vocab_size: int,
     top_logprobs: Sequence[int | None] | None = None,
 ) -> Any:
-    """What `TokenChoice` reads of a `ScheduleBatch`.
+    """What `BatchSampler` reads of a `ScheduleBatch`.
 
     Args:
         params: sampling parameters by request.

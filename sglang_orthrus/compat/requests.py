@@ -122,7 +122,7 @@ def refuse_numbers() -> None:
 def keep_allowed_logits() -> None:
     """Have options that may forbid tokens leave, as `allowed_logits`, what the grammar alone allows.
 
-    `LoneSampler` takes it. Must run in the scheduler process; a second call changes nothing.
+    `FirstTokenSampler` takes it. Must run in the scheduler process; a second call changes nothing.
     """
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 

@@ -396,9 +396,9 @@ def use_graph_runner(model_runner: Any, runner: type) -> None:
 
 def choose_as_if_alone(model_runner: Any) -> None:
     """Have prefill choose every request's first token as if the request were alone in its batch."""
-    from sglang_orthrus.sampling.first_token import LoneSampler
+    from sglang_orthrus.sampling.first_token import FirstTokenSampler
 
-    model_runner.sampler = LoneSampler()
+    model_runner.sampler = FirstTokenSampler()
 
 
 def refuse_requests(reason: Callable[[Any], str | None]) -> None:

@@ -63,7 +63,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
 
 
 def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
-    """Say what `--enable-deterministic-inference` gives on a CPU (`sglang.srt.batch_invariant_ops`)."""
+    """Log what `--enable-deterministic-inference` gives on a CPU (`sglang.srt.batch_invariant_ops`)."""
     logger.warning(
         "On a CPU, --enable-deterministic-inference makes seeds act; results still round differently in other batches."
     )

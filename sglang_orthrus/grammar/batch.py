@@ -1,4 +1,4 @@
-"""The grammars of a batch: choose the drafts of its constrained rows before verify, and their masks during it.
+"""The grammars of a batch: repair the drafts of its constrained requests before verify, and fill their masks during it.
 
 Letters: R constrained requests of a batch of bs, Q verify width, K candidates per position, W words of a mask row.
 """
@@ -13,43 +13,45 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus.config import DraftMode
-from sglang_orthrus.grammar.cursors import cursor_of, is_walkable, leaves_block_alone
+from sglang_orthrus.core import rows_index
+from sglang_orthrus.grammar.cursor import Cursor, Ids
+from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
-from sglang_orthrus.grammar.masks import BestOf, MaskFiller, Walk
-from sglang_orthrus.grammar.repair import Cursor, Ids, choose
+from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
+from sglang_orthrus.grammar.reasoning import leaves_block_alone
+from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
 from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.grammar.token_text import TokenText
-from sglang_orthrus.grammar_stats import GrammarStats
-from sglang_orthrus.sampling.request_groups import rows_index
+from sglang_orthrus.metrics import GrammarMetrics
 
 # What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
 # of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).
 NUM_CANDIDATES = 64
 # A grammar may change drafts for so long, in processor time; common ones take a tenth of that.
-MIN_WALK_SECONDS = 0.005
+MIN_REPAIR_SECONDS = 0.005
 
 
-class Chosen(NamedTuple):
-    """The drafts of the constrained requests of a round, whose masks are to be filled.
+class RepairedDrafts(NamedTuple):
+    """The drafts of a round's constrained requests, whose masks are to be filled.
 
     Attributes:
-        rows: the requests' places in the batch, to index tensors on the model's device with.
-        drafts: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
+        rows: the requests' rows in the batch, to index tensors on the model's device with.
+        tokens: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
             sampling the proposal puts all its weight on each.
-        walks: [R], None where a grammar has nothing to say about the block.
+        blocks: [R], None where a grammar does not constrain the block.
         any_grammar: the object that applies the masks of all.
-        seconds: that the choice took.
+        seconds: that the repair took.
     """
 
     rows: torch.Tensor | slice
-    drafts: torch.Tensor
-    walks: list[Walk | None]
+    tokens: torch.Tensor
+    blocks: list[ConstrainedBlock | None]
     any_grammar: Any
     seconds: float
 
 
 class BlockMasks(NamedTuple):
-    """What may follow the tokens of the chosen blocks.
+    """What may follow the tokens of the repaired blocks.
 
     Attributes:
         mask: [R * Q, W], on the model's device.
@@ -60,8 +62,8 @@ class BlockMasks(NamedTuple):
     limits: list[int]
 
 
-class Proposal:
-    """Candidates of the constrained rows on their way to the host: [R, Q-1, K] int64. Started before verify."""
+class CandidatesCopy:
+    """Candidates of the constrained requests on their way to the host: [R, Q-1, K] int64. Started before verify."""
 
     def __init__(self, candidates: torch.Tensor) -> None:
         self._done: Any = None
@@ -88,7 +90,7 @@ class BlockGrammars:
         verify_width: Q.
         device: of the model.
         tokenizer: of the model, Hugging Face's.
-        stats: told of every round.
+        metrics: told of every round.
         slow_seconds: see `slow_mask_seconds`.
     """
 
@@ -98,39 +100,30 @@ class BlockGrammars:
         verify_width: int,
         device: str | torch.device,
         tokenizer: Any,
-        stats: GrammarStats,
+        metrics: GrammarMetrics,
         slow_seconds: float = float("inf"),
     ) -> None:
-        self._mode = mode
+        self._max_repairs = MAX_REPAIRS if mode is DraftMode.REPAIR else 0
         self._device = device
         self.text = TokenText(tokenizer)
-        self._stats = stats
+        self._metrics = metrics
         self._slow_seconds = slow_seconds
         self._buffers = BlockBuffers(verify_width, device)
         self._filler = MaskFiller(self._buffers, verify_width, slow_seconds)
 
     @property
-    def changes_drafts(self) -> bool:
-        """Whether drafts have to wait for the grammars before they are verified."""
-        return self._mode is not DraftMode.OFF
-
-    @property
     def num_candidates(self) -> int:
-        """How many candidates per position are needed to choose."""
-        return NUM_CANDIDATES if self.changes_drafts else 1
+        """How many candidates per position a repair needs; the first is the draft."""
+        return NUM_CANDIDATES if self._max_repairs else 1
 
     def rows_of(self, reqs: Sequence[Any]) -> list[int]:
-        """Places of the requests whose grammars matter in this round."""
+        """Rows of the requests whose grammars matter in this round."""
         return [row for row, req in enumerate(reqs) if req.grammar is not None and not req.finished()]
 
-    def choose(
-        self,
-        reqs: Sequence[Any],
-        rows: Sequence[int],
-        proposal: Proposal,
-        vocab_size: int,
-    ) -> Chosen:
-        """Choose the drafts of every constrained request, whose grammars are at the committed text.
+    def repair(
+        self, reqs: Sequence[Any], rows: Sequence[int], candidates: CandidatesCopy, vocab_size: int
+    ) -> RepairedDrafts:
+        """Repair the drafts of every constrained request, whose grammars are at the committed text.
 
         Host work, while a GPU still drafts. The same buffers serve every round: the former round's copies out of them
         are done once this round's candidates are here, since the stream that drafts has waited for them.
@@ -138,50 +131,55 @@ class BlockGrammars:
         Args:
             reqs: the batch.
             rows: its constrained requests, at least one.
-            proposal: their candidates; the first is the draft.
+            candidates: theirs; the first is the draft.
             vocab_size: of the logits.
         """
         grammars = [reqs[row].grammar for row in rows]
         slots = self._buffers.take(len(rows), grammars[0], vocab_size)
         cursors = [self._cursor(slot, grammar) for slot, grammar in zip(slots, grammars, strict=True)]
         index, room = rows_index(rows, self._device), self._buffers.room_on_device(len(rows))
-        candidates = proposal.wait()
+        ids = candidates.wait()
         started = time.perf_counter()
-        self._buffers.set_drafts(candidates[:, :, 0])
+        self._buffers.set_drafts(ids[:, :, 0])
         # One by one: short calls, most of them under the interpreter's lock.
-        seconds = max(MIN_WALK_SECONDS, self._slow_seconds / len(rows))
-        walks = [self._choose(*own, seconds) for own in zip(slots, grammars, cursors, candidates, strict=True)]
-        drafts = self._buffers.drafts_on_device(room)
-        return Chosen(index, drafts, walks, grammars[0], time.perf_counter() - started)
+        seconds = max(MIN_REPAIR_SECONDS, self._slow_seconds / len(rows))
+        blocks = [self._repair(*own, seconds) for own in zip(slots, grammars, cursors, ids, strict=True)]
+        tokens = self._buffers.drafts_on_device(room)
+        return RepairedDrafts(index, tokens, blocks, grammars[0], time.perf_counter() - started)
 
-    def masks(self, chosen: Chosen, foreseeable: Collection[int] = (), best_of: BestOf | None = None) -> BlockMasks:
-        """What may follow each token of the chosen blocks. Host work, while a GPU verifies.
+    def masks(
+        self, drafts: RepairedDrafts, skippable: Collection[int] = (), best_of: BestOf | None = None
+    ) -> BlockMasks:
+        """What may follow each token of the blocks. Host work, while a GPU verifies.
 
         Args:
-            foreseeable: numbers, in R, of the requests whose best tokens can be known.
-            best_of: see `MaskFiller.fill`; not needed if there are none.
+            drafts: of this round.
+            skippable: see `MaskFiller.fill`.
+            best_of: see there; not needed if none is skippable.
         """
-        filled = self._filler.fill(chosen.walks, foreseeable, best_of or _nothing_foreseen)
-        choices = [walk.choice for walk in chosen.walks if walk is not None]
-        num_cut = sum(limit < chosen.drafts.shape[1] for limit in filled.limits)
-        self._stats.count(choices, chosen.seconds, filled.seconds, filled.num_sparse, num_cut)
-        masks = self._buffers.masks_on_device(len(chosen.walks))
-        return BlockMasks(GrammarMask(chosen.any_grammar, masks), filled.limits)
+        filled = self._filler.fill(drafts.blocks, skippable, best_of or _nothing_skippable)
+        changes = [block.repair.changes for block in drafts.blocks if block is not None]
+        num_cut = sum(limit < drafts.tokens.shape[1] for limit in filled.limits)
+        self._metrics.count(changes, drafts.seconds, filled.seconds, filled.num_sparse, num_cut)
+        masks = self._buffers.masks_on_device(len(drafts.blocks))
+        return BlockMasks(GrammarMask(drafts.any_grammar, masks), filled.limits)
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:
         # What a cursor writes to a mask here is filled anew later.
         return cursor_of(grammar, self.text, slot.masks) if is_walkable(grammar) else None
 
-    def _choose(self, slot: Slot, grammar: Any, cursor: Cursor | None, candidates: Ids, seconds: float) -> Walk | None:
+    def _repair(
+        self, slot: Slot, grammar: Any, cursor: Cursor | None, candidates: Ids, seconds: float
+    ) -> ConstrainedBlock | None:
         if cursor is None or leaves_block_alone(grammar, slot.drafts):
             slot.allow_all()
             return None
-        choice = choose(cursor, slot.drafts, candidates, slot.masks, self._mode, Deadline(seconds))
-        if choice.tokens is not slot.drafts:
-            slot.drafts[:] = choice.tokens
+        repair = repair_drafts(cursor, slot.drafts, candidates, slot.masks, self._max_repairs, Deadline(seconds))
+        if repair.tokens is not slot.drafts:
+            slot.drafts[:] = repair.tokens
         slot.num_filled = len(slot.bits)
-        return Walk(cursor, choice)
+        return ConstrainedBlock(cursor, repair)
 
 
-def _nothing_foreseen(numbers: Sequence[int]) -> Ids:
+def _nothing_skippable(numbers: Sequence[int]) -> Ids:
     raise AssertionError(f"no best tokens of {numbers}")

@@ -1,4 +1,4 @@
-"""The blocks of constrained requests and their masks on the host, and their way to the device.
+"""The blocks of constrained requests and their masks on the host, and how they get to the device.
 
 Letters: Q verify width, W words of a mask row; a slot for each of a batch's R constrained requests.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_orthrus.grammar.repair import ALL_ALLOWED, Ids, Masks
+from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Ids, Masks
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class Slot:
     """One request's part of the buffers, kept as views: slicing tensors takes longer than a token of the walk.
 
     Attributes:
-        block: [Q] int64, drafts from the second place on.
+        block: [Q] int64, the anchor's slot, then the drafts.
         drafts: [Q-1], the same.
         masks: [Q, W] int32.
         bits: [Q, W], the same.

@@ -10,11 +10,14 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from sglang_orthrus.grammar.cursors import GuidanceCursor, fill_blocks
+import torch
+
+from sglang_orthrus.grammar.cursor import Cursor, Ids, Match, allow_only
+from sglang_orthrus.grammar.llguidance import GuidanceCursor, fill_blocks
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
-from sglang_orthrus.grammar.repair import Choice, Cursor, Ids, Reach, allow_only, fill_where_refused
+from sglang_orthrus.grammar.repair import Repair
 from sglang_orthrus.grammar.slow_masks import SlowGrammars, TimeShares
-from sglang_orthrus.grammar.threads import Crew, Job, available_cores
+from sglang_orthrus.grammar.threads import Job, ThreadTeam, available_cores
 
 # On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
 # slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
@@ -26,11 +29,11 @@ MIN_NEEDED_SECONDS = 0.01
 BestOf = Callable[[Sequence[int]], Ids]
 
 
-class Walk(NamedTuple):
+class ConstrainedBlock(NamedTuple):
     """A grammar along a block: its cursor, at the committed text, and what became of the drafts."""
 
     cursor: Cursor
-    choice: Choice
+    repair: Repair
 
 
 class Filled(NamedTuple):
@@ -56,7 +59,7 @@ class _Block(NamedTuple):
 
 
 class MaskFiller:
-    """Some engines' masks take tens of milliseconds in some places.
+    """Some engines' masks take tens of milliseconds in some positions.
 
     So the masks of a round are filled for no longer than its time, but at least one of each block, and a block ends at
     the last one. And a grammar that is slow is asked for no mask that makes no difference, if that can be known.
@@ -74,27 +77,27 @@ class MaskFiller:
         self._slow = SlowGrammars()
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, available_cores())
-        self._crew = Crew(self._num_threads, "orthrus-grammar")
+        self._team = ThreadTeam(self._num_threads, "orthrus-grammar")
 
-    def fill(self, walks: Sequence[Walk | None], foreseeable: Collection[int], best_of: BestOf) -> Filled:
+    def fill(self, blocks: Sequence[ConstrainedBlock | None], skippable: Collection[int], best_of: BestOf) -> Filled:
         """Fill the masks of the first R blocks.
 
         Args:
-            walks: [R], None where a grammar has nothing to say.
-            foreseeable: numbers of the requests whose best tokens can be known.
+            blocks: [R], None where a grammar does not constrain the block.
+            skippable: numbers of the requests where skipping a mask cannot change any visible output.
             best_of: waits for verification and gives the best token after every row of some of their blocks, any token
                 allowed.
         """
         self._slow.begin_round()
         started = time.perf_counter()
         keys = {
-            number: walk.cursor.key
-            for number, walk in enumerate(walks)
-            if walk is not None and walk.cursor.key is not None and number in foreseeable
+            number: block.cursor.key
+            for number, block in enumerate(blocks)
+            if block is not None and block.cursor.key is not None and number in skippable
         }
         sparse = {number for number, key in keys.items() if key in self._slow}
-        limits = [self._width - 1] * len(walks)
-        for number, block in self._fill_blocks(walks, sparse).items():
+        limits = [self._width - 1] * len(blocks)
+        for number, block in self._fill_blocks(blocks, sparse).items():
             is_cut = block.num_rows < self._width
             if number not in keys:
                 limits[number] = block.num_rows - 1
@@ -110,69 +113,111 @@ class MaskFiller:
             best = best_of(numbers)
             started = time.perf_counter()
             shares = TimeShares(max(self._seconds - seconds, MIN_NEEDED_SECONDS), len(numbers), self._num_threads)
-            self._crew.run(
+            self._team.run(
                 [
-                    partial(self._fill_where_refused, walks[number], number, own, shares, limits)
+                    partial(self._fill_where_refused, blocks[number], number, own, shares, limits)
                     for number, own in zip(numbers, best, strict=True)
                 ]
             )
             seconds += time.perf_counter() - started
         return Filled(limits, sum(limits[number] == self._width - 1 for number in sparse), seconds)
 
-    def _fill_blocks(self, walks: Sequence[Walk | None], but: Collection[int]) -> dict[int, _Block]:
+    def _fill_blocks(self, blocks: Sequence[ConstrainedBlock | None], but: Collection[int]) -> dict[int, _Block]:
         """Fill the masks of all blocks but some, side by side if there are several."""
         filled = dict[int, _Block]()
-        wanted = [(number, walk) for number, walk in enumerate(walks) if walk is not None and number not in but]
+        wanted = [(number, block) for number, block in enumerate(blocks) if block is not None and number not in but]
         guided = [
-            (number, walk.cursor, walk.choice.reach)
-            for number, walk in wanted
-            if isinstance(walk.cursor, GuidanceCursor)
+            (number, block.cursor, block.repair.match)
+            for number, block in wanted
+            if isinstance(block.cursor, GuidanceCursor)
         ]
-        others = [(number, walk) for number, walk in wanted if not isinstance(walk.cursor, GuidanceCursor)]
+        others = [(number, block) for number, block in wanted if not isinstance(block.cursor, GuidanceCursor)]
         shares = TimeShares(self._seconds, len(others) + bool(guided), self._num_threads)
         # The longest first, so that the threads end together.
-        others.sort(key=lambda one: one[1].choice.reach.length, reverse=True)
-        fills: list[Job] = [partial(self._fill, number, walk, shares, filled) for number, walk in others]
+        others.sort(key=lambda one: one[1].repair.match.length, reverse=True)
+        fills: list[Job] = [partial(self._fill, number, block, shares, filled) for number, block in others]
         if guided:
             fills.append(partial(self._fill_guided, guided, shares, filled))
-        self._crew.run(fills)
+        self._team.run(fills)
         return filled
 
-    def _fill(self, number: int, walk: Walk, shares: TimeShares, filled: dict[int, _Block]) -> None:
+    def _fill(self, number: int, block: ConstrainedBlock, shares: TimeShares, filled: dict[int, _Block]) -> None:
         slot, limit = self._buffers.slots[number], shares.take()
         started = time.thread_time()
-        num_rows = walk.cursor.fill_block(slot.block, slot.masks, limit)
+        num_rows = block.cursor.fill_block(slot.block, slot.masks, limit)
         filled[number] = _Block(num_rows, limit, time.thread_time() - started)
-        _close_end(slot, walk.choice.reach)
+        _close_end(slot, block.repair.match)
 
     def _fill_where_refused(
-        self, walk: Walk | None, number: int, best: Ids, shares: TimeShares, limits: list[int]
+        self, block: ConstrainedBlock | None, number: int, best: Ids, shares: TimeShares, limits: list[int]
     ) -> None:
-        assert walk is not None, "a grammar with nothing to say is not slow"
+        assert block is not None, "a block without a grammar is not slow"
         slot = self._buffers.slots[number]
         slot.allow_all()
-        slot.num_filled, num_right = fill_where_refused(walk.cursor, slot.drafts, best, slot.masks, shares.take())
+        slot.num_filled, num_right = fill_where_refused(block.cursor, slot.drafts, best, slot.masks, shares.take())
         limits[number] = num_right - 1
-        _close_end(slot, walk.choice.reach)
+        _close_end(slot, block.repair.match)
 
     def _fill_guided(
-        self, guided: Sequence[tuple[int, GuidanceCursor, Reach]], shares: TimeShares, filled: dict[int, _Block]
+        self, guided: Sequence[tuple[int, GuidanceCursor, Match]], shares: TimeShares, filled: dict[int, _Block]
     ) -> None:
         cursors, limit = [(number, cursor) for number, cursor, _ in guided], shares.take()
         started = time.thread_time()
         num_rows = fill_blocks(cursors, self._buffers.blocks, self._buffers.masks, limit)
         block = _Block(num_rows, limit, time.thread_time() - started)
-        for number, _, reach in guided:
+        for number, _, match in guided:
             filled[number] = block
-            _close_end(self._buffers.slots[number], reach)
+            _close_end(self._buffers.slots[number], match)
 
 
-def _close_end(slot: Slot, reach: Reach) -> None:
+def _close_end(slot: Slot, match: Match) -> None:
     """Behind a stop token allow only the same again.
 
     SGLang brings grammars to the end of a round's run, and llguidance fails on whatever follows a stop token but on
     another one.
     """
-    if reach.ended:
-        allow_only(slot.drafts.item(reach.length - 1), slot.bits[reach.length])
-        slot.num_filled = max(slot.num_filled, reach.length + 1)
+    if match.ended:
+        allow_only(slot.drafts.item(match.length - 1), slot.bits[match.length])
+        slot.num_filled = max(slot.num_filled, match.length + 1)
+
+
+def fill_where_refused(
+    cursor: Cursor, drafts: Ids, best: Ids, masks: torch.Tensor, limit: float = float("inf")
+) -> tuple[int, int]:
+    """Fill only the masks that change what verification makes of a block, given what it would choose without any.
+
+    A chosen token that the grammar allows is chosen with its mask, too. So a mask is needed where the grammar refuses
+    the choice, and none behind the first row where verification stops.
+
+    Args:
+        cursor: at the committed text, of a grammar that has a `key`; it is there again afterwards.
+        drafts: [Q-1] that were verified.
+        best: [Q] the best token after each row of the block, any token allowed.
+        masks: [Q, W] int32 on the CPU, allowing all.
+        limit: see `Cursor.fill_block`.
+
+    Returns:
+        How many leading rows may have been written to, and how many hold what is needed: Q if all do.
+    """
+    end = time.perf_counter() + limit
+    row = moved = 0
+    num_right = len(best)
+    for row, token in enumerate(best.tolist()):
+        if row and time.perf_counter() >= end:
+            num_right = row
+            break
+        draft = drafts.item(row) if row < len(drafts) else None
+        match = cursor.advance([token])
+        if match.length and token != draft:  # the last token of the round
+            cursor.rollback(match.num_moved)
+            break
+        if not match.length:
+            cursor.fill(masks[row : row + 1])
+            if draft is None or draft == token:
+                break
+            match = cursor.advance([draft])
+        moved += match.num_moved
+        if not match.num_moved:
+            break
+    cursor.rollback(moved)
+    return row + 1, num_right

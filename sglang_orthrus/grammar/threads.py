@@ -16,8 +16,8 @@ Job = Callable[[], None]
 Ends = SimpleQueue[BaseException | None]
 
 
-class Crew:
-    """A caller and its helpers.
+class ThreadTeam:
+    """A calling thread and its helpers.
 
     Args:
         size: threads that work, the caller's own included.
@@ -31,7 +31,7 @@ class Crew:
         self._num_helpers = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs, each thread the next one as it comes to it, and raise what a job raises when all are done."""
+        """Run all jobs, each thread taking the next one. Raise what a job raises once all are done."""
         queue, ends = iter(jobs), Ends()
         num_helpers = min(self._size, len(jobs)) - 1
         while self._num_helpers < num_helpers:

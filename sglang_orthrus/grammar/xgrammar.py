@@ -13,7 +13,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from xgrammar import GrammarMatcher
 from xgrammar.base import _core
 
-from sglang_orthrus.grammar.repair import Masks, Reach, is_allowed
+from sglang_orthrus.grammar.cursor import Masks, Match, is_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from sglang_orthrus.grammar.token_text import BYTES_PER_TOKEN, TokenText
 
@@ -77,18 +77,18 @@ class XGrammarCursor:
         self._scratch = scratch
         self._words: Masks = scratch.numpy()[0]  # made here, as PyTorch lets go of the interpreter's lock for it
 
-    def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Reach:
+    def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Match:
         """See `Cursor`."""
         accept, handle, stop_ids, is_over = self._calls.accept_token, self._handle, self._stop_ids, deadline.is_over
-        for place, token in enumerate(tokens):
+        for index, token in enumerate(tokens):
             if not accept(handle, token, False):
-                return Reach(place, False)
+                return Match(index, False)
             if token in stop_ids:
                 self.rollback(1)
-                return Reach(place + 1, True)
+                return Match(index + 1, True)
             if is_over():
-                return Reach(place + 1, False)
-        return Reach(len(tokens), False)
+                return Match(index + 1, False)
+        return Match(len(tokens), False)
 
     def rollback(self, count: int) -> None:
         """See `Cursor`."""
@@ -141,23 +141,23 @@ class XGrammarCursor:
         words: [W].
         """
         allowed = list[int]()
-        places: list[int] = (words != 0).nonzero()[0].tolist()
-        if len(places) > _MAX_FORCED_WORDS:
+        nonzero: list[int] = (words != 0).nonzero()[0].tolist()
+        if len(nonzero) > _MAX_FORCED_WORDS:
             allowed = [token for token in self._text.single_bytes if is_allowed(token, words)]
             if len(allowed) > 1 or any(is_allowed(token, words) for token in self._stop_ids):
                 return None
-            places = []
-        for place in places:
-            word = words.item(place) & 0xFFFFFFFF
+            nonzero = []
+        for index in nonzero:
+            word = words.item(index) & 0xFFFFFFFF
             while word:
-                allowed.append(place * 32 + (word & -word).bit_length() - 1)
+                allowed.append(index * 32 + (word & -word).bit_length() - 1)
                 word &= word - 1
         if not self._stop_ids.isdisjoint(allowed):
             return None
         spelled = sorted(((self._text.spelling(token), token) for token in allowed), key=lambda one: len(one[0]))
         found = None
-        for place, (spelling, token) in enumerate(spelled, start=1):
-            if not all(longer.startswith(spelling) for longer, _ in spelled[place:]):
+        for index, (spelling, token) in enumerate(spelled, start=1):
+            if not all(longer.startswith(spelling) for longer, _ in spelled[index:]):
                 break
             found = token
         return found

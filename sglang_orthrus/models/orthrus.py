@@ -18,10 +18,9 @@ from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
 from sglang_orthrus.compat.scheduler import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.core import OrthrusBlockInput, View, view_of
+from sglang_orthrus.core import HEAD_ROWS, OrthrusBlockInput, View, view_of
 from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names
 from sglang_orthrus.models.qkv_kernel import caches_of, place_qkv
-from sglang_orthrus.sampling.request_groups import HEAD_ROWS
 
 _SCALES = ("k_scale", "v_scale", "k_scale_float", "v_scale_float")
 
@@ -154,7 +153,7 @@ class OrthrusLM(Qwen3ForCausalLM):
         At most `HEAD_ROWS` rows of logits exist at a time: 128 blocks of 32 rows would take 2.5 GB of them.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        best = [_without_nan_inplace(self._head(piece)).argmax(dim=-1) for piece in rows.split(HEAD_ROWS)]
+        best = [_without_nan_inplace(self._head(group)).argmax(dim=-1) for group in rows.split(HEAD_ROWS)]
         return torch.cat(best).view(hidden_states.shape[:-1])
 
     def _head(self, rows: torch.Tensor) -> torch.Tensor:

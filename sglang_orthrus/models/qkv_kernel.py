@@ -71,16 +71,16 @@ def place_kernel(  # type: ignore[no-untyped-def]
         cos, sin = tl.load(angle), tl.load(angle + HALF)
         new_low, new_high = (x * cos - y * sin).to(low.dtype), (y * cos + x * sin).to(low.dtype)
         if is_query:
-            place = q_out + (token * Q_HEADS + first + head) * (2 * HALF) + element
-            tl.store(place, new_low)
-            tl.store(place + HALF, new_high)
+            address = q_out + (token * Q_HEADS + first + head) * (2 * HALF) + element
+            tl.store(address, new_low)
+            tl.store(address + HALF, new_high)
         else:
             # Triton's attention reads the block's own K and V from here.
             tl.store(source, new_low)
             tl.store(source + HALF, new_high)
-            place = k_cache + slot * cache_stride + (first - Q_HEADS + head) * (2 * HALF) + element
-            tl.store(place, new_low)
-            tl.store(place + HALF, new_high)
+            address = k_cache + slot * cache_stride + (first - Q_HEADS + head) * (2 * HALF) + element
+            tl.store(address, new_low)
+            tl.store(address + HALF, new_high)
 
 
 def place_qkv(

@@ -9,23 +9,9 @@ Letters: C committed tokens, the anchor (the last token) at position C and not i
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-
-class DraftBlock(NamedTuple):
-    """Inputs of the draft pass for a batch; all tensors are int64 on the model's device.
-
-    Attributes:
-        ids: [bs, F] the anchor, then the mask token.
-        positions: [bs, F] absolute positions, from each request's C.
-        slots: [bs, F] KV slots of those positions.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
+from sglang_orthrus.core import DraftBlock
 
 
 def draft_block(

@@ -75,7 +75,7 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
         return is_block and bool(super().can_run_graph(forward_batch))
 
     def _resolve_lora_variant(self, forward_batch: ForwardBatch) -> str:
-        # SGLang's key of a graph has a place for a variant, and here it asks for the one that a batch replays.
+        # SGLang's key of a graph includes a variant, and this method names the one that a batch replays.
         phase: Phase = forward_batch.spec_info.phase
         return phase.value
 

@@ -17,9 +17,9 @@ MIN_CHUNK = 128
 _CTAS_PER_SM = 2
 # A chunk that no request is longer than: nothing is split.
 UNSPLIT = 1 << 30
-# Smaller chunks take less time wherever FlashInfer's bound on pieces of work leaves room for them, and a request in one
-# piece saves as much time in merging as attending to so many tokens takes. Measured on an H100, 70 batches of 1 to 32
-# requests of 180 to 4,100 tokens: none takes longer than with FlashInfer's plan, 16 of 512 take 43 us in place of 70.
+# Smaller chunks take less time wherever FlashInfer's bound on work items leaves room for them. A request that is not
+# split saves as much time in merging as attending to so many tokens takes. Measured on an H100, 70 batches of 1 to 32
+# requests of 180 to 4,100 tokens: none takes longer than with FlashInfer's plan, 16 of 512 take 43 us instead of 70.
 FINE_CHUNK = 64
 WHOLE = 35
 
@@ -45,6 +45,23 @@ class PlanLayout(NamedTuple):
 
 
 @triton.jit
+def _chunk_of(lens, num_requests, num_tiles, max_work, min_chunk, whole, fine_chunk):  # type: ignore[no-untyped-def]
+    """Tokens of a chunk: the smallest that make no more than `max_work` work items, or the longest request."""
+    longest = tl.max(lens, 0)
+    low = min_chunk + 0
+    high = longest
+    while low < high:
+        middle = (low + high) // 2
+        is_too_much = tl.sum((lens + middle - 1) // middle, 0) * num_tiles > max_work
+        low = tl.where(is_too_much, middle + 1, low)
+        high = tl.where(is_too_much, high, middle)
+    is_fine = tl.sum((lens + fine_chunk - 1) // fine_chunk, 0) * num_tiles <= max_work
+    split = tl.where(is_fine, fine_chunk, low)
+    low = tl.where(longest - low <= whole * num_requests, tl.maximum(low, longest), split)
+    return low
+
+
+@triton.jit
 def plan_kernel(  # type: ignore[no-untyped-def]
     prefix_lens,  # [num_requests] committed lengths
     kv_lens,  # [num_requests] int32 out, block included
@@ -62,7 +79,7 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     num_ctas,
     max_work,  # how many tiles times chunks a split may make
     min_chunk,
-    whole,  # nothing is split if that makes the longest piece no more than so many tokens per request longer
+    whole,  # nothing is split if that makes the longest work item no more than so many tokens per request longer
     fine_chunk,  # else taken if it makes no more than that
     REQUESTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -81,42 +98,32 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     tl.store(kv_indptr + row, tl.cumsum(lens, 0) - lens, mask=is_request)
     tl.store(kv_indptr + num_requests, tl.sum(lens, 0))
 
-    longest = tl.max(lens, 0)
-    low = min_chunk + 0
-    high = longest
-    while low < high:
-        middle = (low + high) // 2
-        is_too_much = tl.sum((lens + middle - 1) // middle, 0) * num_tiles > max_work
-        low = tl.where(is_too_much, middle + 1, low)
-        high = tl.where(is_too_much, high, middle)
-    is_fine = tl.sum((lens + fine_chunk - 1) // fine_chunk, 0) * num_tiles <= max_work
-    split = tl.where(is_fine, fine_chunk, low)
-    low = tl.where(longest - low <= whole * num_requests, tl.maximum(low, longest), split)
-    tl.store(chunk_size, low)
+    chunk = _chunk_of(lens, num_requests, num_tiles, max_work, min_chunk, whole, fine_chunk)
+    tl.store(chunk_size, chunk)
 
-    chunks = (lens + low - 1) // low
+    chunks = (lens + chunk - 1) // chunk
     before = tl.cumsum(chunks, 0) - chunks
     total = tl.sum(chunks, 0)
     tl.store(o_indptr + row, before * width, mask=is_request)
     tl.store(o_indptr + num_requests, total * width)
-    place = tl.arange(0, WIDTH)[None, :]
-    merge = before[:, None] * width + place * chunks[:, None]
-    tl.store(merge_indptr + row[:, None] * width + place, merge, mask=is_request[:, None] & (place < width))
+    offset = tl.arange(0, WIDTH)[None, :]
+    merge = before[:, None] * width + offset * chunks[:, None]
+    tl.store(merge_indptr + row[:, None] * width + offset, merge, mask=is_request[:, None] & (offset < width))
     tl.store(merge_indptr + num_requests * width, total * width)
 
     cta = tl.arange(0, CTAS)
     tl.store(valid + cta, (cta < total * num_tiles).to(tl.uint8), mask=cta < num_ctas)
     for tile in range(num_tiles):
-        for chunk in range(tl.max(chunks, 0)):
-            slot = before * num_tiles + tile * chunks + chunk
-            is_work = chunk < chunks
+        for part in range(tl.max(chunks, 0)):
+            slot = before * num_tiles + tile * chunks + part
+            is_work = part < chunks
             tl.store(request + slot, row, mask=is_work)
             tl.store(qo_tile + slot, tl.zeros_like(row) + tile, mask=is_work)
-            tl.store(kv_tile + slot, tl.zeros_like(row) + chunk, mask=is_work)
+            tl.store(kv_tile + slot, tl.zeros_like(row) + part, mask=is_work)
 
 
 def max_split_work(num_sms: int, num_kv_heads: int) -> int:
-    """How many pieces of work per key-value head FlashInfer splits up to."""
+    """How many work items per key-value head FlashInfer splits up to."""
     return _CTAS_PER_SM * num_sms // num_kv_heads
 
 
@@ -200,14 +207,14 @@ class GraphPlanner:
         self._is_deterministic = backend.enable_deterministic
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """In place of the backend's: nothing is left to do before a replay."""
+        """Replaces the backend's: nothing is left to do before a replay."""
         if in_capture or not forward_batch.forward_mode.is_target_verify():
             self._plan_out_of_graph(forward_batch, in_capture)
             if self._is_deterministic and forward_batch.forward_mode.is_target_verify():
                 self._fix_tiles(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """In place of the backend's: the first nodes of a graph."""
+        """Replaces the backend's: the first nodes of a graph."""
         if not forward_batch.forward_mode.is_target_verify():
             return
         bs = forward_batch.batch_size

@@ -13,8 +13,8 @@ from sglang.srt.runtime_context import get_spec
 from sglang.srt.utils.common import get_available_gpu_memory
 
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.core import OrthrusBlockInput, Phase
-from sglang_orthrus.passes.blocks import DraftBlock, draft_block
+from sglang_orthrus.core import DraftBlock, OrthrusBlockInput, Phase, RoundBatch, snapshot
+from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.flashinfer import fit, verifying
 from sglang_orthrus.passes.plan_kernel import plans_in_graphs
@@ -32,10 +32,10 @@ class Pass(NamedTuple):
     replayed: bool
 
 
-class VerifyPass(NamedTuple):
-    """A verify pass that is ready to run."""
+class PreparedPass(NamedTuple):
+    """A pass that is ready to run."""
 
-    batch: ScheduleBatch
+    batch: RoundBatch
     forward_batch: ForwardBatch
 
 
@@ -89,9 +89,9 @@ class DualViewRunner:
             )
         return {"draft_decode": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
 
-    def layout(self, batch: ScheduleBatch) -> DraftBlock:
-        """Block ids, positions and slots of a decode batch, whose anchors are in `batch.spec_info`."""
-        return draft_block(
+    def begin(self, batch: ScheduleBatch) -> RoundBatch:
+        """A decode batch, whose anchors are in `batch.spec_info`, with blocks of mask tokens laid out."""
+        blocks = draft_block(
             batch.spec_info.bonus_tokens,
             batch.seq_lens,
             batch.req_pool_indices,
@@ -99,8 +99,9 @@ class DualViewRunner:
             width=self._config.block_size,
             mask_token_id=self._config.mask_token_id,
         )
+        return RoundBatch(batch, blocks)
 
-    def round(self, batch: ScheduleBatch, block: DraftBlock) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def fused(self, batch: RoundBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A greedy round in one CUDA graph, or None if none was captured for this batch.
 
         Returns the verified block, to be used before the next round, and the AR view's next tokens, both [bs, F].
@@ -108,67 +109,68 @@ class DualViewRunner:
         graphs = self._model_runner.decode_cuda_graph_runner
         if Phase.ROUND not in getattr(graphs, "phases", ()):
             return None
-        forward_batch = self._prepare(batch, block, Phase.ROUND)
-        if not graphs.can_run_graph(forward_batch):
+        prepared = self._prepare(batch, batch.blocks, Phase.ROUND)
+        if not graphs.can_run_graph(prepared.forward_batch):
             return None
-        replayed = self._run(batch, forward_batch).can_run_cuda_graph
+        replayed = self._run(prepared).can_run_cuda_graph
         assert replayed, "run eagerly, a round would be one verify pass over mask tokens"
-        bs = forward_batch.batch_size
+        bs = prepared.forward_batch.batch_size
         # The next round overwrites both while the overlap scheduler may still copy the output to the host.
         return graphs.block[:bs], graphs.predictions[:bs].clone()
 
-    def draft(self, batch: ScheduleBatch, block: DraftBlock) -> Pass:
+    def draft(self, batch: RoundBatch) -> Pass:
         """Diffusion view over the whole block; row j predicts position C+j+1, so the last row is of no use.
 
         Writes the block's diffusion K/V to its slots; the block always has its trained width.
         """
         with self._wide_draft():
-            return self._forward(batch, self._prepare(batch, block, Phase.DRAFT))
+            return self._forward(self._prepare(batch, batch.blocks, Phase.DRAFT))
 
-    def prepare_verify(self, batch: ScheduleBatch, layout: DraftBlock, draft: Pass, block: torch.Tensor) -> VerifyPass:
+    def prepare_verify(self, batch: RoundBatch, draft: Pass) -> PreparedPass:
         """All of a verify pass that does not depend on the drafts; the host may do this while a GPU drafts.
 
-        Args:
-            batch: as it was drafted.
-            layout: of its blocks.
-            draft: the pass on both.
-            block: [bs, Q] int64, contiguous; the drafts in it may change until `verify`.
+        draft: the pass on the same batch.
         """
         width = self._verify_width
-        forward_batch = self._prepare(
-            batch, DraftBlock(block, layout.positions[:, :width], layout.slots[:, :width]), Phase.VERIFY
-        )
+        # The mask tokens stand for the drafts.
+        block = DraftBlock(*(part[:, :width] for part in batch.blocks))
+        prepared = self._prepare(batch, block, Phase.VERIFY)
         # A plan knows nothing of causality: the draft's graph left buffers and plan as verify's graph wants them.
         if draft.replayed and self._draft_backend is None:
-            forward_batch.mark_forward_metadata_ready()
-        return VerifyPass(batch, forward_batch)
+            prepared.forward_batch.mark_forward_metadata_ready()
+        return prepared
 
-    def verify(self, prepared: VerifyPass) -> Pass:
-        """AR view over the anchor and the drafts. Overwrites the first Q slots with AR K/V."""
-        return self._forward(prepared.batch, prepared.forward_batch)
+    def verify(self, prepared: PreparedPass, block: torch.Tensor) -> Pass:
+        """AR view over the anchor and the drafts, block: [bs, Q] int64. Overwrites the first Q slots with AR K/V."""
+        ids = block.flatten()
+        prepared.forward_batch.input_ids = prepared.forward_batch.spec_info.draft_token = ids
+        return self._forward(prepared)
 
-    def _forward(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Pass:
-        result = self._run(batch, forward_batch)
-        width = forward_batch.spec_info.draft_token_num
+    def _forward(self, prepared: PreparedPass) -> Pass:
+        result = self._run(prepared)
+        width = prepared.forward_batch.spec_info.draft_token_num
         hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, width))
         return Pass(hidden_states, result.can_run_cuda_graph)
 
-    def _prepare(self, batch: ScheduleBatch, block: DraftBlock, phase: Phase) -> ForwardBatch:
-        batch.forward_mode = ForwardMode.TARGET_VERIFY
-        batch.input_ids = block.ids.flatten()
-        batch.out_cache_loc = block.slots.flatten()
-        batch.spec_info = OrthrusBlockInput(
-            draft_token=batch.input_ids,
+    def _prepare(self, batch: RoundBatch, block: DraftBlock, phase: Phase) -> PreparedPass:
+        own = snapshot(batch.scheduled)
+        own.forward_mode = ForwardMode.TARGET_VERIFY
+        own.input_ids = block.ids.flatten()
+        own.out_cache_loc = block.slots.flatten()
+        own.seq_lens_cpu = batch.known_lens
+        own.spec_info = OrthrusBlockInput(
+            draft_token=own.input_ids,
             positions=block.positions.flatten(),
             draft_token_num=block.ids.shape[1],
             phase=phase,
         )
-        return ForwardBatch.init_new(
-            batch,
+        forward_batch = ForwardBatch.init_new(
+            own,
             self._model_runner,
-            capture_hidden_mode=batch.spec_info.capture_hidden_mode,
+            capture_hidden_mode=own.spec_info.capture_hidden_mode,
             return_hidden_states_before_norm=False,
         )
+        return PreparedPass(batch, forward_batch)
 
     @contextmanager
     def _wide_draft(self) -> Iterator[None]:
@@ -184,14 +186,15 @@ class DualViewRunner:
         finally:
             runner.attn_backend, runner.decode_cuda_graph_runner = backend, graphs
 
-    def _run(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> Any:
+    def _run(self, prepared: PreparedPass) -> Any:
+        batch, forward_batch = prepared
         graphs = self._model_runner.decode_cuda_graph_runner
-        lacks_lens = batch.seq_lens_cpu is None and plans_in_graphs(verifying(self._model_runner.attn_backend))
+        lacks_lens = batch.known_lens is None and plans_in_graphs(verifying(self._model_runner.attn_backend))
         if lacks_lens and (graphs is None or not graphs.can_run_graph(forward_batch)):
             # FlashInfer plans this one on the host. Both passes of the round get what is waited for here.
-            batch.seq_lens_cpu = batch.seq_lens.cpu()
-        if batch.seq_lens_cpu is not None:
+            batch.wait_for_lens()
+        if batch.known_lens is not None:
             # Planners want the block in them (as DFLASH gives them).
-            forward_batch.seq_lens_cpu = batch.seq_lens_cpu + forward_batch.spec_info.draft_token_num
+            forward_batch.seq_lens_cpu = batch.known_lens + forward_batch.spec_info.draft_token_num
             forward_batch.seq_lens_sum = int(forward_batch.seq_lens_cpu.sum())
         return self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)

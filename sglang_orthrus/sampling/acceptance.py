@@ -6,25 +6,9 @@ its prediction is what the autoregressive view puts after them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-
-class Verdict(NamedTuple):
-    """What a round commits, in SGLang's spec-V2 result layout; tensors on the model's device.
-
-    Attributes:
-        accept_lens: [bs] int32, tokens emitted this round, bonus included, in 1..Q.
-        tokens: [bs, Q] int64, row i holds the accepted drafts, then the bonus, then padding.
-        bonus: [bs] int64, the last emitted token, which is the next round's anchor.
-        new_seq_lens: [bs] committed lengths after the round, in the dtype of the prefix lengths.
-    """
-
-    accept_lens: torch.Tensor
-    tokens: torch.Tensor
-    bonus: torch.Tensor
-    new_seq_lens: torch.Tensor
+from sglang_orthrus.core import Verdict
 
 
 def accept_greedy(block: torch.Tensor, predictions: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:
@@ -37,7 +21,7 @@ def accept_greedy(block: torch.Tensor, predictions: torch.Tensor, prefix_lens: t
     """
     num_accepted = leading(block[:, 1:] == predictions[:, :-1])
     bonus = predictions.gather(1, num_accepted[:, None]).squeeze(1)
-    # Accepted drafts equal the predictions in their places, and so does the bonus: the prediction row is the output.
+    # Accepted drafts equal the predictions at their positions, and so does the bonus: the prediction row is the output.
     return Verdict(*_lens(num_accepted, prefix_lens, predictions, bonus))
 
 

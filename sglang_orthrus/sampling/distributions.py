@@ -116,15 +116,15 @@ def sequential_support(
 def is_accepted(p_of_draft: torch.Tensor, q_of_draft: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
     """Accept a draft with probability min(1, p/q): three tensors of one shape, coins in [0, 1) -> bool.
 
-    Whoever proposes a draft without drawing lots passes q = 1 for it.
+    A draft that was not drawn at random has q = 1.
     """
     return coins * q_of_draft < p_of_draft
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What to draw from in the place of a rejected draft: max(p - q, 0), not normalised.
+    """What to draw from in place of a rejected draft: max(p - q, 0), not normalised.
 
-    p, q: [n, V], probabilities that sum to 1. The q of a draft that was proposed without drawing lots is one-hot on
+    p, q: [n, V], probabilities that sum to 1. The q of a draft that was not drawn at random is one-hot on
     it; after the last draft of a block q is 0.
     """
     rest = (p - q).clamp_min_(0)
@@ -144,5 +144,5 @@ def largest(logits: torch.Tensor, count: int) -> torch.Tensor:
     stripes = logits.unflatten(-1, (STRIPE, -1))
     best = stripes.amax(dim=-2).topk(count, dim=-1).indices
     values = stripes.gather(-1, best[..., None, :].expand(*best.shape[:-1], STRIPE, count)).flatten(-2)
-    place = values.topk(count, dim=-1).indices
-    return place // count * stripes.shape[-1] + best.gather(-1, place % count)
+    column = values.topk(count, dim=-1).indices
+    return column // count * stripes.shape[-1] + best.gather(-1, column % count)

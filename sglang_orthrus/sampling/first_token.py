@@ -15,7 +15,7 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 
 
-class LoneSampler(Sampler):
+class FirstTokenSampler(Sampler):
     """SGLang's sampler, in which a request's filters do not change what its neighbours are given.
 
     SGLang picks a path for the whole batch. With seeds a filter anywhere in it changes the noise of every row, and with
@@ -24,7 +24,7 @@ class LoneSampler(Sampler):
     """
 
     def _preprocess_logits(self, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
-        """As SGLang's, but options that leave no token give way (see `last_resort`)."""
+        """As SGLang's, but options that leave no token give way (see `nothing_left`)."""
         if sampling_info.has_custom_logit_processor:
             apply_custom_logit_processor(logits, _one_by_one(sampling_info))
             tame_inplace(logits)
@@ -58,7 +58,7 @@ class LoneSampler(Sampler):
 
 
 def _one_by_one(info: Any) -> Any:
-    """A batch's sampling parameters in which a custom processor sees one request at a time, as if it were alone."""
+    """A batch's sampling parameters in which a custom processor visible one request at a time, as if it were alone."""
     alone = {
         (key, row): ProcessorEntry(entry.processor, [row], entry.indices[number : number + 1])
         for key, entry in info.custom_logit_processor.items()

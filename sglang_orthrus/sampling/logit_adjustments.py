@@ -1,7 +1,7 @@
 """What a request's options do to its logits before a token is chosen, at every position of a block.
 
 The order is plain SGLang's: additive penalties, scaling, grammar mask, bias, custom processors, NaN handling. Options
-that leave no token give way (see `last_resort`).
+that leave no token give way (see `nothing_left`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang.srt.utils.common import async_h2d
 
+from sglang_orthrus.core import rows_index
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 from sglang_orthrus.sampling.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
-from sglang_orthrus.sampling.request_groups import Piece, rows_index
+from sglang_orthrus.sampling.request_groups import RequestGroup
 
 REQUEST_KEY = "__req__"  # where SGLang puts the request for custom processors
 
 
-class Place(NamedTuple):
+class RowContext(NamedTuple):
     """Where in the output rows of logits stand.
 
     Attributes:
         tokens: [bs, K] int64, the anchor and what follows it.
-        sees: [W, K] bool, which of these come before the token that a row chooses; at least the anchor.
+        visible: [W, K] bool, which of these come before the token that a row chooses; at least the anchor.
         offsets: [W], or [bs, W] if they differ between requests: positions after the anchor's.
         host_tokens: the tokens, if custom processors read them.
     """
 
     tokens: torch.Tensor
-    sees: torch.Tensor
+    visible: torch.Tensor
     offsets: torch.Tensor
     host_tokens: list[list[int]] | None = None
 
@@ -47,7 +48,7 @@ class RowMasks(NamedTuple):
 
     Attributes:
         mask: [R * W, ...], W rows for every constrained request.
-        requests: [R] their places in the batch, ascending.
+        requests: [R] their rows in the batch, ascending.
     """
 
     mask: GrammarMask
@@ -55,7 +56,7 @@ class RowMasks(NamedTuple):
 
 
 def is_penalised(req: Any) -> bool:
-    """Whether what the request has said changes what it will say."""
+    """Whether a request's output changes the logits of its next tokens."""
     params = req.sampling_params
     return bool(params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0)
 
@@ -69,7 +70,7 @@ def is_adjusted(req: Any) -> bool:
 
 
 def reads_output(req: Any) -> bool:
-    """Whether a custom logit processor of the request may look at what it has said."""
+    """Whether a custom logit processor of the request may look at its output."""
     return req.custom_logit_processor is not None and isinstance(req.sampling_params.custom_params, dict)
 
 
@@ -103,7 +104,7 @@ class Adjustments:
         outputs: of the requests whose custom processors read it, the output up to the anchor.
 
     Attributes:
-        requests: places of those that have such options.
+        requests: rows of those that have such options.
     """
 
     def __init__(self, batch: ScheduleBatch, counts: TokenCounts | None, outputs: Mapping[Any, list[int]]) -> None:
@@ -131,38 +132,40 @@ class Adjustments:
         """Whether the custom processor of any request may."""
         return self._info.has_custom_logit_processor and any(map(reads_output, self._batch.reqs))
 
-    def apply_inplace(self, logits: torch.Tensor, piece: Piece, place: Place, masks: RowMasks | None = None) -> None:
-        """Change the logits of a piece's rows. logits: [r, W, V], fp32 if the piece is costly"""
-        index = piece.index
-        is_adjusted_here = not self.requests.isdisjoint(piece.requests)
-        allowed = _Allowed.of(self._batch.reqs, piece, logits) if is_adjusted_here else None
+    def apply_inplace(
+        self, logits: torch.Tensor, group: RequestGroup, context: RowContext, masks: RowMasks | None = None
+    ) -> None:
+        """Change the logits of a group's rows. logits: [r, W, V], fp32 if the group is costly"""
+        index = group.index
+        is_adjusted_here = not self.requests.isdisjoint(group.requests)
+        allowed = _Allowed.of(self._batch.reqs, group, logits) if is_adjusted_here else None
         if is_adjusted_here and self._min_new is not None:
-            num_before = self._min_new.num_before(self._prefix_lens, place)
+            num_before = self._min_new.num_before(self._prefix_lens, context)
             forbid_inplace(logits, num_before[index], self._min_new.limits[index], self._min_new.stops[index])
         if is_adjusted_here and self._penalties is not None:
             assert self._counts is not None, "prefill makes them"
-            counts = self._counts.of([self._batch.reqs[request] for request in piece.requests])
-            penalise_inplace(logits, counts, place.tokens[index], place.sees, self._penalties.at(index))
+            counts = self._counts.of([self._batch.reqs[request] for request in group.requests])
+            penalise_inplace(logits, counts, context.tokens[index], context.visible, self._penalties.at(index))
         if masks is not None:
-            _mask_inplace(logits, piece.requests, masks)
+            _mask_inplace(logits, group.requests, masks)
         if is_adjusted_here and self._info.logit_bias is not None:
             logits.add_(self._info.logit_bias[index][:, None, :])
         if is_adjusted_here and self._info.has_custom_logit_processor:
-            self._process(logits, piece, place)
+            self._process(logits, group, context)
         if allowed is not None:
             allowed.take_over_inplace(logits, masks)
-        if masks is not None and not piece.way.is_greedy:
+        if masks is not None and not group.kind.is_greedy:
             leave_something_inplace(logits)
         sanitize_nan_logits(logits.flatten(0, 1), "ORTHRUS: logits")
 
-    def _process(self, logits: torch.Tensor, piece: Piece, place: Place) -> None:
+    def _process(self, logits: torch.Tensor, group: RequestGroup, context: RowContext) -> None:
         """Custom processors see every row as if it were a request of its own, and no other request's."""
         width = logits.shape[1]
-        params = [self._params(request, row, place) for request in piece.requests for row in range(width)]
+        params = [self._params(request, row, context) for request in group.requests for row in range(width)]
         entries = {}
         for key, entry in self._info.custom_logit_processor.items():
             members = set(entry.rows)
-            for number, request in enumerate(piece.requests):
+            for number, request in enumerate(group.requests):
                 if request in members:
                     rows = list(range(number * width, (number + 1) * width))
                     indices = torch.arange(rows[0], rows[-1] + 1, device=logits.device)
@@ -171,23 +174,23 @@ class Adjustments:
             apply_custom_logit_processor(logits.flatten(0, 1), _Rows(entries, params))
             tame_inplace(logits)
 
-    def _params(self, request: int, row: int, place: Place) -> Any:
+    def _params(self, request: int, row: int, context: RowContext) -> Any:
         params = self._info.custom_params[request]
-        if place.host_tokens is None or not isinstance(params, dict) or REQUEST_KEY not in params:
+        if context.host_tokens is None or not isinstance(params, dict) or REQUEST_KEY not in params:
             return params
         req = self._batch.reqs[request]
         # Of the block the anchor is the first token, which the outputs have already.
-        said = place.host_tokens[request][1 : min(row + 1, place.sees.shape[1])]
-        return params | {REQUEST_KEY: _RequestAt(req, array("q", [*self._outputs[req], *said]))}
+        drafted = context.host_tokens[request][1 : min(row + 1, context.visible.shape[1])]
+        return params | {REQUEST_KEY: _RequestAt(req, array("q", [*self._outputs[req], *drafted]))}
 
 
 @dataclass(frozen=True, slots=True)
 class _Allowed:
-    """What grammars alone allow the requests of a piece whose options may forbid every token.
+    """What grammars alone allow the requests of a group whose options may forbid every token.
 
     Attributes:
-        requests: their places in the batch.
-        index: their rows in the piece.
+        requests: their rows in the batch.
+        index: their rows in the group.
         logits: [n, W, V], before any option.
     """
 
@@ -196,13 +199,13 @@ class _Allowed:
     logits: torch.Tensor
 
     @classmethod
-    def of(cls, reqs: Sequence[Any], piece: Piece, logits: torch.Tensor) -> _Allowed | None:
-        """None if no request of the piece is one."""
-        numbers = [number for number, request in enumerate(piece.requests) if may_forbid(reqs[request])]
+    def of(cls, reqs: Sequence[Any], group: RequestGroup, logits: torch.Tensor) -> _Allowed | None:
+        """None if no request of the group is one."""
+        numbers = [number for number, request in enumerate(group.requests) if may_forbid(reqs[request])]
         if not numbers:
             return None
         index = rows_index(numbers, logits.device)
-        return cls(tuple(piece.requests[number] for number in numbers), index, logits[index].clone())
+        return cls(tuple(group.requests[number] for number in numbers), index, logits[index].clone())
 
     def take_over_inplace(self, logits: torch.Tensor, masks: RowMasks | None) -> None:
         """Replace the rows that forbid every token. logits: [r, W, V], adjusted."""
@@ -266,9 +269,9 @@ class _MinNew:
         lens = [len(req.origin_input_ids) for req in batch.reqs]
         return cls(*(async_h2d(list(x), dtype=torch.int64, device=batch.device) for x in (limits, padded, lens)))
 
-    def num_before(self, prefix_lens: torch.Tensor, place: Place) -> torch.Tensor:
+    def num_before(self, prefix_lens: torch.Tensor, context: RowContext) -> torch.Tensor:
         """Tokens emitted before the one that a row chooses, [bs, W]: C tokens and the anchor, less the input."""
-        return (prefix_lens.long() + 1 - self.input_lens)[:, None] + place.offsets
+        return (prefix_lens.long() + 1 - self.input_lens)[:, None] + context.offsets
 
 
 def _stop_ids(req: Any) -> set[int]:

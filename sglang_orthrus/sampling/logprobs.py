@@ -13,7 +13,8 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.utils.common import async_d2h, async_h2d
 
-from sglang_orthrus.sampling.request_groups import Piece, rows_index
+from sglang_orthrus.core import rows_index
+from sglang_orthrus.sampling.request_groups import RequestGroup
 
 _NOTHING = np.empty(0, dtype=np.float32)
 
@@ -49,27 +50,29 @@ class RoundLogprobs:
         self._chosen = torch.zeros(size, width, device=batch.device)
         self._tables: list[_Table] = []
 
-    def wants(self, piece: Piece) -> bool:
-        """Whether a request of the piece asks for log probabilities."""
-        return any(self._wanted[request] for request in piece.requests)
+    def wants(self, group: RequestGroup) -> bool:
+        """Whether a request of the group asks for log probabilities."""
+        return any(self._wanted[request] for request in group.requests)
 
-    def add(self, piece: Piece, logits: torch.Tensor, temperatures: torch.Tensor | None, tokens: torch.Tensor) -> None:
-        """Take them from the rows of those requests of a piece that want them.
+    def add(
+        self, group: RequestGroup, logits: torch.Tensor, temperatures: torch.Tensor | None, tokens: torch.Tensor
+    ) -> None:
+        """Take them from the rows of those requests of a group that want them.
 
         Args:
             logits: [r * Q, V], adjusted, not divided by temperatures.
             temperatures: [r * Q, 1]; None for greedy requests, whose temperature plain SGLang ignores.
             tokens: [r, Q] int64, emitted after each row.
         """
-        numbers = [number for number, request in enumerate(piece.requests) if self._wanted[request]]
-        requests = [piece.requests[number] for number in numbers]
+        numbers = [number for number, request in enumerate(group.requests) if self._wanted[request]]
+        requests = [group.requests[number] for number in numbers]
         own = rows_index(numbers, logits.device)
         logits = logits.unflatten(0, tokens.shape)[own]
         if temperatures is not None and not envs.SGLANG_RETURN_ORIGINAL_LOGPROB.get():
             logits = logits / temperatures.unflatten(0, tokens.shape)[own]
         logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)
-        index = piece.index if len(requests) == len(piece.requests) else rows_index(requests, logits.device)
+        index = group.index if len(requests) == len(group.requests) else rows_index(requests, logits.device)
         self._chosen[index] = logprobs.gather(2, tokens[own][:, :, None]).squeeze(2)
         self._add_top(requests, logprobs)
         self._add_ids(requests, logprobs)

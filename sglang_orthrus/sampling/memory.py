@@ -13,10 +13,12 @@ from sglang.srt.runtime_context import get_exec, get_schedule
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_orthrus.sampling.batch import BatchSampler
+from sglang_orthrus.sampling.drafts import draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments
 from sglang_orthrus.sampling.penalties import TokenCounts
 from sglang_orthrus.sampling.request_groups import SAMPLED_ROWS
-from sglang_orthrus.sampling.verification import TokenChoice
+from sglang_orthrus.sampling.verification import verify_drafts
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +95,9 @@ def choose_once(hidden_states: torch.Tensor, vocab_size: int, sampling_backend: 
         counts = TokenCounts(vocab_size, device)
         counts.start(batch.reqs)
         anchors = batch.seq_lens.clone()
-        choice = TokenChoice(
-            _FlatHead(vocab_size), batch, anchors, Adjustments(batch, counts, {}), width, sampling_backend
-        )
-        choice.judge(choice.draft(hidden_states[:, :-1]), hidden_states)
+        adjustments = Adjustments(batch, counts, {})
+        sampler = BatchSampler(_FlatHead(vocab_size), batch, anchors, adjustments, width, sampling_backend)
+        verify_drafts(sampler, draft_tokens(sampler, hidden_states[:, :-1]), hidden_states)
 
 
 def choosing_bytes(

@@ -1,4 +1,4 @@
-"""What running requests have said, as far as their options depend on it.
+"""What running requests have emitted, as far as their options depend on it.
 
 The scheduler's own record lacks the last round under overlap scheduling.
 """
@@ -12,7 +12,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.sampling.acceptance import Verdict
+from sglang_orthrus.core import Verdict
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, is_penalised, reads_output
 from sglang_orthrus.sampling.penalties import TokenCounts
 
@@ -34,17 +34,17 @@ class History:
         return Adjustments(batch, self._counts, self._outputs)
 
     def resume(self, batch: ScheduleBatch) -> None:
-        """Before prefill: penalise what requests said before they were retracted, which SGLang's penalizers forget."""
+        """Before prefill: penalise what retracted requests had emitted, which SGLang's penalizers forget."""
         info = batch.sampling_info
         for row, req in enumerate(batch.reqs):
-            said = list(req.output_ids)
-            if not said or info.acc_additive_penalties is None:
+            output = list(req.output_ids)
+            if not output or info.acc_additive_penalties is None:
                 continue
             params = req.sampling_params
-            counts = async_h2d(said, dtype=torch.int64, device=self._device).bincount(minlength=info.vocab_size)
+            counts = async_h2d(output, dtype=torch.int64, device=self._device).bincount(minlength=info.vocab_size)
             occurs = counts > 0
             additive = info.acc_additive_penalties[row]
-            if len(said) >= params.min_new_tokens:
+            if len(output) >= params.min_new_tokens:
                 additive.zero_()  # it may stop now
             additive -= params.frequency_penalty * counts + params.presence_penalty * occurs
             if info.acc_scaling_penalties is not None:
@@ -58,10 +58,10 @@ class History:
         if self._counts is not None:
             self._counts.start(penalised)
             for req in penalised:
-                said = list(req.output_ids)
-                if said:
-                    tokens = async_h2d([said], dtype=torch.int64, device=self._device)
-                    self._counts.add([req], tokens, torch.full((1,), len(said), device=self._device))
+                output = list(req.output_ids)
+                if output:
+                    tokens = async_h2d([output], dtype=torch.int64, device=self._device)
+                    self._counts.add([req], tokens, torch.full((1,), len(output), device=self._device))
         readers = [row for row, req in enumerate(batch.reqs) if reads_output(req)]
         if readers:
             tokens = first_tokens.tolist()

@@ -32,15 +32,15 @@ class Penalties:
 
 
 def penalise_inplace(
-    logits: torch.Tensor, counts: torch.Tensor, tokens: torch.Tensor, sees: torch.Tensor, penalties: Penalties
+    logits: torch.Tensor, counts: torch.Tensor, tokens: torch.Tensor, visible: torch.Tensor, penalties: Penalties
 ) -> None:
     """Penalise what occurs in a request's output, as plain SGLang does: additive penalties, then scaling.
 
     Args:
-        logits: [n, W, V] fp32, changed in place.
+        logits: [n, W, V] fp32, changed in context.
         counts: [n, V] int, occurrences in the output before the block.
         tokens: [n, K] int64, tokens of the block.
-        sees: [W, K] bool, which of them come before the token that a row chooses.
+        visible: [W, K] bool, which of them come before the token that a row chooses.
         penalties: of the requests.
     """
     index = tokens[:, None, :].expand(-1, logits.shape[1], -1)
@@ -48,7 +48,7 @@ def penalise_inplace(
     _penalise_inplace(logits, counts[:, None, :], penalties)
     # Whatever occurs in the block is written once more: a token that occurs twice gets the same value twice.
     is_same = (tokens[:, :, None] == tokens[:, None, :]).float()
-    counts_there = counts.gather(1, tokens)[:, None, :] + sees.float() @ is_same
+    counts_there = counts.gather(1, tokens)[:, None, :] + visible.float() @ is_same
     _penalise_inplace(untouched, counts_there, penalties)
     logits.scatter_(2, index, untouched)
 
@@ -68,7 +68,7 @@ def forbid_inplace(logits: torch.Tensor, num_before: torch.Tensor, min_new: torc
     """Keep requests from stopping before they have emitted `min_new` tokens.
 
     Args:
-        logits: [n, W, V], changed in place.
+        logits: [n, W, V], changed in context.
         num_before: [n, W] int, tokens emitted before the one that a row chooses.
         min_new: [n] int, 0 to allow everything.
         stops: [n, S] int64, the tokens that stop a request, in any order, repeated at will.

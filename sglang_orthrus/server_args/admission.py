@@ -85,7 +85,7 @@ def tokenized_problem(request: Any, vocab_size: int, hidden_size: int | None = N
     Args:
         request: SGLang's `TokenizedGenerateReqInput` or `TokenizedEmbeddingReqInput`.
         vocab_size: of the model.
-        hidden_size: of the model, for embeddings in the place of tokens.
+        hidden_size: of the model, for embeddings given instead of tokens.
     """
     problem = value_problem(_numbers(request), request.sampling_params, vocab_size, hidden_size)
     if problem is None:

@@ -30,7 +30,7 @@ class Numbers(NamedTuple):
         logprob_start_len: -1 if no log probabilities of the input are wanted.
         token_ids_logprob: ids.
         positions: indices into the input, by the field that names them.
-        embed_widths: of every embedding that is given in the place of a token.
+        embed_widths: of every embedding that is given instead of a token.
     """
 
     input_ids: Sequence[int]
@@ -69,7 +69,7 @@ def value_problem(numbers: Numbers, params: Any, vocab_size: int, hidden_size: i
         # At most 0 is none at all, as in plain SGLang.
         _Check("top_logprobs_num", (numbers.top_logprobs_num,), None, vocab_size),
         _Check("logprob_start_len", (numbers.logprob_start_len,), -1, None),
-        *(_Check(field, places, 0, len(numbers.input_ids) - 1) for field, places in numbers.positions),
+        *(_Check(field, indices, 0, len(numbers.input_ids) - 1) for field, indices in numbers.positions),
         _Check("length of input_embeds", set(numbers.embed_widths), hidden_size, hidden_size),
         _Check("min_new_tokens", (params.min_new_tokens,), None, INT32_MAX),
         _Check("top_k", (params.top_k,), None, INT32_MAX),

@@ -72,9 +72,9 @@ def test_what_is_overridden_has_an_entry_of_its_own_or_is_named() -> None:
     """Of classes whose methods are listed one by one."""
     from sglang_orthrus.cpu.attention import OrthrusCpuAttnBackend
     from sglang_orthrus.cpu.kv_pool import CpuMHATokenToKVPool
-    from sglang_orthrus.sampling.first_token import LoneSampler
+    from sglang_orthrus.sampling.first_token import FirstTokenSampler
 
-    for ours in (OrthrusCpuAttnBackend, CpuMHATokenToKVPool, LoneSampler):
+    for ours in (OrthrusCpuAttnBackend, CpuMHATokenToKVPool, FirstTokenSampler):
         (theirs,) = ours.__bases__
         listed = {
             touch.target.rsplit(".", 1)[1]

@@ -19,8 +19,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.plugins import load_plugins
 
-from sglang_orthrus.core import OrthrusState
-from sglang_orthrus.passes.blocks import DraftBlock
+from sglang_orthrus.core import OrthrusState, RoundBatch
 from sglang_orthrus.round.worker import OrthrusWorker
 from tests.e2e import graph_replay
 from tests.e2e.view_logits import prefill, start_worker
@@ -40,7 +39,7 @@ def eagerly(worker: OrthrusWorker) -> Iterator[None]:
     """No graph is used, though there are some."""
     with (
         mock.patch.object(worker.model_runner, "decode_cuda_graph_runner", None),
-        mock.patch.object(worker._runner, "_draft_graphs", None),
+        mock.patch.object(worker._passes, "_draft_graphs", None),
     ):
         yield
 
@@ -53,32 +52,32 @@ def gaps(worker: OrthrusWorker, hidden_states: torch.Tensor) -> list[list[float]
     return result
 
 
-def two_passes(worker: OrthrusWorker, batch: ScheduleBatch, layout: DraftBlock) -> tuple[list[Any], str]:
+def two_passes(worker: OrthrusWorker, batch: RoundBatch) -> tuple[list[Any], str]:
     """A greedy round without a graph for all of it: block and predictions, and how it ran."""
     model = worker.model_runner.model
-    draft = worker._runner.draft(batch, layout)
+    draft = worker._passes.draft(batch)
     drafts = model.best_tokens(draft.hidden_states[:, : worker.speculative_num_draft_tokens - 1])
-    block = torch.cat((layout.ids[:, :1], drafts), dim=1)
-    verify = worker._runner.verify(worker._runner.prepare_verify(batch, layout, draft, block))
+    block = torch.cat((batch.blocks.ids[:, :1], drafts), dim=1)
+    verify = worker._passes.verify(worker._passes.prepare_verify(batch, draft), block)
     predictions = model.best_tokens(verify.hidden_states)
     path = "split" if draft.replayed and verify.replayed else "eager"
     return [block.tolist(), predictions.tolist()], path
 
 
-def rounds(worker: OrthrusWorker, batch: ScheduleBatch) -> dict[str, Any]:
+def rounds(worker: OrthrusWorker, scheduled: ScheduleBatch) -> dict[str, Any]:
     """The same round in each way: block and predictions, [bs, Q]; and how undecided the eager one was."""
-    layout = worker._runner.layout(batch)
+    batch = worker._passes.begin(scheduled)
     found: dict[str, Any] = {}
-    fused = worker._runner.round(batch, layout)
+    fused = worker._passes.fused(batch)
     found["graph"] = None if fused is None else [part.tolist() for part in fused]
-    found["split"], found["split path"] = two_passes(worker, batch, layout)
+    found["split"], found["split path"] = two_passes(worker, batch)
     with eagerly(worker):
-        found["eager"], found["eager path"] = two_passes(worker, batch, layout)
-        draft = worker._runner.draft(batch, layout)
-        block = layout.ids.new_tensor(found["eager"][0])
-        prepared = worker._runner.prepare_verify(batch, layout, draft, block)
+        found["eager"], found["eager path"] = two_passes(worker, batch)
+        draft = worker._passes.draft(batch)
+        block = batch.blocks.ids.new_tensor(found["eager"][0])
+        prepared = worker._passes.prepare_verify(batch, draft)
         found["draft gaps"] = gaps(worker, draft.hidden_states[:, : block.shape[1] - 1])
-        found["gaps"] = gaps(worker, worker._runner.verify(prepared).hidden_states)
+        found["gaps"] = gaps(worker, worker._passes.verify(prepared, block).hidden_states)
     return found
 
 

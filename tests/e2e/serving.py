@@ -54,7 +54,7 @@ def gauge(server: Server, name: str) -> float:
 
 
 def rounds_by_path(server: Server) -> dict[str, int]:
-    """How many rounds ran on each path so far (`sglang_orthrus.paths`)."""
+    """How many rounds ran on each path so far (`sglang_orthrus.metrics`)."""
     lines = server.get("/metrics").text.splitlines()
     found = (re.match(r'sglang_orthrus:rounds_total\{.*path="(\w+)".*\} (\S+)', line) for line in lines)
     return {match[1]: int(float(match[2])) for match in found if match}

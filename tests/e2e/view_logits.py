@@ -21,7 +21,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, prepare_server_args
 
 from sglang_orthrus.core import OrthrusState
-from sglang_orthrus.passes.blocks import DraftBlock
 from sglang_orthrus.round.worker import OrthrusWorker
 
 
@@ -70,12 +69,12 @@ def run_round(worker: OrthrusWorker, batch: ScheduleBatch, blocks: torch.Tensor)
     for row, length in enumerate(batch.seq_lens.tolist()):
         batch.req_to_token_pool.req_to_token[batch.req_pool_indices[row], length : length + width] = slots[row]
     batch.spec_info = OrthrusState(blocks[:, 0], batch.seq_lens)
-    layout: DraftBlock = worker._runner.layout(batch)
+    begun = worker._passes.begin(batch)
     model = worker.model_runner.model
-    drafted = worker._runner.draft(batch, layout)
+    drafted = worker._passes.draft(begun)
     draft = model.logits(drafted.hidden_states[:, :-1])
-    prepared = worker._runner.prepare_verify(batch, layout, drafted, blocks)
-    verify = model.logits(worker._runner.verify(prepared).hidden_states)
+    prepared = worker._passes.prepare_verify(begun, drafted)
+    verify = model.logits(worker._passes.verify(prepared, blocks).hidden_states)
     return {"draft": draft.view(bs, width - 1, -1), "verify": verify.view(bs, width, -1)}
 
 

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_orthrus.sampling.acceptance import Verdict
+from sglang_orthrus.core import HEAD_ROWS, Verdict
+from sglang_orthrus.sampling.batch import BatchSampler
+from sglang_orthrus.sampling.drafts import draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, is_penalised
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.memory import choosing_bytes
 from sglang_orthrus.sampling.penalties import TokenCounts
-from sglang_orthrus.sampling.request_groups import HEAD_ROWS, SAMPLED_ROWS
-from sglang_orthrus.sampling.verification import TokenChoice
+from sglang_orthrus.sampling.request_groups import SAMPLED_ROWS
+from sglang_orthrus.sampling.verification import verify_drafts
 from tests.sampling import Peak, decode_batch
 
 REQUESTS, WIDTH, HIDDEN = 128, 32, 64
-# In units of one piece's fp32 logits, [128, V]: some ten copies of them live at once, indices of a sort counting twice.
-# All rows of the batch are 32 pieces, so a path that is dense anywhere would take 32 and more.
+# In units of one group's fp32 logits, [128, V]: some ten copies of them live at once, indices of a sort counting twice.
+# All rows of the batch are 32 request_groups, so a path that is dense anywhere would take 32 and more.
 BOUND = 16
 
 
@@ -52,11 +54,11 @@ def choose(
     batch = decode_batch(options, prefix_lens, vocab_size=vocab_size, top_logprobs=top_logprobs)
     counts = TokenCounts(vocab_size, device)
     counts.start([req for req in batch.reqs if is_penalised(req)])
-    chooser = TokenChoice(head, batch, anchors, Adjustments(batch, counts, {}), WIDTH, backend)
+    sampler = BatchSampler(head, batch, anchors, Adjustments(batch, counts, {}), WIDTH, backend)
     # Row j of either view predicts the same token, so equal states accept every draft and others hardly any.
-    drafts = chooser.draft(torch.where(torch.arange(WIDTH - 1, device=device)[:, None] < 5, states[:, :-1], 0))
+    drafts = draft_tokens(sampler, torch.where(torch.arange(WIDTH - 1, device=device)[:, None] < 5, states[:, :-1], 0))
     logprobs = RoundLogprobs(batch, WIDTH) if batch.return_logprob else None
-    return chooser.judge(drafts, states, None, logprobs)
+    return verify_drafts(sampler, drafts, states, None, logprobs)
 
 
 OPTIONS = [{"top_p": 0.9}, {"temperature": 0.8}, {"top_k": 50, "top_p": 0.9}, {"min_p": 0.05, "top_p": 0.9}]

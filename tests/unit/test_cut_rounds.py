@@ -1,12 +1,12 @@
-"""Rounds that end where masks are missing: what they emit is exact all the same. The toy world of `test_choice`."""
+"""Rounds that end where masks are missing emit exactly the same. In the world of `test_verification`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sglang_orthrus.sampling.verification import Drafts
-from tests.unit.test_choice import (
+from sglang_orthrus.sampling.drafts import Drafts
+from tests.unit.test_verification import (
     FALSE_ALARM,
     FILTERS,
     WIDTH,
@@ -23,10 +23,10 @@ from tests.unit.test_choice import (
 __all__ = ["_hash_on_cpu"]  # a fixture
 
 
-def _best(drafts: Drafts) -> None:
+def _best(drafts: Drafts) -> Drafts:
     """Propose the best tokens, as for constrained requests: nothing that is drawn at random."""
     best = _tables()[1].argmax(dim=-1).expand(len(drafts.block), -1)
-    drafts.propose_inplace(slice(None), best)
+    return drafts.replaced(slice(None), best)
 
 
 # Where rounds are cut depends on their drafts and on time, on nothing that is drawn at random.

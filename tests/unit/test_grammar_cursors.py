@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +23,14 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.config import DraftMode
-from sglang_orthrus.grammar.batch import BlockGrammars, Chosen, Proposal
-from sglang_orthrus.grammar.cursors import ReasonerCursor, cursor_of, is_walkable, leaves_block_alone
-from sglang_orthrus.grammar.repair import Change, Choice, Cursor, Reach, choose, is_allowed
+from sglang_orthrus.core import DraftChange
+from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
+from sglang_orthrus.grammar.cursor import Cursor, Match, is_allowed
+from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
+from sglang_orthrus.grammar.reasoning import ReasonerCursor, leaves_block_alone
+from sglang_orthrus.grammar.repair import MAX_REPAIRS, Repair, repair_drafts
 from sglang_orthrus.grammar.token_text import TokenText
-from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.metrics import GrammarMetrics
 
 SCHEMA = json.dumps(
     {
@@ -68,7 +72,7 @@ def scratch() -> torch.Tensor:
     return torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
 
 
-def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = DraftMode.REPAIR) -> Choice:
+def walked(grammar: BaseGrammarObject, drafts: Sequence[int], max_repairs: int = MAX_REPAIRS) -> Repair:
     """Walk a block, and check its masks and that the grammar is where it was."""
     rng = np.random.default_rng(0)
     candidates = rng.integers(0, VOCABULARY, (WIDTH - 1, 16))
@@ -76,50 +80,50 @@ def walked(grammar: BaseGrammarObject, drafts: Sequence[int], mode: DraftMode = 
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
     before = allowed_by_sglang(grammar, candidates[:, 0])
     cursor = cursor_of(grammar, TEXT, scratch())
-    done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
+    done = repair_drafts(cursor, candidates[:, 0].copy(), candidates, scratch(), max_repairs)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
     cursor.fill_block(block_of(done.tokens), masks)
     assert torch.equal(allowed_by_sglang(grammar, candidates[:, 0]), before)
-    assert done.reach == reach_of(cursor, done.tokens.tolist())
-    num_masks = num_masks_of(done.reach)
+    assert done.match == match_of(cursor, done.tokens.tolist())
+    num_masks = num_masks_of(done.match)
     assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, done.tokens)[:num_masks])
     return done
 
 
-def reach_of(cursor: Cursor, tokens: Sequence[int]) -> Reach:
-    reach = cursor.advance(tokens)
-    cursor.rollback(reach.moved)
-    return reach
+def match_of(cursor: Cursor, tokens: Sequence[int]) -> Match:
+    match = cursor.advance(tokens)
+    cursor.rollback(match.num_moved)
+    return match
 
 
-def num_masks_of(reach: Reach) -> int:
+def num_masks_of(match: Match) -> int:
     """Rows that matter: up to the first token that is refused, or the one that ends the text."""
-    return reach.length + (not reach.ended)
+    return match.length + (not match.ended)
 
 
 def block_of(tokens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *tokens])
 
 
-@pytest.mark.parametrize("mode", list(DraftMode))
+@pytest.mark.parametrize("max_repairs", [MAX_REPAIRS, 0])
 @pytest.mark.parametrize("num_given", [0, 1, 5, 11])
-def test_masks_are_those_of_sglang(backend: BaseGrammarBackend, num_given: int, mode: DraftMode) -> None:
+def test_masks_are_those_of_sglang(backend: BaseGrammarBackend, num_given: int, max_repairs: int) -> None:
     """From several states, for a good block, a spoilt one and noise."""
     separators = (", ", ": ") if isinstance(backend, XGrammarGrammarBackend) else (",", ":")
     value = {"größe": "groß", "shipping_method": "by sea", "units": 12}
     good = [*ENCODE(json.dumps(value, ensure_ascii=False, separators=separators)), END]
-    spoilt = [token if place % 5 else 17 for place, token in enumerate(good, start=1)]
+    spoilt = [token if index % 5 else 17 for index, token in enumerate(good, start=1)]
     for drafts in (good, spoilt, []):
         grammar = backend.dispatch_json(SCHEMA)
         for token in good[:num_given]:
             grammar.accept_token(token)
-        walked(grammar, drafts[num_given:], mode)
+        walked(grammar, drafts[num_given:], max_repairs)
 
 
 def test_a_forced_key_is_drafted_as_the_model_writes_it(backend: BaseGrammarBackend) -> None:
     grammar = backend.dispatch_json(SCHEMA)
     done = walked(grammar, [])
-    num_forced = int((done.changes != Change.FORCED).argmax())
+    num_forced = int((done.changes != DraftChange.FORCED).argmax())
     forced = done.tokens[:num_forced].tolist()
     assert num_forced > 1
     text = '{"größe": "' if isinstance(backend, XGrammarGrammarBackend) else '{"größe":"'
@@ -169,11 +173,11 @@ def test_a_special_token_that_spells_a_forced_string() -> None:
     special = TOKENIZER.convert_tokens_to_ids("</tool_call>")
     candidates = np.full((WIDTH - 1, 2), special)
     masks = torch.full((WIDTH, VOCABULARY // 32), -1, dtype=torch.int32)
-    for mode in DraftMode:
+    for max_repairs in (MAX_REPAIRS, 0):
         cursor = cursor_of(grammar, TEXT, scratch())
-        done = choose(cursor, candidates[:, 0].copy(), candidates, scratch(), mode)
+        done = repair_drafts(cursor, candidates[:, 0].copy(), candidates, scratch(), max_repairs)
         cursor.fill_block(block_of(done.tokens), masks)
-        assert is_walkable(grammar), mode
+        assert is_walkable(grammar), max_repairs
 
 
 def reasoner(grammar: BaseGrammarObject) -> ReasonerGrammarObject:
@@ -182,14 +186,19 @@ def reasoner(grammar: BaseGrammarObject) -> ReasonerGrammarObject:
     return waiting
 
 
-@pytest.mark.parametrize("mode", list(DraftMode))
-def test_a_reasoning_ends_inside_the_block(backend: BaseGrammarBackend, mode: DraftMode) -> None:
+def reasoner_cursor(grammar: ReasonerGrammarObject) -> ReasonerCursor:
+    """Also past the end of the reasoning, where `cursor_of` takes a faster one."""
+    return ReasonerCursor(grammar, partial(cursor_of, text=TEXT, scratch=scratch()), scratch())
+
+
+@pytest.mark.parametrize("max_repairs", [MAX_REPAIRS, 0])
+def test_a_reasoning_ends_inside_the_block(backend: BaseGrammarBackend, max_repairs: int) -> None:
     grammar = reasoner(backend.dispatch_json(SCHEMA))
     thoughts = [*ENCODE("So it is large."), END, THINK_END]
-    done = walked(grammar, thoughts, mode)
+    done = walked(grammar, thoughts, max_repairs)
     assert done.tokens[: len(thoughts)].tolist() == thoughts
-    if mode is not DraftMode.OFF:
-        assert done.changes[len(thoughts)] == Change.FORCED
+    if max_repairs:
+        assert done.changes[len(thoughts)] == DraftChange.FORCED
         assert TOKENIZER.decode(done.tokens[len(thoughts) : len(thoughts) + 1]).startswith("{")
 
 
@@ -212,7 +221,7 @@ def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend
     waiting = reasoner(grammar)
     waiting.accept_token(THINK_END)
     for given in (*ENCODE("yes, because it"), *ENCODE("rains"), None):
-        for cursor in (cursor_of(grammar, TEXT, scratch()), ReasonerCursor(waiting, TEXT, scratch())):
+        for cursor in (cursor_of(grammar, TEXT, scratch()), reasoner_cursor(waiting)):
             grammar.fill_vocab_mask(mask, 0)
             allowed = {token for token in range(VOCABULARY) if is_allowed(token, mask.numpy()[0])}
             followed = {token for token in range(VOCABULARY) if follows(cursor, token)}
@@ -222,12 +231,12 @@ def test_a_draft_is_asked_for_as_a_mask_would_answer(backend: BaseGrammarBackend
                 assert all(TOKENIZER.decode([forced]).startswith(TOKENIZER.decode([token])) for token in followed)
         if given is not None:
             grammar.accept_token(given)
-    for cursor in (cursor_of(grammar, TEXT, scratch()), ReasonerCursor(waiting, TEXT, scratch())):
+    for cursor in (cursor_of(grammar, TEXT, scratch()), reasoner_cursor(waiting)):
         assert cursor.advance([END, END]) == cursor.advance([END]) == (1, True), "it stays before the end"
 
 
 def follows(cursor: Cursor, token: int) -> bool:
-    return reach_of(cursor, [token]).length == 1
+    return match_of(cursor, [token]).length == 1
 
 
 def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
@@ -235,8 +244,8 @@ def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
 
 
 def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(backend: BaseGrammarBackend) -> None:
-    stats = GrammarStats(log_interval=100, with_metrics=False)
-    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats)
+    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, metrics)
     ended = backend.dispatch_regex("a")
     for token in (*ENCODE("a"), END):
         ended.accept_token(token)
@@ -245,19 +254,19 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
     def constrain(reqs: Sequence[Any]) -> None:
         rows = grammars.rows_of(reqs)
         candidates = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, (len(rows), WIDTH - 1, 16)))
-        chosen = grammars.choose(reqs, rows, Proposal(candidates), VOCABULARY)
-        assert torch.arange(len(reqs))[chosen.rows].tolist() == rows
-        all_masks = grammars.masks(chosen).mask.vocab_mask
+        repaired = grammars.repair(reqs, rows, CandidatesCopy(candidates), VOCABULARY)
+        assert torch.arange(len(reqs))[repaired.rows].tolist() == rows
+        all_masks = grammars.masks(repaired).mask.vocab_mask
         assert all_masks.shape == (len(rows) * WIDTH, VOCABULARY // 32)
         for slot, row in enumerate(rows):
             masks = all_masks[slot * WIDTH : (slot + 1) * WIDTH]
             grammar = reqs[row].grammar
             if grammar.is_terminated():
                 assert (masks == -1).all()
-                assert torch.equal(chosen.drafts[slot], candidates[slot, :, 0])
+                assert torch.equal(repaired.tokens[slot], candidates[slot, :, 0])
             else:
-                drafts = chosen.drafts[slot].tolist()
-                num_masks = num_masks_of(reach_of(cursor_of(grammar, TEXT, scratch()), drafts))
+                drafts = repaired.tokens[slot].tolist()
+                num_masks = num_masks_of(match_of(cursor_of(grammar, TEXT, scratch()), drafts))
                 assert torch.equal(masks[:num_masks], allowed_by_sglang(grammar, drafts)[:num_masks])
 
     constrain([request(None), request(json_grammar), request(regex), request(json_grammar.copy(), finished=True)])
@@ -270,30 +279,30 @@ def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGr
     tags = {"begin": "<tool_call>", "schema": {"type": "boolean"}, "end": "</tool_call>"}
     tag = json.dumps({"type": "structural_tag", "structures": [tags], "triggers": ["<tool_call>"]})
     grammar = backend.dispatch_structural_tag(tag)
-    stats = GrammarStats(log_interval=100, with_metrics=False)
-    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats)
+    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, metrics)
     text = [*ENCODE("None of it."), END]
     candidates = torch.tensor([*text, *[7] * (WIDTH - 1 - len(text))])[None, :, None]
 
-    def chosen() -> Chosen:
-        return grammars.choose([request(grammar)], [0], Proposal(candidates), VOCABULARY)
+    def repaired() -> RepairedDrafts:
+        return grammars.repair([request(grammar)], [0], CandidatesCopy(candidates), VOCABULARY)
 
-    masks = grammars.masks(chosen()).mask.vocab_mask.numpy()
+    masks = grammars.masks(repaired()).mask.vocab_mask.numpy()
     behind = [token for token in range(VOCABULARY) if masks[len(text)][token >> 5] >> (token & 31) & 1]
     assert behind == [END]
     for token in [*text, END]:
         if not grammar.is_terminated():
             grammar.accept_token(token)
     assert grammar.is_terminated()
-    grammars.masks(chosen())
+    grammars.masks(repaired())
     assert (masks == -1).all()
 
 
 def test_no_request_is_constrained_twice_or_past_its_end() -> None:
-    stats = GrammarStats(log_interval=100, with_metrics=False)
-    grammars = BlockGrammars(DraftMode.OFF, WIDTH, "cpu", TOKENIZER, stats)
+    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    grammars = BlockGrammars(DraftMode.OFF, WIDTH, "cpu", TOKENIZER, metrics)
     assert grammars.rows_of([request(None), request(BaseGrammarObject()), request(BaseGrammarObject(), True)]) == [1]
-    assert (grammars.num_candidates, grammars.changes_drafts) == (1, False)
+    assert grammars.num_candidates == 1
 
 
 def test_xgrammar_keeps_the_interpreters_lock_along_a_walk() -> None:

@@ -10,9 +10,10 @@ import torch
 from sglang.srt.layers.logprob_processor import get_token_ids_logprobs, get_top_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_orthrus.core import rows_index
 from sglang_orthrus.sampling import logprobs as logprobs_module
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
-from sglang_orthrus.sampling.request_groups import GREEDY, Piece, Way, rows_index
+from sglang_orthrus.sampling.request_groups import GREEDY, RequestGroup, SamplingKind
 
 WIDTH, VOCAB = 4, 11
 WANTS: list[dict[str, Any]] = [
@@ -49,10 +50,14 @@ def _batch(wants: list[dict[str, Any]]) -> Any:
     )
 
 
-def _groups(size: int) -> list[Piece]:
+def _groups(size: int) -> list[RequestGroup]:
     """Greedy requests in two groups, and others in a third."""
-    groups = [(GREEDY, range(0, size, 2)), (Way(False), range(1, size, 4)), (Way(False), range(3, size, 4))]
-    return [Piece(way, tuple(rows), rows_index(list(rows), "cpu"), None) for way, rows in groups if rows]
+    groups = [
+        (GREEDY, range(0, size, 2)),
+        (SamplingKind(False), range(1, size, 4)),
+        (SamplingKind(False), range(3, size, 4)),
+    ]
+    return [RequestGroup(kind, tuple(rows), rows_index(list(rows), "cpu"), None) for kind, rows in groups if rows]
 
 
 def _round(wants: list[dict[str, Any]]) -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -64,14 +69,14 @@ def _round(wants: list[dict[str, Any]]) -> tuple[Any, torch.Tensor, torch.Tensor
     temperatures = torch.rand(len(wants), 1, generator=generator) + 0.5
     collected = RoundLogprobs(_batch(wants), WIDTH)
     expected = torch.empty_like(logits)
-    for piece in _groups(len(wants)):
-        own = logits[piece.index]
-        scale = temperatures[piece.index].repeat_interleave(WIDTH, dim=0)
-        if collected.wants(piece):
-            scales = None if piece.way.is_greedy else scale
-            collected.add(piece, own.flatten(0, 1), scales, tokens[piece.index])
-        scaled = own if piece.way.is_greedy else own / temperatures[piece.index][:, :, None]
-        expected[piece.index] = torch.log_softmax(scaled, dim=-1).clamp(min=torch.finfo(torch.float32).min)
+    for group in _groups(len(wants)):
+        own = logits[group.index]
+        scale = temperatures[group.index].repeat_interleave(WIDTH, dim=0)
+        if collected.wants(group):
+            scales = None if group.kind.is_greedy else scale
+            collected.add(group, own.flatten(0, 1), scales, tokens[group.index])
+        scaled = own if group.kind.is_greedy else own / temperatures[group.index][:, :, None]
+        expected[group.index] = torch.log_softmax(scaled, dim=-1).clamp(min=torch.finfo(torch.float32).min)
     output = SimpleNamespace(next_token_top_logprobs_val=None, next_token_token_ids_logprobs_val=None)
     collected.write_to(output)  # type: ignore[arg-type]
     return output, expected, tokens
@@ -124,7 +129,10 @@ def test_a_round_is_copied_to_the_host_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(logprobs_module, "async_h2d", uploaded)
     collected = RoundLogprobs(_batch([WANTS[2], WANTS[3]]), WIDTH)
     collected.add(
-        Piece(GREEDY, (0, 1), slice(0, 2), None), torch.randn(2 * WIDTH, VOCAB), None, torch.ones(2, WIDTH).long()
+        RequestGroup(GREEDY, (0, 1), slice(0, 2), None),
+        torch.randn(2 * WIDTH, VOCAB),
+        None,
+        torch.ones(2, WIDTH).long(),
     )
     assert uploads == [[4, 4, 9, 0]]
 

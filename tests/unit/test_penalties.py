@@ -77,12 +77,12 @@ def test_every_row_of_a_block_is_penalised_as_sglang_would_alone() -> None:
     penalties = Penalties(
         *(torch.tensor([getattr(p, f"{name}_penalty") for p in params]) for name in Penalties.__dataclass_fields__)
     )
-    sees = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
+    visible = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
     result = logits.clone()
     num_before = said.shape[1] + 1 + torch.arange(WIDTH).expand(num, -1)
     limits = torch.tensor([p.min_new_tokens for p in params])
     forbid_inplace(result, num_before, limits, torch.tensor([[2, 4, 2]] * num))
-    penalise_inplace(result, counts.of(owners), block, sees, penalties)
+    penalise_inplace(result, counts.of(owners), block, visible, penalties)
 
     for row in range(WIDTH):
         outputs = torch.cat((said, block[:, : row + 1]), dim=1)
@@ -133,7 +133,7 @@ def test_penalties_take_two_copies_of_the_logits_at_most() -> None:
     logits = torch.randn(n, WIDTH, vocab_size)
     penalties = Penalties(*(torch.full((n,), value) for value in (0.5, 0.2, 1.2)))
     counts = torch.randint(2, (n, vocab_size)).int()
-    block, sees = torch.randint(vocab_size, (n, WIDTH)), torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
+    block, visible = torch.randint(vocab_size, (n, WIDTH)), torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
     with Peak() as peak:
-        penalise_inplace(logits, counts, block, sees, penalties)
+        penalise_inplace(logits, counts, block, visible, penalties)
     assert peak.bytes < 2 * logits.numel() * 4 + 6 * counts.numel() * 4

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from benchmarks.draw_block import FIGURE, TRACE, agreeing, draw
-from benchmarks.replay import Way, replay
+from benchmarks.replay import Setting, replay
 from benchmarks.slices import Slice
 from benchmarks.structured_cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
 from benchmarks.structured_figures import Row, grammar_counts, quantile, rates
 from benchmarks.structured_merge import merge
-from sglang_orthrus.config import DraftMode
 
 
 def test_the_schemas_are_many_and_valid() -> None:
@@ -157,7 +156,7 @@ def test_a_replay_counts_rounds() -> None:
         ]
         for name, blocks in (("right", right), ("wrong", wrong))
     }
-    off, repair = Way(DraftMode.OFF), Way(DraftMode.REPAIR)
+    off, repair = Setting(max_repairs=0), Setting()
     assert replay(figures["right"], off, False)["tokens_per_cycle"] == len(answer) - 1
     assert replay(figures["wrong"], off, False)["tokens_per_cycle"] == 1
     repaired = replay(figures["wrong"], repair, False)

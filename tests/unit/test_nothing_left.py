@@ -1,6 +1,6 @@
 """Options that leave no token give way to the grammar, at every position of a block and for the first token.
 
-The autoregressive view is a table, as in `test_choice.py`: the logits after a token depend on that token alone.
+The autoregressive view is a table, as in `test_verification.py`: the logits after a token depend on that token alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatc
 
 from sglang_orthrus.compat.requests import keep_allowed_logits
 from sglang_orthrus.sampling import first_token as sampler
-from sglang_orthrus.sampling.first_token import LoneSampler
+from sglang_orthrus.sampling.batch import BatchSampler
+from sglang_orthrus.sampling.drafts import draft_tokens
+from sglang_orthrus.sampling.first_token import FirstTokenSampler
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, may_forbid
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
-from sglang_orthrus.sampling.verification import TokenChoice
+from sglang_orthrus.sampling.verification import verify_drafts
 from tests.sampling import decode_batch
 
 VOCAB, WIDTH = 6, 4
@@ -64,9 +66,9 @@ def _batch(params: list[dict[str, Any]], **info: Any) -> Any:
 def _round(batch: Any, masks: RowMasks | None) -> tuple[Any, torch.Tensor]:
     size = len(batch.reqs)
     anchors = torch.zeros(size, dtype=torch.int64)
-    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
-    drafts = chooser.draft(_table()[: WIDTH - 1].expand(size, -1, -1))
-    return chooser.judge(drafts, _table()[drafts.block], masks), drafts.block
+    sampler = BatchSampler(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
+    drafts = draft_tokens(sampler, _table()[: WIDTH - 1].expand(size, -1, -1))
+    return verify_drafts(sampler, drafts, _table()[drafts.block], masks), drafts.block
 
 
 def _only(token: int, requests: list[int]) -> RowMasks:
@@ -160,7 +162,7 @@ def test_processors_cannot_make_what_sampling_cannot_read() -> None:
 
 
 def test_a_processor_sees_one_request_at_a_time() -> None:
-    """SGLang's `DisallowedTokensLogitsProcessor` asserts that all rows it sees have the same parameters."""
+    """SGLang's `DisallowedTokensLogitsProcessor` asserts that all rows it visible have the same parameters."""
     params = [{"token_ids": [0, 1, 2, 3]}, {"token_ids": [5, 4, 3, 2]}]
     batch = _batch(
         [{"top_k": 1, "custom_params": own} for own in params],
@@ -199,7 +201,7 @@ def test_the_first_token_obeys_the_same_rule(monkeypatch: pytest.MonkeyPatch) ->
     keep_allowed_logits()
     for name in ("_apply_pre_grammar_logits_transforms", "_apply_post_grammar_logits_transforms"):
         monkeypatch.setattr(Info, name, getattr(SamplingBatchInfo, name), raising=False)
-    preprocess = partial(LoneSampler._preprocess_logits, SimpleNamespace())
+    preprocess = partial(FirstTokenSampler._preprocess_logits, SimpleNamespace())
     plain = torch.arange(2.0 * VOCAB).view(2, VOCAB)
     info: Any = Info()
     info.is_all_greedy = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sglang_orthrus.sampling.acceptance import Verdict
+from sglang_orthrus.core import Verdict
 from sglang_orthrus.sampling.output_history import History
 from tests.sampling import Request, request
 

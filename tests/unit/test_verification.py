@@ -16,12 +16,15 @@ from scipy.stats import chi2
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
+from sglang_orthrus.core import Verdict
 from sglang_orthrus.cpu import kernels
-from sglang_orthrus.sampling import verification as choice
-from sglang_orthrus.sampling.acceptance import Verdict
+from sglang_orthrus.sampling import drafts as drafts_module
+from sglang_orthrus.sampling import verification
+from sglang_orthrus.sampling.batch import BatchSampler
 from sglang_orthrus.sampling.distributions import joint_support, sequential_support
+from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks
-from sglang_orthrus.sampling.verification import Drafts, TokenChoice
+from sglang_orthrus.sampling.verification import verify_drafts
 from tests.sampling import decode_batch, top_k_renorm, top_p_renorm
 
 VOCAB, WIDTH = 5, 4
@@ -78,14 +81,14 @@ def _round(
     allowed: torch.Tensor | None = None,
 ) -> tuple[Verdict, Drafts]:
     ar, diffusion = tables
-    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), width, backend)
-    drafts = chooser.draft(diffusion[: width - 1].expand(len(anchors), -1, -1))
+    sampler = BatchSampler(Model(), batch, anchors, Adjustments(batch, None, {}), width, backend)
+    drafts = draft_tokens(sampler, diffusion[: width - 1].expand(len(anchors), -1, -1))
     if propose is not None:
-        propose(drafts)
+        drafts = propose(drafts)
     masks = None
     if allowed is not None:
         masks = RowMasks(Allow(allowed.expand(len(anchors) * width, -1)), range(len(anchors)))
-    return chooser.judge(drafts, ar[drafts.block], masks, limits=limits(drafts) if limits else None), drafts
+    return verify_drafts(sampler, drafts, ar[drafts.block], masks, limits=limits(drafts) if limits else None), drafts
 
 
 def _texts(
@@ -170,15 +173,15 @@ def test_texts_follow_plain_sglangs_distribution(name: str) -> None:
 def test_the_test_notices_a_biased_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepting drafts a little too readily must fail it."""
     torch.manual_seed(0)
-    exact = choice.is_accepted
-    monkeypatch.setattr(choice, "is_accepted", lambda p, q, coins: exact(p, q, 0.8 * coins))
+    exact = verification.is_accepted
+    monkeypatch.setattr(verification, "is_accepted", lambda p, q, coins: exact(p, q, 0.8 * coins))
     assert _misfit(_texts(FILTERS[name], 6000, 3), FILTERS[name]) < FALSE_ALARM
 
 
 def test_the_test_notices_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing from p in the place of a rejected draft must fail it."""
+    """Drawing from p in place of a rejected draft must fail it."""
     torch.manual_seed(0)
-    monkeypatch.setattr(choice, "residual", lambda p, q: p)
+    monkeypatch.setattr(verification, "residual", lambda p, q: p)
     assert _misfit(_texts(FILTERS["temperature"], 6000, 3), FILTERS["temperature"]) < FALSE_ALARM
 
 
@@ -200,12 +203,12 @@ def test_flashinfers_order_of_filters_is_chosen_by_row(monkeypatch: pytest.Monke
 
 
 def test_drafts_that_were_not_drawn_change_nothing() -> None:
-    """Every other row's second draft is proposed without drawing lots: q is one-hot there."""
+    """Every other row's second draft is chosen by a rule: q is one-hot there."""
     torch.manual_seed(0)
 
-    def propose(drafts: Drafts) -> None:
+    def propose(drafts: Drafts) -> Drafts:
         where = (slice(None, None, 2), 1)
-        drafts.propose_inplace(where, torch.ones_like(drafts.tokens[where]))
+        return drafts.replaced(where, torch.ones_like(drafts.tokens[where]))
 
     assert _misfit(_texts(FILTERS["top_p"], 6000, 3, propose), FILTERS["top_p"]) > FALSE_ALARM
 
@@ -229,16 +232,15 @@ def test_masks_of_some_requests_hold_for_them_alone_and_drafts_may_come_from_the
     ar, diffusion = _tables()
     batch = _batch(params, torch.zeros(count).long())
     anchors = torch.zeros(count).long()
-    chooser = TokenChoice(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
-    drafts = chooser.draft(diffusion.expand(count, -1, -1), constrained, VOCAB)
-    assert drafts.candidates is not None
+    sampler = BatchSampler(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
+    drafts = draft_tokens(sampler, diffusion.expand(count, -1, -1), constrained, VOCAB)
     assert torch.equal(drafts.candidates[0], diffusion.argsort(dim=-1, descending=True))
     is_even = drafts.candidates % 2 == 0
     best_even = drafts.candidates.gather(2, is_even.int().argmax(dim=2, keepdim=True)).squeeze(2)
-    drafts.propose_inplace(torch.tensor(constrained), best_even)
+    drafts = drafts.replaced(torch.tensor(constrained), best_even)
     block = drafts.block
     even = (torch.arange(VOCAB) % 2 == 0).expand(len(constrained) * WIDTH, -1)
-    verdict = chooser.judge(drafts, ar[block], RowMasks(Allow(even), constrained))
+    verdict = verify_drafts(sampler, drafts, ar[block], RowMasks(Allow(even), constrained))
     odd = 0
     for row in range(count):
         last = 0
@@ -255,8 +257,8 @@ def test_masks_of_some_requests_hold_for_them_alone_and_drafts_may_come_from_the
 
 def test_distributions_that_were_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(choice, "KEPT_COLUMNS", 0)
-    monkeypatch.setattr(choice, "KEPT_ROWS", 0)
+    monkeypatch.setattr(drafts_module, "KEPT_COLUMNS", 0)
+    monkeypatch.setattr(drafts_module, "KEPT_ROWS", 0)
     assert _misfit(_texts(FILTERS["top_p"], 6000, 3), FILTERS["top_p"]) > FALSE_ALARM
 
 

@@ -11,10 +11,10 @@ from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.config import DraftMode
-from sglang_orthrus.grammar.batch import BlockGrammars, Chosen, Proposal
+from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
 from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.grammar.slow_masks import NUM_SLOW_BLOCKS
-from sglang_orthrus.grammar_stats import GrammarStats
+from sglang_orthrus.metrics import GrammarMetrics
 from tests.grammars import judged
 from tests.unit import test_grammar_cursors as cursors
 from tests.unit.test_grammar_cursors import (
@@ -42,16 +42,16 @@ class Judged:
         rng = np.random.default_rng(2)
         self.candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, WIDTH - 1, 16)))
         unlimited = block_grammars()
-        chosen = self.choose(unlimited)
-        self.drafts = chosen.drafts.numpy().copy()
-        self.masks = unlimited.masks(chosen).mask.vocab_mask.clone()
+        repaired = self.repair(unlimited)
+        self.drafts = repaired.tokens.numpy().copy()
+        self.masks = unlimited.masks(repaired).mask.vocab_mask.clone()
         self.scores = rng.random((2, WIDTH, VOCABULARY))
         np.put_along_axis(self.scores[:, :-1], self.drafts[:, :, None], 2.0, axis=2)
         wrong = rng.random((2, WIDTH)) < 0.2
         self.scores[wrong, rng.integers(0, VOCABULARY, wrong.sum())] = 3.0
 
-    def choose(self, grammars: BlockGrammars) -> Chosen:
-        return grammars.choose(self.reqs, [0, 1], Proposal(self.candidates), VOCABULARY)
+    def repair(self, grammars: BlockGrammars) -> RepairedDrafts:
+        return grammars.repair(self.reqs, [0, 1], CandidatesCopy(self.candidates), VOCABULARY)
 
     def best(self, numbers: Sequence[int]) -> np.ndarray:
         return self.scores.argmax(axis=2)[list(numbers)]
@@ -62,32 +62,32 @@ class Judged:
 
 
 def block_grammars(seconds: float = float("inf")) -> BlockGrammars:
-    stats = GrammarStats(log_interval=100, with_metrics=False)
-    return BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, stats, seconds)
+    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    return BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, metrics, seconds)
 
 
 def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBackend) -> None:
     """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled."""
     world, grammars = Judged(backend), block_grammars(60.0)
-    chosen = world.choose(grammars)
-    for walk in chosen.walks:
+    repaired = world.repair(grammars)
+    for walk in repaired.walks:
         assert walk is not None
         for _ in range(NUM_SLOW_BLOCKS):
             grammars._filler._slow.add(walk.cursor.key or 0)
-    few = grammars.masks(chosen, {0, 1}, world.best)
+    few = grammars.masks(repaired, {0, 1}, world.best)
     assert few.limits == [WIDTH - 1] * 2
     num_filled, num_all = (int((masks != -1).any(dim=1).sum()) for masks in (few.mask.vocab_mask, world.masks))
     assert 0 < num_filled < num_all / 2 if isinstance(backend, XGrammarGrammarBackend) else num_filled == num_all
     assert world.emitted(few.mask.vocab_mask) == world.emitted(world.masks)
 
 
-@pytest.mark.parametrize("foreseeable", [{0, 1}, {1}, set()])
-def test_without_time_a_block_ends_at_its_first_mask(backend: BaseGrammarBackend, foreseeable: set[int]) -> None:
+@pytest.mark.parametrize("skippable", [{0, 1}, {1}, set()])
+def test_without_time_a_block_ends_at_its_first_mask(backend: BaseGrammarBackend, skippable: set[int]) -> None:
     """Unless its best tokens can be known: those tell which masks are needed, and a grammar is slow from then on."""
     world, grammars = Judged(backend), block_grammars(0.0)
-    slow = foreseeable if isinstance(backend, XGrammarGrammarBackend) else set()
+    slow = skippable if isinstance(backend, XGrammarGrammarBackend) else set()
     for _ in range(NUM_SLOW_BLOCKS + 1):
-        cut = grammars.masks(world.choose(grammars), foreseeable, world.best)
+        cut = grammars.masks(world.repair(grammars), skippable, world.best)
         emitted = world.emitted(cut.mask.vocab_mask)
         for number, whole in enumerate(world.emitted(world.masks)):
             assert number in slow or cut.limits[number] == 0

@@ -1,17 +1,63 @@
-"""What grammars made of drafts and how long that took, as a log line and as metrics."""
+"""What rounds did, as log lines and as metrics beside SGLang's."""
 
 from __future__ import annotations
 
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from sglang_orthrus.grammar.repair import Change, Choice
+from sglang_orthrus.core import DraftChange
 
 logger = logging.getLogger(__name__)
+
+
+class RoundPath(Enum):
+    """How a round was run.
+
+    GRAPH: draft and verify in one CUDA graph. SPLIT: a CUDA graph each, because tokens are chosen in between
+    (grammars, sampling, penalties and the like).
+    EAGER: no graph for this batch size, or none at all.
+    """
+
+    GRAPH = "graph"
+    SPLIT = "split"
+    EAGER = "eager"
+
+
+class RoundMetrics:
+    """Counts rounds by path.
+
+    Args:
+        log_interval: a log line every so many rounds, as SGLang's `--decode-log-interval` does for its own.
+        with_metrics: whether to export `sglang_orthrus:rounds_total{path=...}` beside SGLang's metrics.
+    """
+
+    def __init__(self, log_interval: int, with_metrics: bool) -> None:
+        self._log_interval = log_interval
+        self._since_log: Counter[RoundPath] = Counter()
+        self._metric: Any = None
+        if with_metrics:
+            # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
+            from prometheus_client import Counter as PrometheusCounter
+
+            self._metric = PrometheusCounter("sglang_orthrus:rounds", "Rounds by the way they were run.", ("path",))
+
+    def count(self, path: RoundPath) -> None:
+        """Count one round."""
+        self._since_log[path] += 1
+        if self._metric is not None:
+            self._metric.labels(path=path.value).inc()
+        if self._since_log.total() >= self._log_interval:
+            counts = (self._since_log[path] for path in RoundPath)
+            logger.info("ORTHRUS rounds: %d in one CUDA graph, %d in two, %d eager", *counts)
+            self._since_log.clear()
+
 
 # A round of one request takes tenths of a millisecond; a batch on few cores may take tens of them.
 _BUCKETS = tuple(
@@ -19,7 +65,7 @@ _BUCKETS = tuple(
 )
 
 
-class GrammarStats:
+class GrammarMetrics:
     """Counts drafts by what a grammar made of them, and times what the grammars of each round take.
 
     Args:
@@ -32,7 +78,7 @@ class GrammarStats:
 
     def __init__(self, log_interval: int, with_metrics: bool) -> None:
         self._log_interval = log_interval
-        self._drafts = np.zeros(len(Change), np.int64)
+        self._drafts = np.zeros(len(DraftChange), np.int64)
         self._choose_seconds: list[float] = []
         self._seconds: list[float] = []
         self._drafts_metric: Any = None
@@ -62,31 +108,33 @@ class GrammarStats:
 
     def count(
         self,
-        choices: Sequence[Choice],
+        changes: Sequence[npt.NDArray[np.int8]],
         choose_seconds: float,
         masks_seconds: float,
         num_sparse: int = 0,
         num_cut: int = 0,
     ) -> None:
-        """Count one round: its drafts, the time to choose them and that to fill their masks.
+        """Count one round: its drafts, the time to repair them and that to fill their masks.
+
+        changes: [R][Q-1] `DraftChange` of every draft.
 
         num_sparse: how many of the blocks have none but the masks that were needed, and all of those.
         num_cut: how many end before their last mask.
         """
-        if not choices:
+        if not changes:
             return
-        drafts = np.bincount(np.concatenate([made.changes for made in choices]), minlength=len(Change))
+        drafts = np.bincount(np.concatenate(changes), minlength=len(DraftChange))
         self._drafts += drafts
         seconds = choose_seconds + masks_seconds
         self._choose_seconds.append(choose_seconds)
         self._seconds.append(seconds)
         if self._drafts_metric is not None:
-            for change in Change:
+            for change in DraftChange:
                 self._drafts_metric.labels(change=change.name.lower()).inc(int(drafts[change]))
             for masks, count in (
                 ("needed", num_sparse),
                 ("cut", num_cut),
-                ("all", len(choices) - num_sparse - num_cut),
+                ("all", len(changes) - num_sparse - num_cut),
             ):
                 self._blocks_metric.labels(masks=masks).inc(count)
             self._choose_metric.observe(choose_seconds)
@@ -96,7 +144,10 @@ class GrammarStats:
                 "ORTHRUS grammar: %d drafts, %.1f %% repaired, %.1f %% forced; walks %.2f ms a round, at most %.2f ms; "
                 "of that before verification %.2f ms, at most %.2f ms",
                 self._drafts.sum(),
-                *(100 * self._drafts[change] / self._drafts.sum() for change in (Change.REPAIRED, Change.FORCED)),
+                *(
+                    100 * self._drafts[change] / self._drafts.sum()
+                    for change in (DraftChange.REPAIRED, DraftChange.FORCED)
+                ),
                 *(
                     1e3 * figure(seconds)
                     for seconds in (self._seconds, self._choose_seconds)

@@ -10,18 +10,10 @@ import pytest
 import torch
 
 from sglang_orthrus.config import DraftMode, slow_mask_seconds
-from sglang_orthrus.grammar import repair as grammar
-from sglang_orthrus.grammar.repair import (
-    ALL_ALLOWED,
-    NUM_TRIED,
-    Change,
-    Reach,
-    allow_only,
-    best_allowed,
-    choose,
-    fill_where_refused,
-    is_allowed,
-)
+from sglang_orthrus.core import DraftChange
+from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Match, allow_only, best_allowed, is_allowed
+from sglang_orthrus.grammar.masks import fill_where_refused
+from sglang_orthrus.grammar.repair import MAX_REPAIRS, NUM_TRIED, repair_drafts
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from tests.grammars import judged
 
@@ -43,20 +35,20 @@ class Language:
     def _next(self, past: Sequence[int]) -> set[int]:
         return {text[len(past)] for text in self._texts if text[: len(past)] == past and len(text) > len(past)}
 
-    def _reach(self, tokens: Sequence[int]) -> Reach:
+    def _match(self, tokens: Sequence[int]) -> Match:
         past = list(self.past)
-        for place, token in enumerate(tokens):
+        for index, token in enumerate(tokens):
             if token not in self._next(past):
-                return Reach(place, False)
+                return Match(index, False)
             if token == STOP:
-                return Reach(place + 1, True)
+                return Match(index + 1, True)
             past.append(token)
-        return Reach(len(tokens), False)
+        return Match(len(tokens), False)
 
-    def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Reach:
-        reach = self._reach(tokens)
-        self.past += tokens[: reach.moved]
-        return reach
+    def advance(self, tokens: Sequence[int], deadline: Deadline = NO_DEADLINE) -> Match:
+        match = self._match(tokens)
+        self.past += tokens[: match.num_moved]
+        return match
 
     def rollback(self, count: int) -> None:
         del self.past[len(self.past) - count :]
@@ -78,8 +70,8 @@ class Language:
 
     def num_masks(self, tokens: Sequence[int]) -> int:
         """Rows that matter: up to the first token that is refused, or the one that ends the text."""
-        reach = self._reach(tokens)
-        return reach.length + (not reach.ended)
+        match = self._match(tokens)
+        return match.length + (not match.ended)
 
 
 def mask_of(allowed: set[int]) -> torch.Tensor:
@@ -92,38 +84,42 @@ def run(
     cursor: Language,
     drafts: Sequence[int],
     others: Sequence[Sequence[int]] = (),
-    mode: DraftMode = DraftMode.REPAIR,
-) -> tuple[list[int], list[Change], int, torch.Tensor]:
+    max_repairs: int = MAX_REPAIRS,
+) -> tuple[list[int], list[DraftChange], int, torch.Tensor]:
     """Choose and fill: the candidates of drafts are they themselves and, at each position, the others."""
     columns = [drafts, *others]
     candidates = np.array(columns, np.int64).T
     masks = torch.full((len(drafts) + 1, WORDS), UNTOUCHED, dtype=torch.int32)
     before = list(cursor.past)
-    done = choose(cursor, candidates[:, 0].copy(), candidates, torch.empty(1, WORDS, dtype=torch.int32), mode)
+    done = repair_drafts(
+        cursor, candidates[:, 0].copy(), candidates, torch.empty(1, WORDS, dtype=torch.int32), max_repairs
+    )
     tokens = done.tokens.tolist()
     cursor.fill_block(torch.tensor([0, *tokens]), masks)
     assert cursor.past == before
-    assert done.reach == cursor._reach(tokens)
-    return tokens, [Change(change) for change in done.changes], cursor.num_masks(tokens), masks
+    assert done.match == cursor._match(tokens)
+    return tokens, [DraftChange(change) for change in done.changes], cursor.num_masks(tokens), masks
 
 
-@pytest.mark.parametrize("mode", list(DraftMode))
-def test_a_block_that_the_grammar_allows_stays(mode: DraftMode) -> None:
-    tokens, changes, num_masks, masks = run(Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False), [1, 2, 3], mode=mode)
-    assert (tokens, set(changes), num_masks) == ([1, 2, 3], {Change.NONE}, 4)
+@pytest.mark.parametrize("max_repairs", [MAX_REPAIRS, 0])
+def test_a_block_that_the_grammar_allows_stays(max_repairs: int) -> None:
+    tokens, changes, num_masks, masks = run(
+        Language([[1, 2, 3, 4], [1, 2, 5, 4]], forces=False), [1, 2, 3], max_repairs=max_repairs
+    )
+    assert (tokens, set(changes), num_masks) == ([1, 2, 3], {DraftChange.NONE}, 4)
     assert [row.tolist() for row in masks] == [mask_of(allowed).tolist() for allowed in ({1}, {2}, {3, 5}, {4})]
 
 
 def test_an_illegal_draft_gives_way_to_the_best_candidate_that_is_allowed() -> None:
     tokens, changes, num_masks, _ = run(Language([[1, 7, 3], [1, 8, 3]]), [1, 9, 3], [[0, 5, 0], [0, 8, 0], [0, 7, 0]])
     assert tokens == [1, 8, 3]
-    assert changes == [Change.NONE, Change.REPAIRED, Change.NONE]
+    assert changes == [DraftChange.NONE, DraftChange.REPAIRED, DraftChange.NONE]
     assert num_masks == 4
 
 
 @pytest.mark.parametrize("rank", [1, NUM_TRIED - 1, NUM_TRIED, NUM_TRIED + 5])
 def test_the_best_candidate_may_be_far_down(rank: int) -> None:
-    others = [[0, 20 + place] for place in range(rank - 1)]
+    others = [[0, 20 + index] for index in range(rank - 1)]
     language = Language([[1, 7], [1, 40], [1, 41]], forces=False)
     assert run(language, [1, 9], [*others, [0, 41], [0, 40]])[0] == [1, 41]
 
@@ -135,12 +131,12 @@ def test_without_a_candidate_the_lowest_id_is_taken() -> None:
 def test_a_forced_string_is_drafted_where_a_draft_is_illegal_and_later_drafts_keep_their_places() -> None:
     tokens, changes, _, _ = run(Language([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]), [9, 9, 9, 9, 6])
     assert tokens == [1, 2, 3, 4, 6]
-    assert changes == [Change.FORCED] * 4 + [Change.NONE]
+    assert changes == [DraftChange.FORCED] * 4 + [DraftChange.NONE]
 
 
 def test_a_forced_string_is_cut_at_the_end_of_the_block() -> None:
     tokens, changes, num_masks, _ = run(Language([[1, 2, 3, 4, 5]]), [9, 9])
-    assert (tokens, changes, num_masks) == ([1, 2], [Change.FORCED] * 2, 3)
+    assert (tokens, changes, num_masks) == ([1, 2], [DraftChange.FORCED] * 2, 3)
 
 
 def test_the_walk_ends_at_the_end_of_the_text() -> None:
@@ -148,7 +144,7 @@ def test_the_walk_ends_at_the_end_of_the_text() -> None:
     assert (tokens, num_masks) == ([1, STOP, 7, 7], 2)
     assert (masks[2:] == UNTOUCHED).all()
     tokens, changes, num_masks, masks = run(Language([[1]]), [1, 7, 7])
-    assert (tokens, changes[1], num_masks) == ([1, STOP, 7], Change.REPAIRED, 2)
+    assert (tokens, changes[1], num_masks) == ([1, STOP, 7], DraftChange.REPAIRED, 2)
     assert (masks[2:] == UNTOUCHED).all()
 
 
@@ -156,7 +152,7 @@ def test_a_dead_end_leaves_the_rest_as_it_is() -> None:
     cursor = Language([[1, 2]])
     cursor.past = [9]
     tokens, changes, num_masks, masks = run(cursor, [1, 2])
-    assert (tokens, set(changes), num_masks) == ([1, 2], {Change.NONE}, 1)
+    assert (tokens, set(changes), num_masks) == ([1, 2], {DraftChange.NONE}, 1)
     assert masks[0].tolist() == [0, 0]
 
 
@@ -170,37 +166,27 @@ def test_a_token_that_the_engine_refuses_ends_the_walk_if_its_mask_allows_no_oth
 
     cursor, drafts = Liar([[1, 2, 3, 4]], forces=False), np.array([1, draft, 3, 9, 9])
     scratch = torch.empty(1, WORDS, dtype=torch.int32)
-    tokens = choose(cursor, drafts, drafts[:, None], scratch, DraftMode.REPAIR).tokens
+    tokens = repair_drafts(cursor, drafts, drafts[:, None], scratch).tokens
     assert tokens.tolist() == [1, 50, 3, 9, 9]
     assert cursor.past == []
 
 
 def test_off_changes_nothing() -> None:
-    tokens, changes, num_masks, _ = run(Language([[1, 2, 3]]), [1, 9, 9], mode=DraftMode.OFF)
-    assert (tokens, set(changes), num_masks) == ([1, 9, 9], {Change.NONE}, 2)
+    tokens, changes, num_masks, _ = run(Language([[1, 2, 3]]), [1, 9, 9], max_repairs=0)
+    assert (tokens, set(changes), num_masks) == ([1, 9, 9], {DraftChange.NONE}, 2)
 
 
-def test_full_also_replaces_what_is_allowed_but_not_forced() -> None:
-    """The language forces 1 2, two tokens; the single token 12 is another way to write them."""
-
-    class TwoWays(Language):
-        def forced(self, count: int, deadline: Deadline = NO_DEADLINE) -> list[int]:
-            return [1, 2] if not self.past else []
-
-    texts = [[1, 2, 3], [12, 3]]
-    assert run(TwoWays(texts), [12, 3, STOP])[0] == [12, 3, STOP]
-    assert run(TwoWays(texts), [12, 3, STOP], mode=DraftMode.FULL)[0][:2] == [1, 2]
-
-
-@pytest.mark.parametrize("mode", list(DraftMode))
+@pytest.mark.parametrize("max_repairs", [MAX_REPAIRS, 0])
 @pytest.mark.parametrize("seed", range(40))
-def test_every_draft_that_can_be_accepted_has_its_mask(mode: DraftMode, seed: int) -> None:
+def test_every_draft_that_can_be_accepted_has_its_mask(max_repairs: int, seed: int) -> None:
     """Random languages and drafts: up to the first illegal draft, every row says what the language allows there."""
     rng = random.Random(seed)
     texts = [[rng.randrange(4) for _ in range(rng.randrange(1, 14))] for _ in range(12)]
     cursor = Language(texts, forces=rng.random() < 0.5)
     drafts = [rng.randrange(4) for _ in range(12)]
-    tokens, _, num_masks, masks = run(cursor, drafts, [[rng.randrange(4) for _ in drafts] for _ in range(3)], mode)
+    tokens, _, num_masks, masks = run(
+        cursor, drafts, [[rng.randrange(4) for _ in drafts] for _ in range(3)], max_repairs
+    )
     assert (masks[num_masks:] == UNTOUCHED).all()
     past: list[int] = []
     for row, token in enumerate([*tokens, None]):
@@ -211,14 +197,14 @@ def test_every_draft_that_can_be_accepted_has_its_mask(mode: DraftMode, seed: in
         past.append(token)
 
 
-@pytest.mark.parametrize("mode", list(DraftMode))
+@pytest.mark.parametrize("max_repairs", [MAX_REPAIRS, 0])
 @pytest.mark.parametrize("seed", range(60))
-def test_masks_where_a_choice_is_refused_decide_as_all_masks_do(mode: DraftMode, seed: int) -> None:
+def test_masks_where_a_choice_is_refused_decide_as_all_masks_do(max_repairs: int, seed: int) -> None:
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     cursor = Language([[rng.randrange(4) for _ in range(rng.randrange(1, 14))] for _ in range(12)], forces=seed % 2 > 0)
     text = rng.choice(cursor._texts)
-    drafts = [rng.randrange(4) if rng.random() < 0.2 else (text + [0] * 12)[place] for place in range(12)]
-    tokens, _, num_masks, masks = run(cursor, drafts, mode=mode)
+    drafts = [rng.randrange(4) if rng.random() < 0.2 else (text + [0] * 12)[index] for index in range(12)]
+    tokens, _, num_masks, masks = run(cursor, drafts, max_repairs=max_repairs)
     masks[num_masks:] = ALL_ALLOWED
     scores = noise.random((13, WORDS * 32))
     for row, token in enumerate(tokens):
@@ -240,11 +226,11 @@ def test_no_mask_is_filled_where_all_choices_are_allowed() -> None:
     assert (masks == ALL_ALLOWED).all()
 
 
-def test_repairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_REPAIRS", 2)
+def test_repairs_are_few() -> None:
     texts = [[first] * 6 for first in (1, 2)]
-    tokens, changes, num_masks, _ = run(Language([*texts, [1, 2, 1, 2, 1, 2], [1, 1, 2, 2, 1]], forces=False), [9] * 6)
-    assert changes.count(Change.REPAIRED) == 2
+    language = Language([*texts, [1, 2, 1, 2, 1, 2], [1, 1, 2, 2, 1]], forces=False)
+    tokens, changes, num_masks, _ = run(language, [9] * 6, max_repairs=2)
+    assert changes.count(DraftChange.REPAIRED) == 2
     assert (tokens[2:], num_masks) == ([9] * 4, 3)
 
 
@@ -269,7 +255,7 @@ def test_the_mode_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", mode.value)
         assert DraftMode.from_env() is mode
     monkeypatch.setenv("ORTHRUS_GRAMMAR_DRAFT", "on")
-    with pytest.raises(ValueError, match=r"ORTHRUS_GRAMMAR_DRAFT=on: use one of repair, full, off"):
+    with pytest.raises(ValueError, match=r"ORTHRUS_GRAMMAR_DRAFT=on: use one of repair, off"):
         DraftMode.from_env()
 
 

@@ -1,0 +1,48 @@
+"""What a round will be, decided once, before it begins."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+from sglang_orthrus.sampling.logit_adjustments import are_adjusted
+
+
+class RoundPlan(NamedTuple):
+    """How a round is to run.
+
+    Attributes:
+        width: Q, tokens verified per request.
+        may_fuse: whether one CUDA graph may draft and verify, if there is one for this batch size.
+        is_deferred: whether the scheduler takes in the former round's result between draft and verify.
+    """
+
+    width: int
+    may_fuse: bool
+    is_deferred: bool
+
+
+class Policy:
+    """Plans rounds of one width.
+
+    Args:
+        width: Q.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
+        """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
+        return RoundPlan(
+            self._width,
+            may_fuse=_is_greedy_without_options(batch),
+            is_deferred=bool(batch.has_grammar) and can_defer,
+        )
+
+
+def _is_greedy_without_options(batch: ScheduleBatch) -> bool:
+    """Only such rounds choose nothing between their passes."""
+    info = batch.sampling_info
+    return info.is_all_greedy and not (batch.has_grammar or batch.return_logprob or are_adjusted(info))

@@ -1,0 +1,186 @@
+"""One round: draft, repair, verify, accept. Each step reads only what the one before returned.
+
+For a request with C committed tokens and block width F:
+
+    slots [0, C)        AR-view K/V, shared with the radix tree
+    slots [C, C+F)      draft writes diffusion K/V here, verify overwrites the same slots with AR K/V
+    after n commits     [C, C+n) stays; the rest is overwritten next round and never reaches the radix tree
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.utils.common import async_h2d
+
+from sglang_orthrus.core import RoundBatch, Verdict
+from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
+from sglang_orthrus.grammar.cursor import Ids
+from sglang_orthrus.metrics import RoundPath
+from sglang_orthrus.passes.runner import DualViewRunner, Pass, PreparedPass
+from sglang_orthrus.round.policy import RoundPlan
+from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing
+from sglang_orthrus.sampling.batch import BatchSampler
+from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
+from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks
+from sglang_orthrus.sampling.logprobs import RoundLogprobs
+from sglang_orthrus.sampling.output_history import History
+from sglang_orthrus.sampling.verification import best_tokens, requests_with_known_best, verify_drafts
+
+
+class BegunRound(NamedTuple):
+    """A round whose draft pass is queued. No grammar was asked yet.
+
+    Attributes:
+        batch: the round's.
+        width: Q.
+        adjustments: what its requests' options do to logits.
+        sampler: chooses its tokens.
+        drafts: of the diffusion view.
+        constrained: [R] rows of the requests whose grammars matter.
+        candidates: theirs, on the way to the host; None if there are none.
+        prepared: the verify pass.
+        path: how the draft pass ran.
+    """
+
+    batch: RoundBatch
+    width: int
+    adjustments: Adjustments
+    sampler: BatchSampler
+    drafts: Drafts
+    constrained: Sequence[int]
+    candidates: CandidatesCopy | None
+    prepared: PreparedPass
+    path: RoundPath
+
+
+class RoundEnd(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+        verdict: what it commits.
+        path: how it ran.
+        logprobs: of what it emits, if a request wants them.
+        is_wanted: whether any of its requests still ran.
+    """
+
+    verdict: Verdict
+    path: RoundPath
+    logprobs: RoundLogprobs | None = None
+    is_wanted: bool = True
+
+
+class Round:
+    """Runs rounds.
+
+    Args:
+        passes: the forward passes.
+        history: what running requests have emitted, as far as their options depend on it.
+        grammars: of constrained requests.
+        model_runner: SGLang's, whose model is an `OrthrusLM`.
+        sampling_backend: SGLang's.
+    """
+
+    def __init__(
+        self,
+        passes: DualViewRunner,
+        history: History,
+        grammars: BlockGrammars,
+        model_runner: Any,
+        sampling_backend: str,
+    ) -> None:
+        self._passes = passes
+        self._history = history
+        self._grammars = grammars
+        self._model_runner = model_runner
+        self._sampling_backend = sampling_backend
+
+    def run(self, batch: RoundBatch, plan: RoundPlan) -> RoundEnd:
+        """A whole round, in one CUDA graph if it can be."""
+        fused = self._passes.fused(batch) if plan.may_fuse else None
+        if fused is not None:
+            return RoundEnd(accept_greedy(*fused, batch.prefix_lens), RoundPath.GRAPH)
+        return self.finish(self.begin(batch, plan))
+
+    def begin(self, batch: RoundBatch, plan: RoundPlan) -> BegunRound:
+        """Queue the draft pass, and prepare all of verification that does not depend on the drafts."""
+        scheduled = batch.scheduled
+        adjustments = self._history.adjustments(scheduled)
+        sampler = BatchSampler(
+            self._model_runner.model, scheduled, batch.anchors, adjustments, plan.width, self._sampling_backend
+        )
+        constrained = self._grammars.rows_of(scheduled.reqs) if scheduled.has_grammar else []
+
+        draft = self._passes.draft(batch)
+        rows = draft.hidden_states[:, : plan.width - 1]
+        drafts = draft_tokens(sampler, rows, constrained, self._grammars.num_candidates)
+        candidates = CandidatesCopy(drafts.candidates) if constrained else None
+
+        prepared = self._passes.prepare_verify(batch, draft)
+        path = RoundPath.SPLIT if draft.replayed else RoundPath.EAGER
+        return BegunRound(batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, path)
+
+    def finish(self, begun: BegunRound) -> RoundEnd:
+        """Repair the drafts by grammars, which are at the committed text now; verify; accept."""
+        batch, scheduled, drafts = begun.batch, begun.batch.scheduled, begun.drafts
+        logprobs = RoundLogprobs(scheduled, begun.width) if scheduled.return_logprob else None
+        if all(req.finished() for req in scheduled.reqs):
+            return RoundEnd(accept_nothing(drafts.block, batch.prefix_lens), begun.path, logprobs, is_wanted=False)
+
+        repaired = self._repair(begun)
+        if repaired is not None:
+            drafts = drafts.replaced(repaired.rows, repaired.tokens)
+        verify = self._passes.verify(begun.prepared, drafts.block)
+        # Verify needs no masks, and the masks no result of verify: the host fills them meanwhile.
+        masks, limits = self._masks(begun, drafts, repaired, verify)
+        verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks, logprobs, limits)
+
+        self._history.extend(scheduled, begun.adjustments, drafts.block, verdict)
+        return RoundEnd(verdict, begun.path if verify.replayed else RoundPath.EAGER, logprobs)
+
+    def _repair(self, begun: BegunRound) -> RepairedDrafts | None:
+        if begun.candidates is None:
+            return None
+        scheduled = begun.batch.scheduled
+        vocab_size = scheduled.sampling_info.vocab_size
+        return self._grammars.repair(scheduled.reqs, begun.constrained, begun.candidates, vocab_size)
+
+    def _masks(
+        self, begun: BegunRound, drafts: Drafts, repaired: RepairedDrafts | None, verify: Pass
+    ) -> tuple[RowMasks | None, torch.Tensor | None]:
+        """What grammars allow after each row, and the most drafts that may be accepted: [bs] int64, None for all."""
+        if repaired is None:
+            return None, None
+        reqs, constrained = begun.batch.scheduled.reqs, begun.constrained
+        # Log probabilities would show a missing mask.
+        known = {row for row in requests_with_known_best(begun.sampler) if not reqs[row].return_logprob}
+        skippable = {number for number, row in enumerate(constrained) if row in known}
+        best_of = partial(_best_of, begun.sampler, drafts, verify.hidden_states, constrained)
+        filled = self._grammars.masks(repaired, skippable, best_of)
+        return RowMasks(filled.mask, constrained), _limits(filled.limits, constrained, drafts.tokens)
+
+
+def _best_of(
+    sampler: BatchSampler,
+    drafts: Drafts,
+    hidden_states: torch.Tensor,
+    constrained: Sequence[int],
+    numbers: Sequence[int],
+) -> Ids:
+    """The best tokens of some of the constrained requests, given by their numbers among these: [n, Q]."""
+    requests = [constrained[number] for number in numbers]
+    return best_tokens(sampler, drafts, hidden_states, requests).cpu().numpy()[requests]
+
+
+def _limits(of_constrained: Sequence[int], constrained: Sequence[int], tokens: torch.Tensor) -> torch.Tensor | None:
+    """The most drafts that may be accepted: [bs] int64; None for all. tokens: [bs, Q-1] the drafts."""
+    num_requests, num_drafts = tokens.shape
+    if min(of_constrained) == num_drafts:
+        return None
+    limits = [num_drafts] * num_requests
+    for row, limit in zip(constrained, of_constrained, strict=True):
+        limits[row] = limit
+    return async_h2d(limits, dtype=torch.int64, device=tokens.device)
