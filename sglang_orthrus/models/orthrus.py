@@ -16,7 +16,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
-from sglang_orthrus.compat.scheduler import qwen3_attention_class
+from sglang_orthrus.compat.model import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusBlockInput, View, view_of
 from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names

@@ -17,29 +17,27 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.utils.common import async_h2d
 
-from sglang_orthrus.compat import requests as request_hooks
-from sglang_orthrus.compat import scheduler as compat
-from sglang_orthrus.compat.accounting import count_running_requests_only
+from sglang_orthrus.compat.memory import use_graph_runner
+from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 from sglang_orthrus.grammar.batch import BlockGrammars, Chosen, Proposal
 from sglang_orthrus.grammar.repair import Ids
 from sglang_orthrus.grammar_stats import GrammarStats
-from sglang_orthrus.models.checkpoint import folder_problem
 from sglang_orthrus.passes import flashinfer as flashinfer_plans
 from sglang_orthrus.passes.blocks import DraftBlock
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner, VerifyPass
 from sglang_orthrus.paths import Path, RoundPaths
 from sglang_orthrus.sampling.acceptance import Verdict, accept_greedy, accept_nothing
+from sglang_orthrus.sampling.first_token import LoneSampler
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks, are_adjusted
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.memory import reserve
 from sglang_orthrus.sampling.output_history import History
 from sglang_orthrus.sampling.request_groups import rows_index
 from sglang_orthrus.sampling.verification import Drafts, TokenChoice
-from sglang_orthrus.server_args.admission import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +108,7 @@ class OrthrusWorker(BaseSpecWorker):
         self._runner = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
         self._history = History(self.device)
         self._sampling_backend = get_exec().kernel.sampling_backend
-        compat.choose_as_if_alone(self.model_runner)
+        replace_sampler(self.model_runner, LoneSampler())
         reporting = (get_observability().decode_log_interval, get_observability().enable_metrics)
         self._paths = RoundPaths(*reporting)
         self._grammars = BlockGrammars(
@@ -122,7 +120,7 @@ class OrthrusWorker(BaseSpecWorker):
             slow_mask_seconds(is_cpu=self.device == "cpu"),
         )
         # The pools and graphs are made after this, and requests arrive later still.
-        compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
+        use_graph_runner(self.model_runner, OrthrusGraphRunner)
         if self.device != "cpu":
             model = self.model_runner.model_config
             size = flashinfer_plans.workspace_bytes(
@@ -133,17 +131,6 @@ class OrthrusWorker(BaseSpecWorker):
                 model.head_dim,
             )
             flashinfer_plans.set_workspace_size(size)
-        compat.widen_req_to_token_rows(config.block_size)
-        compat.refuse_requests(partial(refusal, are_seeded=get_exec().deterministic.enable_deterministic_inference))
-        request_hooks.keep_allowed_logits()
-        request_hooks.forget_processors_of_aborted()
-        compat.stop_at_first_match()
-        compat.begin_llguidance_behind_a_reasoning()
-        compat.continue_sessions_at_the_end()
-        compat.fence_delayed_rounds()
-        count_running_requests_only()
-        layers = self.model_runner.model_config.hf_config.num_hidden_layers
-        compat.check_weight_updates(partial(folder_problem, num_layers=layers))
         logger.info(
             "ORTHRUS drafts blocks of %d tokens and verifies %d of them per round.",
             config.block_size,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sglang_orthrus.compat.scheduler import require_supported_sglang
+from sglang_orthrus.compat.versions import require_supported_sglang
 from sglang_orthrus.config import ARCHITECTURES, DualViewConfig, is_orthrus
 from sglang_orthrus.environment import DraftMode, slow_mask_seconds
 
