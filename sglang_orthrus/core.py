@@ -11,6 +11,8 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
+from sglang_orthrus.compat.ledger import depends_on
+
 
 class View(Enum):
     """Which projections a forward pass uses."""
@@ -27,6 +29,16 @@ class Phase(Enum):
     ROUND = "round"
 
 
+@depends_on(
+    "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
+    "draft_token",
+    "positions",
+    "draft_token_num",
+    "capture_hidden_mode",
+    what="subclassed as the input of every pass over blocks",
+    why="attention backends and planners dispatch on its spec_input_type, an enum closed to plugins",
+    until="SpecInputType is open, or backends dispatch on behaviour",
+)
 @dataclass
 class OrthrusBlockInput(DFlashVerifyInput):
     """One pass over a block of every request, or both of a round.
@@ -49,6 +61,13 @@ def view_of(forward_batch: ForwardBatch) -> View:
     return View.DIFFUSION if is_draft else View.AR
 
 
+@depends_on(
+    "sglang.srt.speculative.spec_info:SpecInput",
+    "spec_input_type",
+    what="subclassed; overrides filter_batch and merge_batch",
+    why="the scheduler keeps the state between rounds in it, and its relay asks for the type DFLASH_DRAFT",
+    until="SpecInputType is open",
+)
 @dataclass
 class OrthrusState(SpecInput):
     """State of the running requests between two rounds (SGLang's `UnoDraftInput` has the same role).

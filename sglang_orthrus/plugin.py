@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from sglang_orthrus import __version__
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.config import ARCHITECTURES, DualViewConfig
 from sglang_orthrus.server_args.algorithm import NAME, OrthrusAlgorithm
 from sglang_orthrus.server_args.refusals import validate_server_args
@@ -47,6 +48,13 @@ def _prepare(server_args: Any) -> None:
     install_in_http_server(RequestChecks(raw=raw_problem, types=unreadable, values=tokenized_problem))
 
 
+@depends_on(
+    "sglang.srt.arg_groups.model_override_base:model_config_of",
+    "server_args",
+    what="reads the checkpoint's configuration before the worker exists",
+    why="a worker factory gets the arguments alone",
+    until="never: it only reads",
+)
 def _worker_class(server_args: Any) -> type:
     """Runs in a scheduler process, which alone needs the worker, and with it the model code."""
     from sglang.srt.arg_groups.model_override_base import model_config_of

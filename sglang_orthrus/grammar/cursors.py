@@ -16,6 +16,7 @@ from sglang.srt.constrained.llguidance_backend import (
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.repair import ALL_ALLOWED, Cursor, Ids, Reach, is_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from sglang_orthrus.grammar.token_text import TokenText
@@ -25,6 +26,13 @@ from sglang_orthrus.grammar.xgrammar import XGrammarCursor, stop_ids_of
 _NUM_QUICK_ROWS = 8
 
 
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:GuidanceGrammar",
+    "ll_matcher",
+    what="its ll_matcher advances along a block and back",
+    why="SGLang's grammar objects have no call that fills the masks of a chain",
+    until="they have one",
+)
 class GuidanceCursor:
     """llguidance: a chain is filled by its executor; its forced tokens stop short of an unsure end by themselves.
 
@@ -85,6 +93,14 @@ class GuidanceCursor:
         return fill_blocks([(0, self)], block[None], masks, limit)
 
 
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:fill_token_bitmask_with_draft_tokens",
+    "entries",
+    "vocab_mask",
+    what="called for the masks of several blocks",
+    why="it is SGLang's own call for drafts, but no method of the grammar object",
+    until="SGLang's grammar objects fill the masks of a chain",
+)
 def fill_blocks(
     cursors: Sequence[tuple[int, GuidanceCursor]], blocks: torch.Tensor, masks: torch.Tensor, limit: float
 ) -> int:
@@ -118,6 +134,14 @@ def fill_blocks(
     return width
 
 
+@depends_on(
+    "sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject",
+    "grammar",
+    "think_end_ids",
+    what="advances along a block and back; _is_thinking and _grammar_active are asked whether it constrains",
+    why="it has no public call for either",
+    until="SGLang's grammar objects fill the masks of a chain",
+)
 class ReasonerCursor:
     """A grammar that waits for the end of a reasoning, token by token: a round in which it may begin.
 
@@ -200,6 +224,12 @@ class ReasonerCursor:
         return num_filled
 
 
+@depends_on(
+    "sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject._is_generation",
+    what="called: past the end of the reasoning the grammar behind it is used alone",
+    why="there is no public call that tells",
+    until="there is one",
+)
 def cursor_of(grammar: BaseGrammarObject, text: TokenText, scratch: torch.Tensor) -> Cursor:
     """The fastest cursor for a grammar object in its present state; not to be kept for the next round.
 
@@ -228,6 +258,12 @@ def is_walkable(grammar: BaseGrammarObject) -> bool:
     return not (has_failed or grammar.is_terminated())
 
 
+@depends_on(
+    "sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject._is_thinking",
+    what="called: a reasoning that goes on through the block leaves it unconstrained",
+    why="there is no public call that tells",
+    until="there is one",
+)
 def leaves_block_alone(grammar: BaseGrammarObject, tokens: Ids) -> bool:
     """Whether a reasoning goes on through the whole block, so that a grammar behind it does not constrain any of it."""
     return (

@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_exec, get_observability, get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.utils.common import async_h2d
 
+from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.compat.memory import use_graph_runner
 from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.config import DualViewConfig
@@ -84,6 +85,27 @@ class RoundEnd(NamedTuple):
     is_wanted: bool = True
 
 
+@depends_on(
+    "sglang.srt.speculative.base_spec_worker:BaseSpecWorker",
+    what="subclassed; overrides init_attention_backends, init_cuda_graphs, prewarm_sampling, spec_v2_attn_backends, "
+    "forward_batch_generation",
+    why="the scheduler expects its interface of every worker",
+    until=EXTENSION_POINT,
+)
+@depends_on(
+    "sglang.srt.managers.utils:GenerationBatchResult",
+    "logits_output",
+    "next_token_ids",
+    "accept_lens",
+    "next_draft_input",
+    "new_seq_lens",
+    "can_run_cuda_graph",
+    "speculative_num_draft_tokens",
+    "delay_sample_func",
+    what="returned from every round",
+    why="the scheduler expects it of every worker",
+    until=EXTENSION_POINT,
+)
 class OrthrusWorker(BaseSpecWorker):
     """One model, one KV pool, no draft worker. A round is draft, verify, commit.
 
@@ -137,6 +159,13 @@ class OrthrusWorker(BaseSpecWorker):
             self.speculative_num_draft_tokens,
         )
 
+    @depends_on(
+        "sglang.srt.model_executor.model_runner:ModelRunner._get_attention_backend",
+        "init_new_workspace",
+        what="called for a second backend if drafts are wider than verify",
+        why="an attention backend's graphs have one width (the UNO worker calls it, too)",
+        until=SHARED_BY_WORKERS,
+    )
     def init_attention_backends(self) -> None:
         """Adapt SGLang's attention backend to two passes per round."""
         runner = self.model_runner
@@ -184,6 +213,13 @@ class OrthrusWorker(BaseSpecWorker):
             return self._prefill(batch, on_publish)
         return self._round(batch, on_publish)
 
+    @depends_on(
+        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+        "batch",
+        what="called for prefill",
+        why="a speculative worker runs the target model through it",
+        until=SHARED_BY_WORKERS,
+    )
     def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
         self._history.resume(batch)
         result = self._target_worker.forward_batch_generation(batch)

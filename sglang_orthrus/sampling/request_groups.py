@@ -11,6 +11,8 @@ import torch
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from sglang.srt.utils.common import async_h2d
 
+from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
+
 # Requests of one piece have at most so many rows, but at least one request: of a vocabulary of 151,936, 512 rows of
 # logits take 0.3 GB. Sampling needs some copies of them, sorted ones among them; options that change logits and log
 # probabilities need two or three.
@@ -56,6 +58,12 @@ class Piece:
     is_costly: bool = False
 
 
+@depends_on(
+    "sglang.srt.sampling.sampling_params:TOP_K_ALL",
+    what="compared with top_k",
+    why="it is how a request says that it has none",
+    until=SHARED_BY_SAMPLERS,
+)
 def way_of(params: Any) -> Way:
     """params: a request's normalised `SamplingParams`; temperature 0 is top_k 1 there."""
     if params.top_k <= 1:
@@ -87,6 +95,15 @@ def pieces(
             yield Piece(way, requests, rows_index(requests, device), max_top_k, is_costly)
 
 
+@depends_on(
+    "sglang.srt.utils.common:async_h2d",
+    "args",
+    "dtype",
+    "device",
+    what="called for copies to the device",
+    why="a plain copy waits for the device",
+    until=SHARED_BY_SAMPLERS,
+)
 def rows_index(rows: Sequence[int], device: torch.device | str) -> torch.Tensor | slice:
     """Ascending row numbers to index device tensors with: a slice if it can be one, as that copies nothing."""
     first, last = rows[0], rows[-1]

@@ -16,6 +16,7 @@ from sglang.kernels.ops.sampling import softmax
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
+from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
 from sglang_orthrus.sampling.acceptance import Verdict, accept_drafts, leading
 from sglang_orthrus.sampling.distributions import (
     Support,
@@ -80,6 +81,35 @@ class Drafts:
             self.is_certain[where] = True
 
 
+@depends_on(
+    "sglang.srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch",
+    "probs",
+    "top_ks",
+    "top_ps",
+    "min_ps",
+    "need_min_p_sampling",
+    "sampling_seed",
+    "positions",
+    what="called for seeded rows with filters",
+    why="the same function gives the same tokens",
+    until=SHARED_BY_SAMPLERS,
+)
+@depends_on(
+    "sglang.srt.layers.sampler:sampling_from_probs_torch",
+    "probs",
+    "sampling_seed",
+    "positions",
+    what="called for seeded rows without filters",
+    why="the same function gives the same tokens",
+    until=SHARED_BY_SAMPLERS,
+)
+@depends_on(
+    "sglang.kernels.ops.sampling:softmax",
+    "logits",
+    what="called on rows that are sampled without a seed",
+    why="SGLang's sampler uses it there",
+    until=SHARED_BY_SAMPLERS,
+)
 class TokenChoice:
     """Chooses the tokens of one round.
 
