@@ -17,6 +17,8 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from sglang.srt.utils.common import async_h2d
 
+from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
+
 # The model's head works on at most so many rows at a time: of a vocabulary of 151,936, 512 rows of logits in fp32 take
 # 0.3 GB.
 HEAD_ROWS = 512
@@ -75,6 +77,16 @@ class DraftChange(IntEnum):
     FORCED = 2
 
 
+@depends_on(
+    "sglang.srt.speculative.dflash_info:DFlashVerifyInput",
+    "draft_token",
+    "positions",
+    "draft_token_num",
+    "capture_hidden_mode",
+    what="subclassed as the input of every pass over blocks",
+    why="attention backends and planners dispatch on its spec_input_type, an enum closed to plugins",
+    until="SpecInputType is open, or backends dispatch on behaviour",
+)
 @dataclass
 class OrthrusBlockInput(DFlashVerifyInput):
     """One pass over a block of every request, or both of a round.
@@ -97,6 +109,13 @@ def view_of(forward_batch: ForwardBatch) -> View:
     return View.DIFFUSION if is_draft else View.AR
 
 
+@depends_on(
+    "sglang.srt.speculative.spec_info:SpecInput",
+    "spec_input_type",
+    what="subclassed; overrides filter_batch and merge_batch",
+    why="the scheduler keeps the state between rounds in it, and its relay asks for the type DFLASH_DRAFT",
+    until="SpecInputType is open",
+)
 @dataclass
 class OrthrusState(SpecInput):
     """State of the running requests between two rounds (SGLang's `UnoDraftInput` has the same role).
@@ -180,6 +199,15 @@ class RoundBatch:
             self._lens_on_host = self.prefix_lens.cpu()
 
 
+@depends_on(
+    "sglang.srt.utils.common:async_h2d",
+    "args",
+    "dtype",
+    "device",
+    what="called for copies to the device",
+    why="a plain copy waits for the device",
+    until=SHARED_BY_SAMPLERS,
+)
 def rows_index(rows: Sequence[int], device: torch.device | str) -> torch.Tensor | slice:
     """Ascending row numbers to index device tensors with: a slice if it can be one, as that copies nothing."""
     first, last = rows[0], rows[-1]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from typing import Any
 
 from sglang_orthrus import __version__
-from sglang_orthrus.config import ARCHITECTURES
+from sglang_orthrus.compat.ledger import depends_on
+from sglang_orthrus.config import ARCHITECTURES, DualViewConfig
 from sglang_orthrus.server_args.algorithm import NAME, OrthrusAlgorithm
 from sglang_orthrus.server_args.refusals import validate_server_args
 
@@ -38,18 +40,37 @@ def register() -> None:
 
 def _prepare(server_args: Any) -> None:
     """Runs where an ORTHRUS server's arguments are read: in the process that answers HTTP, too."""
-    from sglang_orthrus.compat.requests import refuse_numbers
-    from sglang_orthrus.compat.scheduler import stream_tool_calls_in_pieces
+    from sglang_orthrus.compat.install import install_in_http_server
+    from sglang_orthrus.compat.requests import RequestChecks
+    from sglang_orthrus.server_args.admission import raw_problem, tokenized_problem, unreadable
 
     validate_server_args(server_args)
-    stream_tool_calls_in_pieces()
-    refuse_numbers()
+    install_in_http_server(RequestChecks(raw=raw_problem, types=unreadable, values=tokenized_problem))
 
 
+@depends_on(
+    "sglang.srt.arg_groups.model_override_base:model_config_of",
+    "server_args",
+    what="reads the checkpoint's configuration before the worker exists",
+    why="a worker factory gets the arguments alone",
+    until="never: it only reads",
+)
 def _worker_class(server_args: Any) -> type:
-    """Only the scheduler process needs the worker, and with it the model code."""
-    from sglang_orthrus.round.worker import OrthrusWorker
+    """Runs in a scheduler process, which alone needs the worker, and with it the model code."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_exec
 
+    from sglang_orthrus.compat.install import install_in_scheduler
+    from sglang_orthrus.models.checkpoint import folder_problem
+    from sglang_orthrus.round.worker import OrthrusWorker
+    from sglang_orthrus.server_args.admission import refusal
+
+    hf_config = model_config_of(server_args).hf_config
+    install_in_scheduler(
+        DualViewConfig.from_hf(hf_config).block_size,
+        refusal=partial(refusal, are_seeded=get_exec().deterministic.enable_deterministic_inference),
+        weights_problem=partial(folder_problem, num_layers=hf_config.num_hidden_layers),
+    )
     return OrthrusWorker
 
 

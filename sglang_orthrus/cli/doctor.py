@@ -90,7 +90,7 @@ def examine(flags: Sequence[str]) -> Iterator[Check]:
 
 def sglang_check() -> Check:
     """Is the installed SGLang the supported one?"""
-    from sglang_orthrus.compat.scheduler import SUPPORTED_SGLANG, require_supported_sglang
+    from sglang_orthrus.compat.versions import SUPPORTED_SGLANG, require_supported_sglang
 
     found = _installed("sglang")
     if found is None:

@@ -1,1 +1,1 @@
-"""Everything that depends on SGLang's internals, by area, and what is changed there at run time."""
+"""Changes to SGLang at run time, by area, and the ledger of all private symbols that this package needs."""

@@ -2,7 +2,7 @@
 
 SGLang's tool-call parsers are right for text that comes token by token. They lose text and calls that come together,
 and most parse the whole call so far again at every chunk. So a round's text is cut: into words where a call may begin
-or end, and into longer stretches the longer the call has become, which makes the cost linear in the text.
+or end, and into parts that grow with the call elsewhere. The cost stays linear in the text.
 """
 
 from __future__ import annotations
@@ -11,32 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from sglang_orthrus.compat.ledger import Touch
-
-TOOL_STREAM_TOUCHES: tuple[Touch, ...] = (
-    Touch(
-        "sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_stream_chunk",
-        ("chunk_text",),
-        "wrapped, so that a round's text is cut",
-        "a chunk gives one name or one call's arguments, and text before a call in its chunk is dropped, so that of "
-        "several calls in the last round all but the first are lost (patches/0007)",
-        "parsers take chunks of any size",
-    ),
-    Touch(
-        "sglang.srt.function_call.function_call_parser:FunctionCallParser.parse_stream_end",
-        (),
-        "wrapped, so that text which is still held back is parsed first",
-        "as above",
-        "as above",
-    ),
-    Touch(
-        "sglang.srt.function_call.base_format_detector:BaseFormatDetector",
-        (),
-        "its _buffer is read",
-        "it holds what a parser parses again at the next chunk",
-        "as above",
-    ),
-)
+from sglang_orthrus.compat.ledger import depends_on
 
 Parsed = tuple[str, list[Any]]
 
@@ -50,8 +25,14 @@ _SHARE = 32
 _CLOSING = ["<", ">", "]", "}"]
 
 
+@depends_on(
+    "sglang.srt.function_call.base_format_detector:BaseFormatDetector",
+    what="its _buffer is read",
+    why="it holds the text that a parser parses again at the next chunk",
+    until="parsers take chunks of any size (patches/0007)",
+)
 class ToolStream:
-    """One choice's text on its way to its parser.
+    """Gives one choice's text to its parser in parts of a suitable length.
 
     Args:
         detector: SGLang's detector of tool calls.
@@ -184,6 +165,12 @@ class _JsonEnds:
         return None
 
 
+@depends_on(
+    "sglang.srt.function_call.function_call_parser:FunctionCallParser.ToolCallParserEnum",
+    what="a detector's string attributes are taken for the markers of its calls",
+    why="detectors do not say how a call ends",
+    until="parsers take chunks of any size (patches/0007)",
+)
 def _ends_of(detector: Any) -> _JsonEnds | _Markers:
     """How the parser's calls end."""
     from sglang.srt.function_call.hermes_detector import HermesDetector

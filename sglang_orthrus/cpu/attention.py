@@ -10,6 +10,8 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_orthrus.compat.ledger import depends_on
+
 
 class _Span(NamedTuple):
     """One request's query rows and what they see.
@@ -25,6 +27,43 @@ class _Span(NamedTuple):
     causal_mask: torch.Tensor | None
 
 
+_UNTIL_IT_VERIFIES = "it serves TARGET_VERIFY"
+
+
+@depends_on(
+    "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend.__init__",
+    "model_runner",
+    what="extended",
+    why="the backend cannot verify a block: extend_prefix_lens is None there",
+    until=_UNTIL_IT_VERIFIES,
+)
+@depends_on(
+    "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_extend",
+    "q",
+    "k",
+    "v",
+    "layer",
+    "forward_batch",
+    "save_kv_cache",
+    what="overridden",
+    why="it cannot verify a block, and computes every query of a cached prefix again",
+    until=_UNTIL_IT_VERIFIES,
+)
+@depends_on(
+    "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend.init_forward_metadata",
+    "forward_batch",
+    what="extended",
+    why="a pass is planned once, not once per layer",
+    until=_UNTIL_IT_VERIFIES,
+)
+@depends_on(
+    "sglang.srt.mem_cache.memory_pool:KVWriteLoc",
+    "loc",
+    "swa_loc",
+    what="constructed to write a block's K and V",
+    why="the pool takes slots in this form",
+    until="never: SGLang's own attention backends use it alike",
+)
 class OrthrusCpuAttnBackend(TorchNativeAttnBackend):
     """SGLang's `torch_native` backend, able to run a block of rows after a cached prefix.
 

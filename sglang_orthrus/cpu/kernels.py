@@ -10,9 +10,23 @@ from typing import Any
 
 import torch
 
+from sglang_orthrus.compat.ledger import depends_on
+
 logger = logging.getLogger(__name__)
 
 
+@depends_on(
+    "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+    "req_pool_indices",
+    "req_to_token",
+    "start_offset",
+    "end_offset",
+    "out_cache_loc",
+    "batch_size",
+    what="replaced by PyTorch indexing",
+    why="it launches Triton unless SGLANG_USE_CPU_ENGINE=1, which needs kernels that the wheel lacks",
+    until="it asks the platform's supports_triton, as the paged allocator does",
+)
 def assign_req_to_token_pool_func(
     req_pool_indices: torch.Tensor,
     req_to_token: torch.Tensor,
@@ -39,6 +53,15 @@ def assign_req_to_token_pool_func(
         taken += end - start
 
 
+@depends_on(
+    "sglang.kernels.ops.sampling.murmur_hash:murmur_hash32",
+    "seed",
+    "positions",
+    "col_indices",
+    what="replaced by PyTorch arithmetic",
+    why="for CPU tensors it calls a kernel that the wheel lacks, so seeded sampling fails",
+    until="it has a PyTorch path",
+)
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
     """MurmurHash3 of (seed, position, column), the source of seeded sampling (`sglang.kernels.ops.sampling`).
 
@@ -62,6 +85,13 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
     return (state ^ (state >> 16)).to(torch.uint32)
 
 
+@depends_on(
+    "sglang.srt.batch_invariant_ops:enable_batch_invariant_mode",
+    "enable_bmm",
+    what="replaced by a warning",
+    why="it puts Triton kernels in place of PyTorch's, and seeded sampling needs the flag that calls it",
+    until="seeds act without --enable-deterministic-inference",
+)
 def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
     """Log what `--enable-deterministic-inference` gives on a CPU (`sglang.srt.batch_invariant_ops`)."""
     logger.warning(
@@ -69,6 +99,14 @@ def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
     )
 
 
+@depends_on(
+    "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.apply_vocab_mask",
+    "logits",
+    "vocab_mask",
+    what="replaced by XGrammar's own call, which the grammar objects make",
+    why="it knows no CPU, so that the first request under --enable-strict-thinking ends the scheduler",
+    until="it has a branch for the CPU (patches/0017)",
+)
 def apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
     """Forbid what a mask of XGrammar forbids (`sglang.srt.constrained.xgrammar_backend`).
 
@@ -81,6 +119,13 @@ def apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
     apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
 
 
+@depends_on(
+    "torch.cuda:synchronize",
+    "device",
+    what="replaced by a function that returns at once",
+    why="SGLang waits for the accelerator when it releases memory: in a CUDA build that is CUDA, present or not",
+    until="SGLang asks the platform",
+)
 def synchronize(device: Any = None) -> None:
     """The CPU computes synchronously: there is nothing to wait for."""
 

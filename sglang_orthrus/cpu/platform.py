@@ -14,6 +14,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_orthrus.compat.ledger import EXTENSION_POINT, depends_on
+
 ATTENTION_BACKEND = "torch_native"
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 DEFAULT_MAX_TOTAL_TOKENS = 65536
@@ -31,6 +33,13 @@ def activate() -> str | None:
     return f"{__name__}:{OrthrusCpuPlatform.__name__}"
 
 
+@depends_on(
+    "sglang.srt.platforms.cpu:CpuDeviceMixin",
+    what="mixed into the platform class; overrides get_device, get_torch_profiler_activity and "
+    "get_torch_profiler_activity_str",
+    why="it is SGLang's own answer to the device questions",
+    until=EXTENSION_POINT,
+)
 class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Plain PyTorch on the CPU: no Triton, no graphs, no compiler."""
 
@@ -101,6 +110,13 @@ class OrthrusCpuPlatform(CpuDeviceMixin, SRTPlatform):
         _allow_deterministic_inference()
 
 
+@depends_on(
+    "sglang.srt.server_args:add_deterministic_attention_backend_choices",
+    "iterable",
+    what="called with torch_native",
+    why="--enable-deterministic-inference refuses other attention backends",
+    until=EXTENSION_POINT,
+)
 def _allow_deterministic_inference() -> None:
     from sglang.srt import server_args
 

@@ -10,6 +10,7 @@ from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import Cursor
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.reasoning import ReasonerCursor
@@ -17,6 +18,12 @@ from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor, stop_ids_of
 
 
+@depends_on(
+    "sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject._is_generation",
+    what="called: past the end of the reasoning the grammar behind it is used alone",
+    why="there is no public call that tells",
+    until="there is one",
+)
 def cursor_of(grammar: BaseGrammarObject, text: TokenText, scratch: torch.Tensor) -> Cursor:
     """The fastest cursor for a grammar object in its present state; not to be kept for the next round.
 

@@ -13,6 +13,7 @@ from sglang.srt.constrained.llguidance_backend import (
     fill_token_bitmask_with_draft_tokens,
 )
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import Match
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
@@ -20,6 +21,13 @@ from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 _NUM_QUICK_ROWS = 8
 
 
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:GuidanceGrammar",
+    "ll_matcher",
+    what="its ll_matcher advances along a block and back",
+    why="SGLang's grammar objects have no call that fills the masks of a chain",
+    until="they have one",
+)
 class GuidanceCursor:
     """llguidance: a chain is filled by its executor; its forced tokens stop short of an unsure end by themselves.
 
@@ -80,6 +88,14 @@ class GuidanceCursor:
         return fill_blocks([(0, self)], block[None], masks, limit)
 
 
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:fill_token_bitmask_with_draft_tokens",
+    "entries",
+    "vocab_mask",
+    what="called for the masks of several blocks",
+    why="it is SGLang's own call for drafts, but no method of the grammar object",
+    until="SGLang's grammar objects fill the masks of a chain",
+)
 def fill_blocks(
     cursors: Sequence[tuple[int, GuidanceCursor]], blocks: torch.Tensor, masks: torch.Tensor, limit: float
 ) -> int:

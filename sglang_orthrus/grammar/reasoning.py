@@ -9,10 +9,19 @@ import torch
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Cursor, Ids, Match, is_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
 
+@depends_on(
+    "sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject",
+    "grammar",
+    "think_end_ids",
+    what="advances along a block and back; _is_thinking and _grammar_active are asked whether it constrains",
+    why="it has no public call for either",
+    until="SGLang's grammar objects fill the masks of a chain",
+)
 class ReasonerCursor:
     """A grammar that waits for the end of a reasoning, token by token: a round in which it may begin.
 
@@ -97,6 +106,12 @@ class ReasonerCursor:
         return num_filled
 
 
+@depends_on(
+    "sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject._is_thinking",
+    what="called: a reasoning that goes on through the block leaves it unconstrained",
+    why="there is no public call that tells",
+    until="there is one",
+)
 def leaves_block_alone(grammar: BaseGrammarObject, tokens: Ids) -> bool:
     """Whether a reasoning goes on through the whole block, so that a grammar behind it does not constrain any of it."""
     return (

@@ -13,6 +13,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from xgrammar import GrammarMatcher
 from xgrammar.base import _core
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import Masks, Match, is_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 from sglang_orthrus.grammar.token_text import BYTES_PER_TOKEN, TokenText
@@ -36,6 +37,18 @@ class _ShortCalls(NamedTuple):
     find_jump_forward_string: Any
 
 
+@depends_on(
+    "xgrammar.base:_core.GrammarMatcher.__tvm_ffi_type_info__",
+    what="searched for the native methods of a matcher",
+    why="XGrammar's Python methods release the interpreter's lock at every token, so that other threads delay them",
+    until="XGrammar accepts a chain of tokens in one call, without masks",
+)
+@depends_on(
+    "tvm_ffi.core:Function.release_gil",
+    what="set to False for the native methods of a matcher",
+    why="XGrammar's Python methods release the interpreter's lock at every token, so that other threads delay them",
+    until="XGrammar accepts a chain of tokens in one call, without masks",
+)
 @cache
 def _short_calls() -> _ShortCalls:
     """They take microseconds, and from now on they keep the interpreter's lock.
@@ -49,6 +62,12 @@ def _short_calls() -> _ShortCalls:
     return calls
 
 
+@depends_on(
+    "xgrammar.base:XGRObject._handle",
+    what="read, as the first argument of the native methods",
+    why="XGrammar's Python methods take twice as long, and release the interpreter's lock at every token",
+    until="XGrammar accepts a chain of tokens in one call, without masks",
+)
 class XGrammarCursor:
     """XGrammar: a chain is filled by one `traverse_draft_tree`, which runs without the interpreter's lock.
 
@@ -181,6 +200,13 @@ class XGrammarCursor:
         return max(1, int(are_unfilled.argmax())) if are_unfilled.any() else width
 
 
+@depends_on(
+    "sglang.srt.constrained.xgrammar_backend:XGrammarGrammar",
+    "matcher",
+    what="its matcher advances along a block and back",
+    why="SGLang's grammar objects have no call that fills the masks of a chain",
+    until="they have one",
+)
 def stop_ids_of(grammar: XGrammarGrammar) -> frozenset[int]:
     """Remembered: XGrammar makes a new list each time it is asked."""
     if grammar not in _STOP_IDS:

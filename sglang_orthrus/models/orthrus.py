@@ -16,7 +16,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
-from sglang_orthrus.compat.scheduler import qwen3_attention_class
+from sglang_orthrus.compat.ledger import depends_on
+from sglang_orthrus.compat.model import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import HEAD_ROWS, OrthrusBlockInput, View, view_of
 from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names
@@ -25,6 +26,18 @@ from sglang_orthrus.models.qkv_kernel import caches_of, place_qkv
 _SCALES = ("k_scale", "v_scale", "k_scale_float", "v_scale_float")
 
 
+@depends_on(
+    "sglang.srt.layers.radix_attention:RadixAttention",
+    "num_heads",
+    "head_dim",
+    "scaling",
+    "num_kv_heads",
+    "layer_id",
+    "attn_type",
+    what="subclassed for the diffusion view; the scales of K and V are the AR layer's",
+    why="both views store to one cache, and SGLang sets the scales of the layer that it knows",
+    until="never: a model's attention layers are of this class",
+)
 class DiffusionAttention(RadixAttention):
     """The diffusion view's attention over the K/V of an AR layer: no causal mask, and that layer's scales.
 
@@ -56,6 +69,15 @@ class DiffusionAttention(RadixAttention):
         return super().__getattr__(name)
 
 
+@depends_on(
+    "sglang.srt.models.qwen3:Qwen3Attention.forward",
+    "positions",
+    "hidden_states",
+    "forward_batch",
+    what="overridden: for blocks on a GPU norm, RoPE and the store of K and V are one kernel",
+    why="they are four kernels per layer and pass",
+    until="Qwen3 fuses them on CUDA as it does on ROCm",
+)
 class OrthrusAttention(Qwen3Attention):
     """Qwen3 attention with a second set of projections under the released names (`q_proj_diff`, ...).
 
@@ -90,6 +112,15 @@ class OrthrusAttention(Qwen3Attention):
         return output
 
 
+@depends_on(
+    "sglang.srt.models.qwen3:Qwen3ForCausalLM",
+    "config",
+    "quant_config",
+    "prefix",
+    what="subclassed; overrides forward, load_weights",
+    why="the AR view is this model, with its weights' names",
+    until="never: SGLang's models are extended so",
+)
 class OrthrusLM(Qwen3ForCausalLM):
     """Dual-view Qwen3. Without our algorithm it serves its AR view, which is the base model.
 
@@ -132,6 +163,13 @@ class OrthrusLM(Qwen3ForCausalLM):
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
 
+    @depends_on(
+        "sglang.srt.layers.logits_processor:LogitsMetadata",
+        "forward_mode",
+        what="constructed to call the head on chosen rows",
+        why="SGLang calls the head inside the forward pass, on all rows",
+        until="the model has a public head",
+    )
     @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
         """The head on rows of a block: [..., hidden] -> [rows, vocabulary], contiguous.
@@ -156,6 +194,14 @@ class OrthrusLM(Qwen3ForCausalLM):
         best = [_without_nan_inplace(self._head(group)).argmax(dim=-1) for group in rows.split(HEAD_ROWS)]
         return torch.cat(best).view(hidden_states.shape[:-1])
 
+    @depends_on(
+        "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head",
+        "hidden_states",
+        "lm_head",
+        what="called for logits in the type that the head computes in",
+        why="the public call copies them to fp32, twice the memory, which argmax does not need",
+        until="the model has a public head",
+    )
     def _head(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocabulary], rounded as `logits` rounds it; a view without the head's padding."""
         logits: torch.Tensor = self.logits_processor._compute_lm_head(rows, self.lm_head)

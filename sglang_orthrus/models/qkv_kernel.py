@@ -17,6 +17,8 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.runtime_context import get_exec
 
+from sglang_orthrus.compat.ledger import depends_on
+
 _MAX_HEADS = 8  # of one program
 
 
@@ -134,6 +136,12 @@ def place_qkv(
     return q
 
 
+@depends_on(
+    "sglang.srt.model_executor.forward_context:get_token_to_kv_pool",
+    what="called for the buffers that the kernel stores to",
+    why="an attention layer does not know its pool (Qwen3's fused path on ROCm calls it, too)",
+    until="Qwen3 fuses norm, RoPE and store on CUDA",
+)
 def caches_of(attention: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Where `place_qkv` may store a layer's K and V; None if SGLang's own kernels have to do it.
 

@@ -10,11 +10,22 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusBlockInput, Phase
 
 Forward = Callable[..., LogitsProcessorOutput]
 
 
+@depends_on(
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
+    "model_runner",
+    "attn_backend",
+    "speculative_num_draft_tokens",
+    what="subclassed; overrides capture, capture_one_shape, get_spec_info, can_run_graph, _resolve_lora_variant, "
+    "_next_token_logits_buffer_capacity_rows",
+    why="it has no spec input for plugins' algorithms, and one graph per batch size",
+    until="it asks the algorithm for spec inputs and graph variants",
+)
 class OrthrusGraphRunner(DecodeCudaGraphRunner):
     """SGLang's decode graph runner with a graph per phase and batch size, over one set of buffers and one plan.
 

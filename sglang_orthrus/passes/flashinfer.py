@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.passes.plan_kernel import max_split_work, plan_in_graphs
 
 # What SGLang's backend takes for plain Qwen3; it does not know that ours is one.
@@ -45,6 +46,14 @@ def set_workspace_size(size: int) -> None:
         envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.set(size)
 
 
+@depends_on(
+    "sglang.srt.layers.attention.hybrid_attn_backend:HybridAttnBackend",
+    "prefill_backend",
+    "decode_backend",
+    what="its two backends are read; needs_cpu_seq_lens becomes what the one that verifies says",
+    why="it also asks the backend that runs in no round, and before the backends are fitted",
+    until="an attention backend says which one runs a forward mode",
+)
 def fit(backend: Any) -> None:
     """Fit an attention backend of SGLang's to rounds, if FlashInfer verifies there. Needs to be done before capture."""
     from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
@@ -62,6 +71,13 @@ def fit(backend: Any) -> None:
     backend.needs_cpu_seq_lens = ours.needs_cpu_seq_lens
 
 
+@depends_on(
+    "sglang.srt.layers.attention.hybrid_attn_backend:HybridAttnBackend._select_backend",
+    "forward_mode",
+    what="called for the backend that verifies, if prefill and decode have unlike ones",
+    why="rounds need the FlashInfer backend that runs them",
+    until="an attention backend says which one runs a forward mode",
+)
 def verifying(backend: Any) -> Any:
     """The attention backend that runs passes over blocks: one of two if prefill and decode have unlike ones."""
     return backend._select_backend(ForwardMode.TARGET_VERIFY) if _parts(backend) else backend
@@ -73,6 +89,13 @@ def _parts(backend: Any) -> tuple[Any, ...]:
     return (backend.prefill_backend, backend.decode_backend) if isinstance(backend, HybridAttnBackend) else ()
 
 
+@depends_on(
+    "flashinfer.prefill:BatchPrefillWithPagedKVCacheWrapper.plan",
+    "disable_split_kv",
+    what="called with disable_split_kv for passes over blocks under deterministic inference",
+    why="SGLang leaves the splits of verify passes to FlashInfer, which decides by the whole batch",
+    until="SGLang fixes them as it does for prefill and decode",
+)
 def keep_blocks_whole(backend: Any) -> None:
     """Have passes over blocks that no graph covers attend to each request in one go, as `plan_in_graphs` does it.
 
@@ -82,6 +105,25 @@ def keep_blocks_whole(backend: Any) -> None:
         wrapper.begin_forward = partial(wrapper.begin_forward, disable_split_kv=True)
 
 
+@depends_on(
+    "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend._prepare_cuda_graph_metadata",
+    "bs",
+    "num_tokens",
+    "forward_mode",
+    "spec_info",
+    what="replaced on the instance: the graphs of a batch size share wrappers",
+    why="a second capture takes the first one's plan away",
+    until="SGLang keeps wrappers per graph",
+)
+@depends_on(
+    "sglang.srt.layers.attention.flashinfer_backend:PrefillMetadata",
+    "prefill_wrappers",
+    "use_ragged",
+    "extend_no_prefix",
+    what="constructed for wrappers that are used again",
+    why="it is how the backend hands wrappers to its layers",
+    until="SGLang keeps wrappers per graph",
+)
 def share_plans(backend: Any) -> None:
     """Let all graphs of a batch size use one set of wrappers, so that one plan serves them all.
 
@@ -105,6 +147,14 @@ def share_plans(backend: Any) -> None:
     backend._prepare_cuda_graph_metadata = prepare
 
 
+@depends_on(
+    "flashinfer.prefill:BatchPrefillWithPagedKVCacheWrapper.run",
+    "q",
+    "out",
+    what="wrapped on the instance; _cached_o_data_type is set, and an output that is not zeroed is passed",
+    why="FlashInfer zeroes its own outputs, a fill kernel per layer and pass, and refuses others without that type",
+    until="SGLang passes an output",
+)
 def _leave_output_empty(wrapper: Any) -> None:
     """Have FlashInfer not zero an output that a plan covers row by row: a fill kernel per layer and pass."""
     stock = wrapper.run
@@ -116,6 +166,15 @@ def _leave_output_empty(wrapper: Any) -> None:
     wrapper.run = run
 
 
+@depends_on(
+    "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend.init_cuda_graph_state",
+    "max_bs",
+    "max_num_tokens",
+    "kv_indices_buf",
+    what="replaced on the instance: it allocates indices per request and no mask",
+    why="it allocates a context's worth of indices and mask for every token of every block",
+    until="SGLang sizes them by request",
+)
 def bound_indices(backend: Any) -> None:
     """Allocate page indices for the requests that a graph can hold, and no mask.
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_orthrus.compat.ledger import depends_on
+
 # FlashInfer's own, for pages of one token.
 MIN_CHUNK = 128
 _CTAS_PER_SM = 2
@@ -186,6 +188,49 @@ def write_plan(
     )
 
 
+@depends_on(
+    "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend.init_forward_metadata_out_graph",
+    "forward_batch",
+    "in_capture",
+    what="replaced on the instance: it plans at capture only",
+    why="its plan needs the lengths on the host, so that every round would wait for them",
+    until="SGLang plans on the device",
+)
+@depends_on(
+    "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend.init_forward_metadata_in_graph",
+    "forward_batch",
+    what="replaced on the instance: the first nodes of a graph write its plan",
+    why="its plan needs the lengths on the host, so that every round would wait for them",
+    until="SGLang plans on the device",
+)
+@depends_on(
+    "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend",
+    "model_runner",
+    what="prefill_cuda_graph_metadata, indices_updater_prefill, kv_last_page_len, workspace_buffer, "
+    "kv_index_translator and enable_deterministic are read",
+    why="they hold the wrappers, shapes and buffers of the plans",
+    until="SGLang plans on the device",
+)
+@depends_on(
+    "flashinfer.prefill:BatchPrefillWithPagedKVCacheWrapper",
+    "float_workspace_buffer",
+    what="_plan_info is read and set; _int_workspace_buffer, _float_workspace_buffer, _paged_kv_indptr_buf and "
+    "_paged_kv_indices_buf are written to by the graph's own plan",
+    why="FlashInfer plans on the host",
+    until="FlashInfer plans on the device",
+)
+@depends_on(
+    "sglang.srt.mem_cache.kv_index_translator:KVIndexTranslator.pack_read_stream",
+    "plan",
+    "req_pool_indices",
+    "seq_lens",
+    "indptr",
+    "out",
+    "num_token_blocks",
+    what="called inside the graph for the page indices of its plan",
+    why="SGLang's backend packs them outside",
+    until="SGLang plans on the device",
+)
 class GraphPlanner:
     """Plans the verify graphs of SGLang's FlashInfer backend from within.
 
@@ -240,6 +285,12 @@ class GraphPlanner:
             num_token_blocks=None,
         )
 
+    @depends_on(
+        "flashinfer.prefill:BatchPrefillWithPagedKVCacheWrapper.plan",
+        what="the call of _cached_module with _pin_memory_int_workspace_buffer is made here, with uniform_q_len",
+        why="the wrapper has no argument for uniform_q_len, and without it the batch decides the tiles",
+        until="FlashInfer's wrapper takes uniform_q_len",
+    )
     def _fix_tiles(self, forward_batch: Any) -> None:
         """Lay the workspace out anew, for tiles that fit one block whatever the batch, as in passes without a graph.
 

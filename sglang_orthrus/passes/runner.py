@@ -12,6 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.utils.common import get_available_gpu_memory
 
+from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import DraftBlock, OrthrusBlockInput, Phase, RoundBatch, snapshot
 from sglang_orthrus.passes.blocks import draft_block
@@ -39,6 +40,39 @@ class PreparedPass(NamedTuple):
     forward_batch: ForwardBatch
 
 
+@depends_on(
+    "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+    "batch",
+    "model_runner",
+    "return_hidden_states_before_norm",
+    what="called for every pass",
+    why="no public call runs one more forward pass over a batch",
+    until=SHARED_BY_WORKERS,
+)
+@depends_on(
+    "sglang.srt.model_executor.forward_batch_info:ForwardBatch.mark_forward_metadata_ready",
+    what="called for a verify pass whose graph replays on the draft's plan",
+    why="SGLang would plan again (the DFLASH worker calls it, too)",
+    until=SHARED_BY_WORKERS,
+)
+@depends_on(
+    "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+    "batch",
+    "forward_batch",
+    "is_verify",
+    what="called for both passes",
+    why="no public call runs one more forward pass over a batch",
+    until=SHARED_BY_WORKERS,
+)
+@depends_on(
+    "sglang.srt.utils.common:get_available_gpu_memory",
+    "device",
+    "gpu_id",
+    "empty_cache",
+    what="called before and after graphs of wider drafts are captured",
+    why="SGLang reports the memory of all graphs (the UNO worker calls it, too)",
+    until=SHARED_BY_WORKERS,
+)
 class DualViewRunner:
     """Runs draft and verify passes on a target worker, as CUDA graphs where they were captured.
 

@@ -15,28 +15,48 @@ from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
 from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
-from sglang_orthrus.compat import requests as request_hooks
-from sglang_orthrus.compat import scheduler as compat
-from sglang_orthrus.compat.accounting import count_running_requests_only
+from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, depends_on
+from sglang_orthrus.compat.memory import use_graph_runner
+from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.config import DraftMode, DualViewConfig, slow_mask_seconds
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath
-from sglang_orthrus.models.checkpoint import folder_problem
 from sglang_orthrus.passes import flashinfer as flashinfer_plans
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
+from sglang_orthrus.sampling.first_token import FirstTokenSampler
 from sglang_orthrus.sampling.memory import reserve
 from sglang_orthrus.sampling.output_history import History
-from sglang_orthrus.server_args.admission import refusal
 
 logger = logging.getLogger(__name__)
 
 Publish = Callable[[torch.Tensor], None]
 
 
+@depends_on(
+    "sglang.srt.speculative.base_spec_worker:BaseSpecWorker",
+    what="subclassed; overrides init_attention_backends, init_cuda_graphs, prewarm_sampling, spec_v2_attn_backends, "
+    "forward_batch_generation",
+    why="the scheduler expects its interface of every worker",
+    until=EXTENSION_POINT,
+)
+@depends_on(
+    "sglang.srt.managers.utils:GenerationBatchResult",
+    "logits_output",
+    "next_token_ids",
+    "accept_lens",
+    "next_draft_input",
+    "new_seq_lens",
+    "can_run_cuda_graph",
+    "speculative_num_draft_tokens",
+    "delay_sample_func",
+    what="returned from every round",
+    why="the scheduler expects it of every worker",
+    until=EXTENSION_POINT,
+)
 class OrthrusWorker(BaseSpecWorker):
     """One model, one KV pool, no draft worker."""
 
@@ -54,7 +74,7 @@ class OrthrusWorker(BaseSpecWorker):
         self._passes = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
         self._history = History(self.device)
         sampling_backend = get_exec().kernel.sampling_backend
-        compat.choose_as_if_alone(self.model_runner)
+        replace_sampler(self.model_runner, FirstTokenSampler())
         reporting = (get_observability().decode_log_interval, get_observability().enable_metrics)
         self._metrics = RoundMetrics(*reporting)
         grammars = BlockGrammars(
@@ -68,7 +88,7 @@ class OrthrusWorker(BaseSpecWorker):
         self._policy = Policy(self.speculative_num_draft_tokens)
         self._round = Round(self._passes, self._history, grammars, self.model_runner, sampling_backend)
         # The pools and graphs are made after this, and requests arrive later still.
-        compat.use_graph_runner(self.model_runner, OrthrusGraphRunner)
+        use_graph_runner(self.model_runner, OrthrusGraphRunner)
         if self.device != "cpu":
             model = self.model_runner.model_config
             size = flashinfer_plans.workspace_bytes(
@@ -79,23 +99,19 @@ class OrthrusWorker(BaseSpecWorker):
                 model.head_dim,
             )
             flashinfer_plans.set_workspace_size(size)
-        compat.widen_req_to_token_rows(config.block_size)
-        compat.refuse_requests(partial(refusal, are_seeded=get_exec().deterministic.enable_deterministic_inference))
-        request_hooks.keep_allowed_logits()
-        request_hooks.forget_processors_of_aborted()
-        compat.stop_at_first_match()
-        compat.begin_llguidance_behind_a_reasoning()
-        compat.continue_sessions_at_the_end()
-        compat.fence_delayed_rounds()
-        count_running_requests_only()
-        layers = self.model_runner.model_config.hf_config.num_hidden_layers
-        compat.check_weight_updates(partial(folder_problem, num_layers=layers))
         logger.info(
             "ORTHRUS drafts blocks of %d tokens and verifies %d of them per round.",
             config.block_size,
             self.speculative_num_draft_tokens,
         )
 
+    @depends_on(
+        "sglang.srt.model_executor.model_runner:ModelRunner._get_attention_backend",
+        "init_new_workspace",
+        what="called for a second backend if drafts are wider than verify",
+        why="an attention backend's graphs have one width (the UNO worker calls it, too)",
+        until=SHARED_BY_WORKERS,
+    )
     def init_attention_backends(self) -> None:
         """Adapt SGLang's attention backend to two passes per round."""
         runner = self.model_runner
@@ -143,6 +159,13 @@ class OrthrusWorker(BaseSpecWorker):
             return self._prefill(batch, on_publish)
         return self._run_round(batch, on_publish)
 
+    @depends_on(
+        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+        "batch",
+        what="called for prefill",
+        why="a speculative worker runs the target model through it",
+        until=SHARED_BY_WORKERS,
+    )
     def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
         self._history.resume(batch)
         result = self._target_worker.forward_batch_generation(batch)

@@ -14,11 +14,41 @@ import torch
 from sglang.kernels.ops.sampling import softmax
 from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch
 
+from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
 from sglang_orthrus.sampling.distributions import Support, joint_support, sequential_support, sorted_support
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowContext, RowMasks
 from sglang_orthrus.sampling.request_groups import RequestGroup, request_groups
 
 
+@depends_on(
+    "sglang.srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch",
+    "probs",
+    "top_ks",
+    "top_ps",
+    "min_ps",
+    "need_min_p_sampling",
+    "sampling_seed",
+    "positions",
+    what="called for seeded rows with filters",
+    why="the same function gives the same tokens",
+    until=SHARED_BY_SAMPLERS,
+)
+@depends_on(
+    "sglang.srt.layers.sampler:sampling_from_probs_torch",
+    "probs",
+    "sampling_seed",
+    "positions",
+    what="called for seeded rows without filters",
+    why="the same function gives the same tokens",
+    until=SHARED_BY_SAMPLERS,
+)
+@depends_on(
+    "sglang.kernels.ops.sampling:softmax",
+    "logits",
+    what="called on rows that are sampled without a seed",
+    why="SGLang's sampler uses it there",
+    until=SHARED_BY_SAMPLERS,
+)
 class BatchSampler:
     """What draft and verification ask of the requests of one round.
 

@@ -12,9 +12,28 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 
 
+@depends_on(
+    "sglang.srt.layers.sampler:Sampler._sample_from_probs",
+    "probs",
+    "sampling_info",
+    "positions",
+    "simple_sampling_case",
+    what="overridden: a request's first token does not depend on its neighbours' filters",
+    why="it picks one path for the whole batch",
+    until="SGLang's sampler chooses its path row by row",
+)
+@depends_on(
+    "sglang.srt.layers.sampler:Sampler._preprocess_logits",
+    "logits",
+    "sampling_info",
+    what="overridden: options that together allow no token give way",
+    why="a row without a token ends its scheduler",
+    until="it leaves every row a token (patches/0013)",
+)
 class FirstTokenSampler(Sampler):
     """SGLang's sampler, in which a request's filters do not change what its neighbours are given.
 

@@ -19,6 +19,7 @@ from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from sglang.srt.utils.common import async_h2d
 
+from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.sampling.nothing_left import leave_something_inplace, tame_inplace, within_the_grammar
 from sglang_orthrus.sampling.penalties import Penalties, TokenCounts, forbid_inplace, penalise_inplace
@@ -85,6 +86,12 @@ def may_forbid(req: Any) -> bool:
     )
 
 
+@depends_on(
+    "sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.copy_for_forward",
+    what="whether it returns acc_additive_penalties or acc_scaling_penalties says whether a request is penalised",
+    why="the penalizers stay with the scheduler, and these sums are one constant per block and a round late",
+    until="SGLang penalises per position",
+)
 def are_adjusted(info: Any) -> bool:
     """Whether any request of a batch is adjusted. info: SGLang's `SamplingBatchInfo`."""
     return bool(
@@ -95,6 +102,31 @@ def are_adjusted(info: Any) -> bool:
     )
 
 
+@depends_on(
+    "sglang.srt.layers.sampler:apply_custom_logit_processor",
+    "logits",
+    "sampling_batch_info",
+    what="called with every row of a block as a request of its own",
+    why="SGLang's speculative workers do so",
+    until=SHARED_BY_SAMPLERS,
+)
+@depends_on(
+    "sglang.srt.sampling.sampling_batch_info:ProcessorEntry",
+    "processor",
+    "rows",
+    "indices",
+    what="constructed for some rows of a batch",
+    why="it is the form of custom processors in a batch",
+    until=SHARED_BY_SAMPLERS,
+)
+@depends_on(
+    "sglang.srt.utils.async_probe:sanitize_nan_logits",
+    "logits",
+    "msg",
+    what="called before a token is chosen",
+    why="SGLang's sampler does so",
+    until=SHARED_BY_SAMPLERS,
+)
 class Adjustments:
     """The options of a batch's requests that change logits.
 

@@ -13,6 +13,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.utils.common import async_d2h, async_h2d
 
+from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.sampling.request_groups import RequestGroup
 
@@ -33,6 +34,17 @@ class _Table(NamedTuple):
     ids: torch.Tensor | None
 
 
+@depends_on(
+    "sglang.srt.layers.logits_processor:LogitsProcessorOutput",
+    "next_token_logprobs",
+    "next_token_top_logprobs_val",
+    "next_token_top_logprobs_idx",
+    "next_token_token_ids_logprobs_val",
+    "next_token_token_ids_logprobs_idx",
+    what="filled with NumPy arrays",
+    why="compute_spec_logprobs wants the logits of all rows at once: 2.5 GB for 128 blocks",
+    until=SHARED_BY_WORKERS,
+)
 class RoundLogprobs:
     """Collects them group by group, of the requests that want them: SGLang's `compute_spec_logprobs` takes all logits.
 

@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_exec, get_schedule
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.sampling.batch import BatchSampler
 from sglang_orthrus.sampling.drafts import draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments
@@ -62,6 +63,18 @@ class _Batch:
     device: torch.device
 
 
+@depends_on(
+    "sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo",
+    "temperatures",
+    "top_ps",
+    "top_ks",
+    "min_ps",
+    "acc_additive_penalties",
+    "sampling_seed",
+    what="constructed for a rehearsal",
+    why="sampling reads it (the DFLASH worker constructs it, too)",
+    until=SHARED_BY_WORKERS,
+)
 @torch.no_grad()
 def choose_once(hidden_states: torch.Tensor, vocab_size: int, sampling_backend: str, *, are_seeded: bool) -> None:
     """Draft and verify one full group of requests, once for every costly kind.
@@ -126,6 +139,26 @@ def choosing_bytes(
     return torch.cuda.max_memory_allocated() - before
 
 
+@depends_on(
+    "sglang.srt.model_executor.model_runner:ModelRunner.prewarm_sampling",
+    what="its result is replaced on the runner",
+    why="SGLang leaves as much memory as it names when it sizes the KV pool after capture",
+    until=SHARED_BY_WORKERS,
+)
+@depends_on(
+    "sglang.srt.model_executor.model_runner:SamplingPrewarmResult",
+    "sampling_headroom_bytes",
+    what="constructed",
+    why="it is the form of that result",
+    until=SHARED_BY_WORKERS,
+)
+@depends_on(
+    "sglang.srt.model_executor.runner_utils.pool:disable_graph_pool_borrow",
+    "reason",
+    what="called, since with borrowing SGLang leaves no memory for sampling",
+    why="a round samples between two replays, where the storage of graphs cannot be borrowed",
+    until=SHARED_BY_WORKERS,
+)
 def reserve(model_runner: Any, width: int, sampling_backend: str) -> SamplingPrewarmResult:
     """Have SGLang leave what choosing takes when it sizes the KV pool after capture; else see that it is there.
 

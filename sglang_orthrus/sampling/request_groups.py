@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
+from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
 from sglang_orthrus.core import HEAD_ROWS, rows_index
 
 # Requests of one group have at most `HEAD_ROWS` rows, or so many, but at least one request. Sampling needs some copies
@@ -55,6 +56,12 @@ class RequestGroup:
     is_costly: bool = False
 
 
+@depends_on(
+    "sglang.srt.sampling.sampling_params:TOP_K_ALL",
+    what="compared with top_k",
+    why="it is how a request says that it has none",
+    until=SHARED_BY_SAMPLERS,
+)
 def kind_of(params: Any) -> SamplingKind:
     """params: a request's normalised `SamplingParams`; temperature 0 is top_k 1 there."""
     if params.top_k <= 1:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
+from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.server_args.admission_values import Numbers, computed_fields, value_problem, without_pitfalls
 
 
@@ -54,6 +55,13 @@ def refusal(req: Any, are_seeded: bool = False) -> str | None:
     return value_problem(numbers, req.sampling_params, req.vocab_size) or _processor_problem(req)
 
 
+@depends_on(
+    "sglang.srt.sampling.custom_logit_processor:CustomLogitProcessor.from_str",
+    "json_str",
+    what="called in the scheduler: a request's processor is tried before the request joins a batch",
+    why="a processor that cannot be loaded or fails on its parameters ends the scheduler",
+    until="SGLang answers 400 to it",
+)
 def _processor_problem(req: Any) -> str | None:
     """Why a custom logit processor does not work with the request's parameters, by trial on one row of logits."""
     if req.custom_logit_processor is None:
@@ -96,6 +104,20 @@ def tokenized_problem(request: Any, vocab_size: int, hidden_size: int | None = N
     return problem
 
 
+@depends_on(
+    "sglang.srt.managers.io_struct:msgpack_encode",
+    "obj",
+    what="called on a request without its long fields",
+    why="a field of another type than the scheduler expects ends the scheduler",
+    until="SGLang answers 400 to such fields (patches/0014)",
+)
+@depends_on(
+    "sglang.srt.managers.utils:msgpack_decode_explained",
+    "data",
+    what="called on the encoded request, as the scheduler does",
+    why="a field of another type than the scheduler expects ends the scheduler",
+    until="SGLang answers 400 to such fields (patches/0014)",
+)
 def unreadable(request: Any) -> str | None:
     """Why the scheduler could not decode a request: a field of another type, which HTTP lets through; None if it can.
 

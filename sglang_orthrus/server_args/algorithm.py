@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from sglang_orthrus.compat.ledger import EXTENSION_POINT, depends_on
 from sglang_orthrus.server_args.refusals import (
     ATTENTION_BACKENDS,
     Refused,
@@ -22,6 +23,17 @@ NAME = "ORTHRUS"
 DEFAULT_MAX_RUNNING_REQUESTS = 48
 
 
+@depends_on(
+    "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
+    "name",
+    "factory",
+    "supports_overlap",
+    "validate_server_args",
+    what="subclassed; overrides supports_grammar_overlap, supports_prefill_shared_read_done, has_draft_kv, "
+    "handle_server_args",
+    why="the spec_class argument of SpeculativeAlgorithm.register expects a subclass, but the module is private",
+    until=EXTENSION_POINT,
+)
 class OrthrusAlgorithm(CustomSpecAlgo):
     """`--speculative-algorithm ORTHRUS`: one model drafts and verifies, over one KV pool.
 
@@ -41,6 +53,17 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         """The same worker runs on every platform."""
         return None
 
+    @depends_on(
+        "sglang.srt.managers.overlap_utils:FutureMap",
+        "device",
+        "spec_algo",
+        "req_to_token_pool",
+        "needs_cpu_seq_lens",
+        "needs_confidence_relay",
+        what="constructed",
+        why="the scheduler asks the algorithm for it, and CustomSpecAlgo has no answer",
+        until="CustomSpecAlgo has create_future_map (patches/0001)",
+    )
     def create_future_map(
         self,
         device: Any,

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sglang_orthrus.compat.scheduler import require_supported_sglang
+from sglang_orthrus.compat.ledger import depends_on
+from sglang_orthrus.compat.versions import require_supported_sglang
 from sglang_orthrus.config import ARCHITECTURES, DraftMode, DualViewConfig, is_orthrus, slow_mask_seconds
 
 ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
@@ -108,6 +109,13 @@ def flag_refusals(args: Any) -> Iterator[str]:
             yield f"{_flag(rule.field, value)}: {rule.reason}; {rule.advice}."
 
 
+@depends_on(
+    "sglang.srt.arg_groups.pipeline:run_resolution_pipeline",
+    "server_args",
+    what="the _raw_input that it keeps is read",
+    why="a resolved field does not say whether the user or SGLang has set it",
+    until="ServerArgs tells",
+)
 def is_given(args: Any, field: str, served: Sequence[Any] = (None,)) -> bool:
     """Whether the user gave a field another value than these; SGLang may have derived the one that it has now."""
     given: dict[str, Any] | None = getattr(args, "_raw_input", None)
@@ -192,6 +200,13 @@ def _declares_fp8_kv(args: Any) -> bool:
     return str(algorithm).upper() == "FP8" or is_fp8_scheme
 
 
+@depends_on(
+    "sglang.srt.arg_groups.model_override_base:attention_backends_of",
+    "cfg",
+    what="reads the resolved attention backends",
+    why="nothing else lets the prefill and decode flags fall back to the common one",
+    until="never: it only reads",
+)
 def attention_backends(args: Any) -> dict[str, str | None]:
     """The attention backends, by the field that chose each."""
     from sglang.srt.arg_groups.model_override_base import attention_backends_of
@@ -211,6 +226,13 @@ def _flag(field: str, value: Any) -> str:
     return f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple | dict) else value}"
 
 
+@depends_on(
+    "sglang.srt.arg_groups.model_override_base:model_config_of",
+    "server_args",
+    what="reads the checkpoint's configuration while arguments are resolved",
+    why="the validation hook gets the arguments alone",
+    until="never: it only reads",
+)
 def dual_view(server_args: Any) -> DualViewConfig:
     """The diffusion view of the checkpoint that the arguments name.
 

@@ -15,7 +15,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat import versions
 from sglang_orthrus.plugin import register
 from sglang_orthrus.server_args import refusals
 from sglang_orthrus.server_args.algorithm import ATTENTION_BACKENDS, OrthrusAlgorithm, Refused
@@ -290,7 +290,7 @@ def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None
 
 
 def test_another_sglang_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "version", lambda name: "0.5.22")
+    monkeypatch.setattr(versions, "version", lambda name: "0.5.22")
     with pytest.raises(Refused, match=r"needs sglang 0\.5\.23, but 0\.5\.22 is installed: pip install"):
         _resolve(checkpoint)
 

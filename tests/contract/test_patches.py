@@ -15,7 +15,7 @@ from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat.grammars import begin_llguidance_behind_a_reasoning
 from sglang_orthrus.cpu.kernels import murmur_hash32
 from tests.patching import PATCHES, apply, installed_sglang
 
@@ -155,7 +155,7 @@ def test_llguidance_begins_behind_a_reasoning(tmp_path: Path, monkeypatch: pytes
     patched = load("patched_llguidance", apply(PATCHES / "0008-llguidance-behind-a-reasoning.patch", tmp_path)[0])
     completed = load("completed_llguidance", Path(str(llguidance_backend.__file__)))
     monkeypatch.setitem(sys.modules, llguidance_backend.__name__, completed)
-    compat.begin_llguidance_behind_a_reasoning()
+    begin_llguidance_behind_a_reasoning()
     for module in (patched, completed):
         grammar = grammar_of(module)
         masks = grammar.allocate_vocab_mask_fn(4096, 3, "cpu")

@@ -12,7 +12,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat.stops import stop_at_first_match
 from tests.contract.test_patches import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
@@ -53,7 +53,7 @@ def finish(request_class: Any, sampling: dict[str, Any], step: int) -> tuple[Any
 def wrapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     request_class = schedule_batch.Req
     monkeypatch.setattr(request_class, "update_finish_state", request_class.update_finish_state)
-    compat.stop_at_first_match()
+    stop_at_first_match()
     yield request_class
 
 

@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat.stops import stop_at_first_match
 from tests.contract.test_patches import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
@@ -45,7 +45,7 @@ def test_a_round_counts_what_its_tokens_count_one_by_one(
     expected = finished(1, **sampling)
     assert expected.reasoning_tokens <= len(expected.output_ids)
     monkeypatch.setattr(Req, "update_finish_state", Req.update_finish_state)
-    compat.stop_at_first_match()
+    stop_at_first_match()
     for step in (3, 32, len(OUTPUT)):
         got = finished(step, **sampling)
         assert got.reasoning_tokens == expected.reasoning_tokens

@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import Function, Tool
 from sglang.srt.function_call.base_format_detector import BaseFormatDetector
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
-from sglang_orthrus.compat import scheduler as compat
+from sglang_orthrus.compat.streaming import parse_tool_calls_word_by_word
 from tests.contract.test_patches import PATCHES, apply, load
 from tests.contract.tool_texts import KINDS, Call, text_of
 
@@ -40,7 +40,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wrapped(stock: None) -> None:
-    compat.stream_tool_calls_in_pieces()
+    parse_tool_calls_word_by_word()
 
 
 @pytest.fixture

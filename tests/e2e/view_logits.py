@@ -19,6 +19,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.plugins import load_plugins
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, prepare_server_args
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.round.worker import OrthrusWorker
@@ -38,7 +39,8 @@ def start_worker(model: str, *flags: str) -> OrthrusWorker:
     one_batch.bootstrap.init_layer_runtime(model_config=config)
 
     target = TpModelWorker(server_args=args, gpu_id=0, nccl_port=ports.nccl_port)
-    worker = OrthrusWorker(server_args=args, gpu_id=0, nccl_port=ports.nccl_port, target_worker=target)
+    worker_class = SpeculativeAlgorithm.from_string("ORTHRUS").create_worker(args)
+    worker: OrthrusWorker = worker_class(server_args=args, gpu_id=0, nccl_port=ports.nccl_port, target_worker=target)
     target.alloc_memory_pool()
     target.init_attention_backends()
     worker.init_attention_backends()

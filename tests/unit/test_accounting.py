@@ -1,4 +1,4 @@
-"""What SGLang counts of a round: its own reporter, fed by its own processing of results."""
+"""What SGLang counts of a round: its own reporter, fed as its own processing of results feeds it."""
 
 from __future__ import annotations
 
@@ -11,93 +11,106 @@ from sglang.srt.managers.scheduler_components.batch_result_processor import Sche
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 from sglang.srt.managers.utils import GenerationBatchResult
 
-from sglang_orthrus.compat.accounting import count_running_requests_only
+from sglang_orthrus.compat.accounting import count_tokens_of_texts
 from tests.sampling import request
 
 
 class _Reporter:
-    """The sums of SGLang's reporter, with its own code."""
+    """The sums of SGLang's reporter, with its own code.
+
+    Attributes:
+        reported: num_generated_tokens of every report.
+    """
 
     num_generated_tokens = spec_num_accept_tokens = spec_num_correct_drafts = spec_num_forward_ct = 0
     spec_num_block_accept_tokens = spec_num_cap_tokens = 0
     update_spec_metrics = SchedulerMetricsReporter.update_spec_metrics
 
+    def __init__(self) -> None:
+        self.reported: list[int] = []
 
-def _count(self: Any, batch: Any, result: Any) -> None:
-    """The lines of `process_batch_result_decode` that count."""
-    result.num_correct_drafts = int(result.accept_lens.sum()) - len(batch.reqs)
+    def report_decode_stats(self, *args: Any, **kwargs: Any) -> None:
+        SchedulerMetricsReporter.report_decode_stats(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _process(self: Any, batch: Any, result: Any) -> None:
+    """The lines of `process_batch_result_decode` that count, extend outputs and report, in their order."""
+    lens = result.accept_lens.tolist()
+    result.num_correct_drafts = sum(lens) - len(batch.reqs)
     generated = result.get_num_generated_tokens(len(batch.reqs))
     self.metrics_reporter.num_generated_tokens += generated
     self.metrics_reporter.update_spec_metrics(len(batch.reqs), result.num_correct_drafts, num_accept_tokens=generated)
+    for req, length in zip(batch.reqs, lens, strict=True):
+        if not (req.finished() or req.is_retracted):
+            req.output_ids = req.output_ids + [6] * length
+            req.has_ended = req.ends_at is not None
+            req.finished_len = req.ends_at
+    self.metrics_reporter.report_decode_stats(False, running_batch=batch, num_generated_tokens=generated)
 
 
-@pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The processor and the reporter wrapped; what is reported."""
-    found: list[str] = []
-    monkeypatch.setattr(SchedulerBatchResultProcessor, "process_batch_result_decode", _count)
-    monkeypatch.setattr(
-        SchedulerMetricsReporter, "report_decode_stats", lambda self, *args, **kwargs: found.append("report")
-    )
-    count_running_requests_only()
-    count_running_requests_only()
-    return found
+def _report(self: Any, graph: bool, running_batch: Any = None, num_generated_tokens: int = 0) -> None:
+    self.reported.append(num_generated_tokens)
 
 
-def _process(reporter: _Reporter, lens: list[int], ended: list[int], retracted: list[int] | None = None) -> None:
-    reqs = [
-        request({}, has_ended=row in ended, is_retracted=row in (retracted or []), finished_len=None)
-        for row in range(len(lens))
-    ]
-    _take_in(reporter, reqs, lens)
+@pytest.fixture(autouse=True)
+def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor and the reporter wrapped."""
+    monkeypatch.setattr(SchedulerBatchResultProcessor, "process_batch_result_decode", _process)
+    monkeypatch.setattr(SchedulerMetricsReporter, "report_decode_stats", _report)
+    count_tokens_of_texts()
+    count_tokens_of_texts()
 
 
-def _take_in(reporter: _Reporter, reqs: list[Any], lens: list[int]) -> None:
+def _request(num_output: int = 0, ends_at: int | None = None, **state: bool) -> Any:
+    """A request whose text ends at a length in this round, if it ends."""
+    return request({}, output_ids=[5] * num_output, finished_len=None, ends_at=ends_at, **state)
+
+
+def _round(reporter: _Reporter, reqs: list[Any], lens: list[int]) -> GenerationBatchResult:
     result = GenerationBatchResult(accept_lens=torch.tensor(lens))
     processor: Any = SimpleNamespace(metrics_reporter=reporter)
     SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)  # type: ignore[arg-type]
+    return result
 
 
-def test_rows_of_ended_requests_are_not_counted(reports: list[str]) -> None:
+def test_rows_of_ended_requests_are_not_counted() -> None:
     """A round that began before the last one's result was known emits tokens that nobody gets."""
     reporter = _Reporter()
-    _process(reporter, [9, 32, 5, 7], ended=[1], retracted=[3])
+    reqs = [_request(), _request(has_ended=True), _request(), _request(is_retracted=True)]
+    result = _round(reporter, reqs, [9, 32, 5, 7])
+    assert reporter.reported == [14]
     assert reporter.spec_num_forward_ct == 2
     assert reporter.num_generated_tokens == reporter.spec_num_accept_tokens == 14
     assert reporter.spec_num_correct_drafts == 12
-    _process(reporter, [3], ended=[])
+    # The scheduler asks again, for its report of load.
+    assert result.get_num_generated_tokens(len(reqs)) == 14
+    _round(reporter, [_request()], [3])
     assert (reporter.num_generated_tokens, reporter.spec_num_forward_ct) == (17, 3)
 
 
-def test_a_round_that_accepts_nothing_by_design_counts_for_nothing(reports: list[str]) -> None:
-    """All its requests have ended; between two reports there may be no other round, and SGLang divides by them."""
+def test_a_round_whose_requests_have_all_ended_counts_for_nothing() -> None:
+    """Between two reports there may be no other round, and SGLang divides by their rows."""
     reporter = _Reporter()
-    _process(reporter, [1, 1], ended=[0, 1])
+    _round(reporter, [_request(has_ended=True), _request(has_ended=True)], [1, 1])
     assert reporter.num_generated_tokens == reporter.spec_num_forward_ct == reporter.spec_num_correct_drafts == 0
-    SchedulerMetricsReporter.report_decode_stats(reporter, False)  # type: ignore[arg-type]
-    assert reports == []
-    _process(reporter, [4, 1], ended=[1])
-    SchedulerMetricsReporter.report_decode_stats(reporter, False)  # type: ignore[arg-type]
-    assert reports == ["report"]
+    assert reporter.reported == []
+    _round(reporter, [_request(), _request(has_ended=True)], [4, 1])
+    assert reporter.reported == [4]
 
 
-def test_tokens_past_the_end_of_a_text_are_not_counted(reports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_past_the_end_of_a_text_are_not_counted() -> None:
     """A round of 32 tokens may end a text with its third one."""
-    generated = list[int]()
     reporter = _Reporter()
-    reqs = [request({}, output_ids=[5] * said, finished_len=None) for said in (10, 20, 30)]
-    _take_in(reporter, reqs, [32, 6, 9])
-    for req, length, end in zip(reqs, [32, 6, 9], [13, None, 39], strict=True):
-        req.output_ids = req.output_ids + [6] * length
-        req.finished_len = end
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        SchedulerMetricsReporter,
-        "report_decode_stats",
-        lambda self, graph, num_generated_tokens=0: generated.append(num_generated_tokens),
-    )
-    count_running_requests_only()
-    SchedulerMetricsReporter.report_decode_stats(reporter, False, num_generated_tokens=47)  # type: ignore[arg-type]
-    assert generated == [3 + 6 + 9]
+    reqs = [_request(10, ends_at=13), _request(20), _request(30, ends_at=39)]
+    result = _round(reporter, reqs, [32, 6, 9])
+    assert reporter.reported == [3 + 6 + 9]
     assert reporter.num_generated_tokens == reporter.spec_num_accept_tokens == 18
     assert reporter.spec_num_correct_drafts == 15
+    assert result.get_num_generated_tokens(len(reqs)) == 18
+
+
+def test_a_round_without_drafts_is_left_to_sglang() -> None:
+    reporter = _Reporter()
+    reporter.spec_num_forward_ct = 1
+    reporter.report_decode_stats(False, num_generated_tokens=5)
+    assert reporter.reported == [5]

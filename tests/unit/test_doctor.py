@@ -156,9 +156,9 @@ def test_another_algorithm_is_only_mentioned() -> None:
 
 
 def test_another_sglang_fails_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_orthrus.compat import scheduler as compat
+    from sglang_orthrus.compat import versions
 
-    monkeypatch.setattr(compat, "version", lambda name: "0.5.22")
+    monkeypatch.setattr(versions, "version", lambda name: "0.5.22")
     (check,) = doctor.examine(())
     assert check.status is Status.FAIL
     assert "0.5.22 is installed: pip install sglang==0.5.23" in check.finding

@@ -14,7 +14,7 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 
-from sglang_orthrus.compat.requests import keep_allowed_logits
+from sglang_orthrus.compat.grammars import keep_allowed_logits
 from sglang_orthrus.sampling import first_token as sampler
 from sglang_orthrus.sampling.batch import BatchSampler
 from sglang_orthrus.sampling.drafts import draft_tokens

@@ -1,0 +1,86 @@
+"""What SGLang's grammar backends and its sampling lack to serve grammars behind a reasoning and beside options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from sglang_orthrus.compat.ledger import depends_on
+from sglang_orthrus.compat.wrapping import wrap_once
+
+
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:GuidanceBackend",
+    "tokenizer",
+    "n_vocab",
+    what="gets the three functions that ReasonerGrammarBackend asks of a backend, if it lacks them",
+    why="without them every request with a grammar gets a 400 if there is a reasoning parser",
+    until="SGLang adds them (sgl-project/sglang#33061, patches/0008)",
+)
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:GuidanceGrammar.fill_vocab_mask",
+    "vocab_mask",
+    "idx",
+    what="wrapped: a grammar that failed on a token fills no mask",
+    why="behind a reasoning it raises in the scheduler, before its request is gone",
+    until="it checks for itself (patches/0008)",
+)
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:allocate_token_bitmask",
+    what="called for the masks of a batch",
+    why="GuidanceGrammar allocates them with it",
+    until="SGLang adds the backend's function (sgl-project/sglang#33061, patches/0008)",
+)
+def begin_llguidance_behind_a_reasoning() -> None:
+    """Give llguidance's backend what a reasoning parser asks of one, and have a failed grammar fill no more masks."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend, GuidanceGrammar, allocate_token_bitmask
+
+    def allocate_vocab_mask(self: Any, vocab_size: int, batch_size: int, device: Any) -> Any:
+        return allocate_token_bitmask(batch_size, self.llguidance_tokenizer.vocab_size)
+
+    def unless_failed(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def fill_vocab_mask(self: Any, vocab_mask: Any, idx: int) -> None:
+            if not self.ll_matcher.is_error():
+                stock(self, vocab_mask, idx)
+
+        return fill_vocab_mask
+
+    if not hasattr(GuidanceBackend, "allocate_vocab_mask"):
+        GuidanceBackend.allocate_vocab_mask = allocate_vocab_mask
+        GuidanceBackend.move_vocab_mask = staticmethod(GuidanceGrammar.move_vocab_mask)
+        GuidanceBackend.apply_vocab_mask = staticmethod(GuidanceGrammar.apply_vocab_mask)
+    wrap_once(GuidanceGrammar, "fill_vocab_mask", unless_failed)
+
+
+@depends_on(
+    "sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias",
+    "logits",
+    what="wrapped: it keeps the logits that the grammar alone allows, for our sampler",
+    why="where options forbid all of them SGLang samples from nothing, and its scheduler dies",
+    until="options give way to the grammar in SGLang (patches/0013)",
+)
+def keep_allowed_logits() -> None:
+    """Have options that may forbid tokens leave, as `allowed_logits`, what the grammar alone allows."""
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    def keeping(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def apply_logits_bias(self: Any, logits: Any) -> None:
+            orchestrator = self.penalizer_orchestrator
+            may_forbid = (
+                self.has_custom_logit_processor
+                or self.logit_bias is not None
+                or self.acc_additive_penalties is not None
+                or (orchestrator is not None and orchestrator.is_required)
+            )
+            allowed = logits.clone() if may_forbid else None
+            stock(self, logits)
+            if allowed is not None and self.grammar_mask is not None:
+                self.grammar_mask.apply(allowed)
+            self.allowed_logits = allowed
+
+        return apply_logits_bias
+
+    wrap_once(SamplingBatchInfo, "apply_logits_bias", keeping)
