@@ -1,3 +1,3 @@
 """Serve Orthrus dual-view diffusion-drafting models from SGLang."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -164,7 +164,7 @@ def test_an_unsupported_environment_variable_is_named(
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [
-        ("ORTHRUS_GRAMMAR_DRAFT=on", "use one of repair, full, off"),
+        ("ORTHRUS_GRAMMAR_DRAFT=on", "use one of repair, off"),
         ("ORTHRUS_SLOW_MASK_MS=-1", "use milliseconds, 0 or more"),
     ],
 )
