@@ -70,7 +70,7 @@ def test_a_slow_grammar_is_asked_for_masks_that_matter(backend: BaseGrammarBacke
     """What verification emits stays; llguidance's masks cannot be told from its answers, so all of them are filled."""
     world, grammars = Judged(backend), block_grammars(60.0)
     repaired = world.repair(grammars)
-    for walk in repaired.walks:
+    for walk in repaired.blocks:
         assert walk is not None
         for _ in range(NUM_SLOW_BLOCKS):
             grammars._filler._slow.add(walk.cursor.key or 0)
