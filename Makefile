@@ -25,7 +25,7 @@ parity: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity
 
 seeded: .venv/.test-extra
-	$(BIN)/python -m benchmarks.seeded_parity
+	$(BIN)/python -m benchmarks.parity.seeded
 
 adjustments: .venv/.test-extra
 	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_adjustments.py
@@ -35,18 +35,18 @@ kits: .venv/.test-extra
 
 structured: .venv/.test-extra
 	$(BIN)/python -m benchmarks.structured cpu
-	$(BIN)/python -m benchmarks.walk benchmarks/results/walk-cpu.json
+	$(BIN)/python -m benchmarks.structured.walk benchmarks/results/walk-cpu.json
 	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
 
 soak: .venv/.test-extra
-	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.volume.soak
 
 fuzz: .venv/.fuzz-extra
-	$(BIN)/python -m benchmarks.fuzz
+	$(BIN)/python -m benchmarks.volume.fuzz
 
 bench: .venv/.bench-extra
-	$(BIN)/python -m benchmarks.sweep cpu
-	$(BIN)/python -m benchmarks.plot benchmarks/results/sweep-cpu.json docs/img
+	$(BIN)/python -m benchmarks.speed.sweep cpu
+	$(BIN)/python -m benchmarks.speed.plot benchmarks/results/sweep-cpu.json docs/img
 
 lint: .venv/.test-extra
 	$(BIN)/ruff check .

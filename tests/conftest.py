@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.parity import SETUPS
+from benchmarks.parity.greedy import SETUPS
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

@@ -11,8 +11,8 @@ from typing import Any
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from torch import Tensor
 
-from benchmarks.parity import Prompt, load_prompts
-from benchmarks.parity_rules import find_divergence
+from benchmarks.parity.greedy import Prompt, load_prompts
+from benchmarks.parity.rules import find_divergence
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from tests.reference import Reference, top2_gap

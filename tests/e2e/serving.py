@@ -11,7 +11,7 @@ from typing import Any
 
 import requests
 
-from benchmarks import common_pool
+from benchmarks.common import pool as common_pool
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, prompt_of
 

@@ -19,8 +19,8 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
-from benchmarks.parity import load_prompts
-from benchmarks.parity_rules import NEAR_TIE, find_divergence
+from benchmarks.parity.greedy import load_prompts
+from benchmarks.parity.rules import NEAR_TIE, find_divergence
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

@@ -1,7 +1,7 @@
 """Grammars where more is forced and more is at stake: no white space, behind a reasoning, under llguidance.
 
 The truth is the reference model under the same grammar object, token by token; plain SGLang's own answers to many more
-prompts are compared by `benchmarks/structured.py`. With llguidance and a reasoning parser plain SGLang answers 400 to
+prompts are compared by `benchmarks.structured`. With llguidance and a reasoning parser plain SGLang answers 400 to
 every request with a grammar, so there patches/0008 is applied to it; ORTHRUS runs as shipped.
 """
 
@@ -25,8 +25,8 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from benchmarks.structured import metrics
-from benchmarks.structured_cases import END, Case, foreign_cases, own_cases, tool_cases
+from benchmarks.structured.cases import END, Case, foreign_cases, own_cases, tool_cases
+from benchmarks.structured.run import metrics
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.environment import SLOW_MASK_MS

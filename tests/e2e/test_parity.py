@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks.parity import (
+from benchmarks.parity.greedy import (
     SETUPS,
     Answer,
     Prompt,

@@ -21,9 +21,9 @@ from scipy.stats import chi2
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from tokenizers import Tokenizer, pre_tokenizers
 
-from benchmarks.parity_rules import NEAR_TIE
-from benchmarks.seeded_parity import FILTERS, Case, cases
-from benchmarks.seeded_rules import margin, noise
+from benchmarks.parity.rules import NEAR_TIE
+from benchmarks.parity.seeded import FILTERS, Case, cases
+from benchmarks.parity.seeded_rules import margin, noise
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.sampling.distributions import sorted_support

@@ -9,8 +9,8 @@ from threading import Event
 
 import pytest
 
-from benchmarks.parity import stop_ids
-from benchmarks.parity_rules import Answer, Rounds, compare_rounds
+from benchmarks.parity.greedy import stop_ids
+from benchmarks.parity.rules import Answer, Rounds, compare_rounds
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH, TEST_ARGS

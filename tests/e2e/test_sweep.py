@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import sweep
-from benchmarks.plot import plot
-from benchmarks.sweep import CPU, by_concurrency
-from benchmarks.sweep_prompts import FAMILIES
+from benchmarks.speed import sweep
+from benchmarks.speed.plot import plot
+from benchmarks.speed.prompts import FAMILIES
+from benchmarks.speed.sweep import CPU, by_concurrency
 from sglang_orthrus.cli.demo import NANO
 from tests.conftest import SETUP
 

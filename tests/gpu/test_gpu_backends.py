@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import BF16_NEAR_TIE, load_prompts
-from benchmarks.parity_rules import find_divergence
+from benchmarks.parity.greedy import BF16_NEAR_TIE, load_prompts
+from benchmarks.parity.rules import find_divergence
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import MAX_NEW_TOKENS, SETUPS, Prompt, collect
-from benchmarks.parity_rules import find_divergence
-from benchmarks.sweep_prompts import PromptPool
+from benchmarks.parity.greedy import MAX_NEW_TOKENS, SETUPS, Prompt, collect
+from benchmarks.parity.rules import find_divergence
+from benchmarks.speed.prompts import PromptPool
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

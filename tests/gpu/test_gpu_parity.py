@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.parity import SETUPS, run
+from benchmarks.parity.greedy import SETUPS, run
 from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parity import SETUPS, load_prompts
-from benchmarks.parity_rules import NEAR_TIE
-from benchmarks.seeded_parity import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
+from benchmarks.parity.greedy import SETUPS, load_prompts
+from benchmarks.parity.rules import NEAR_TIE
+from benchmarks.parity.seeded import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.parity_rules import (
+from benchmarks.parity.rules import (
     Answer,
     Divergence,
     Rounds,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity_rules import Divergence
-from benchmarks.soak import is_excused
-from benchmarks.soak_checks import check, compare, ranked_divergence
-from benchmarks.soak_client import Answer, Reply, read_stream, read_whole
-from benchmarks.soak_merge import merged
-from benchmarks.soak_report import growth, kinds, latencies, memory_report
-from benchmarks.soak_requests import Mix, Request
+from benchmarks.parity.rules import Divergence
+from benchmarks.volume.soak.checks import check, compare, ranked_divergence
+from benchmarks.volume.soak.client import Answer, Reply, read_stream, read_whole
+from benchmarks.volume.soak.merge import merged
+from benchmarks.volume.soak.report import growth, kinds, latencies, memory_report
+from benchmarks.volume.soak.requests import Mix, Request
+from benchmarks.volume.soak.run import is_excused
 
 PLAIN = Request(0, "generate: greedy", "/generate", {}, limit=4)
 GOOD = Answer("a b c d", [5, 6, 7, 8], "length", tokens=(3, 4, 0))

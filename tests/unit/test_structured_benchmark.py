@@ -8,12 +8,12 @@ import jsonschema
 import pytest
 import torch
 
-from benchmarks.draw_block import FIGURE, TRACE, agreeing, draw
-from benchmarks.replay import Way, replay
-from benchmarks.slices import Slice
-from benchmarks.structured_cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
-from benchmarks.structured_figures import Row, grammar_counts, quantile, rates
-from benchmarks.structured_merge import merge
+from benchmarks.common.slices import Slice
+from benchmarks.structured.cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
+from benchmarks.structured.draw_block import FIGURE, TRACE, agreeing, draw
+from benchmarks.structured.figures import Row, grammar_counts, quantile, rates
+from benchmarks.structured.merge import merge
+from benchmarks.structured.replay import Way, replay
 from sglang_orthrus.environment import DraftMode
 
 

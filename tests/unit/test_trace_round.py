@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
 
-from benchmarks.structured_cases import END, fast, nano
-from benchmarks.trace_round import ENDLESS, gaps, kind_of, summarise
+from benchmarks.speed.trace_round import ENDLESS, gaps, kind_of, summarise
+from benchmarks.structured.cases import END, fast, nano
 
 
 def test_gaps_are_where_nothing_runs() -> None:

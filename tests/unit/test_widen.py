@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.widen import SHAPES, Width, widen
+from benchmarks.common.widen import SHAPES, Width, widen
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.models.checkpoint import check_tensors, export_ar, tensor_names
 from tests.conftest import slow
