@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.reference import Reference
 from benchmarks.parity.greedy import SETUPS
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.reference import Reference
 
 CONTEXT_LENGTH = 2048
 # fp32 on either device, so that outputs can be compared token by token.

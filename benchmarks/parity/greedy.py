@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +32,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from benchmarks.common.provenance import ROOT, provenance
-from benchmarks.parity.rules import (
+from benchmarks.common.equality import (
     NEAR_TIE,
     PROMPTS_PER_EXCUSE,
     Answer,
@@ -46,14 +44,13 @@ from benchmarks.parity.rules import (
     find_divergence,
     gap_differences,
 )
+from benchmarks.common.provenance import ROOT, provenance
+from benchmarks.common.reference import Reference, Trace
+from examples.train_nano.chat_format import sample_prompt
+from examples.train_nano.corpus import FAMILIES, held_out
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.reference import Reference, Trace
-
-sys.path.insert(0, str(ROOT / "examples"))
-from train_nano.chat_format import sample_prompt
-from train_nano.corpus import FAMILIES, held_out
 
 RESULTS = ROOT / "benchmarks" / "results"
 NO_OVERLAP = ("--disable-overlap-schedule",)

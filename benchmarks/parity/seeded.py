@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.provenance import provenance
+from benchmarks.common.reference import Reference, top2_gap
 from benchmarks.common.slices import Slice
 from benchmarks.parity.greedy import RESULTS, SETUPS, Prompt, load_prompts, progress
 from benchmarks.parity.seeded_merge import ROUNDS, conclude, merge
@@ -36,7 +37,6 @@ from benchmarks.parity.seeded_rules import margin
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.reference import Reference, top2_gap
 
 SEEDED = ("--enable-deterministic-inference",)
 SEEDS = (0, 7, 123456789)

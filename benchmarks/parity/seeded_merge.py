@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.common.equality import NEAR_TIE
 from benchmarks.common.slices import Slice, check_all
-from benchmarks.parity.rules import NEAR_TIE
 
 ANSWERS_PER_EXCUSE = 200
 # What slices of one run have in common.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from benchmarks.common.provenance import ROOT
 from benchmarks.parity.greedy import Prompt, load_prompts
-
-sys.path.insert(0, str(ROOT / "examples"))
-from train_nano.chat_format import END_OF_TURN, sample_prompt
-from train_nano.corpus import FAMILIES as ALL_FAMILIES
-from train_nano.corpus import held_out_sample
+from examples.train_nano.chat_format import END_OF_TURN, sample_prompt
+from examples.train_nano.corpus import FAMILIES as ALL_FAMILIES
+from examples.train_nano.corpus import held_out_sample
 
 FAMILIES = ("json", "tools", "arith", "code", "prose")
 LONGEST = 576

@@ -34,9 +34,9 @@ from pathlib import Path
 from platform import node
 from typing import Any
 
+from benchmarks.common.equality import Answer, Tally, find_divergence
 from benchmarks.common.provenance import ROOT, provenance
 from benchmarks.parity.greedy import MAX_NEW_TOKENS, RESULTS, SETUPS, Prompt, Setup, collect
-from benchmarks.parity.rules import Answer, Tally, find_divergence
 from benchmarks.speed.measures import decode_measures, median_ttft_ms, serve_measures
 from benchmarks.speed.prompts import FAMILIES, PromptPool
 from benchmarks.speed.published import released_shape

@@ -1,6 +1,6 @@
 """Where the time of a pass goes on a GPU: kernels by kind, idle time, launches and waits, from SGLang's own profiler.
 
-    python -m benchmarks.speed.trace_round --model /tmp/wide-8b [--concurrency 1 8 32] [--plain] [--constrained] [--out F]
+    python -m benchmarks.speed.trace_round --model /tmp/wide-8b [--concurrency 1 8 32] [--plain] [--constrained]
 
 A pass is a decode step of plain SGLang (`--plain`: the AR-only export) or a draft-and-verify round. Ten of them are
 traced while all requests decode, constrained if that is wanted by a grammar that allows all but the text's end, so that

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,12 +22,10 @@ from xgrammar import (
 )
 
 from benchmarks.common.provenance import ROOT
+from benchmarks.common.reference import Reference
+from examples.train_nano.chat_format import render_prompt, sample_prompt
+from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.demo import NANO
-from tests.reference import Reference
-
-sys.path.insert(0, str(ROOT / "examples"))
-from train_nano.chat_format import render_prompt, sample_prompt
-from train_nano.corpus import held_out
 
 SCHEMAS = ROOT / "tests" / "data" / "schemas.jsonl"
 END = "<|im_end|>"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.model import NanoConfig, OrthrusLM
 
 SHARD_BYTES = 14_500_000
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from train_nano.chat_format import END_OF_TURN, sample_prompt
-from train_nano.corpus import FAMILIES, train_sample
-from train_nano.sample import Sample
+from examples.train_nano.chat_format import END_OF_TURN, sample_prompt
+from examples.train_nano.corpus import FAMILIES, train_sample
+from examples.train_nano.sample import Sample
 
 PAD, PROMPT, ANSWER = 0, 1, 2
 CHUNK_SAMPLES = 512

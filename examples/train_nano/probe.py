@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train_nano.corpus import FAMILIES, held_out
-from train_nano.losses import Inputs
-from train_nano.pack import ANSWER, Rows, pack
-from train_nano.tokenizer import load_tokenizer
+from examples.train_nano.corpus import FAMILIES, held_out
+from examples.train_nano.losses import Inputs
+from examples.train_nano.pack import ANSWER, Rows, pack
+from examples.train_nano.tokenizer import load_tokenizer
 
 PROBE_SEED = 7
 

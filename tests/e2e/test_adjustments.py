@@ -19,15 +19,15 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
+from benchmarks.common.equality import NEAR_TIE, find_divergence
+from benchmarks.common.reference import Reference, top2_gap
 from benchmarks.parity.greedy import load_prompts
-from benchmarks.parity.rules import NEAR_TIE, find_divergence
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, prompt_of
 from tests.patching import patched_sglang
-from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.e2e
 

@@ -9,6 +9,7 @@ import pytest
 import requests
 from openai import OpenAI
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH
@@ -20,7 +21,6 @@ from tests.e2e.helpers import (
     prompts,
     tokens_per_cycle,
 )
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

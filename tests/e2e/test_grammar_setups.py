@@ -25,6 +25,7 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
+from benchmarks.common.reference import Reference
 from benchmarks.structured.cases import END, Case, foreign_cases, own_cases, tool_cases
 from benchmarks.structured.run import metrics
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
@@ -35,7 +36,6 @@ from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming
 from tests.patching import patched_sglang
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

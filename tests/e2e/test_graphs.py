@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
 from tests.e2e.serving import paths_since, rounds_by_path
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from benchmarks.common.reference import Reference, Trace
 from benchmarks.parity.greedy import (
     SETUPS,
     Answer,
@@ -23,7 +24,6 @@ from benchmarks.parity.greedy import (
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH
-from tests.reference import Reference, Trace
 
 pytestmark = pytest.mark.e2e
 

@@ -21,7 +21,8 @@ from scipy.stats import chi2
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from tokenizers import Tokenizer, pre_tokenizers
 
-from benchmarks.parity.rules import NEAR_TIE
+from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.reference import Reference
 from benchmarks.parity.seeded import FILTERS, Case, cases
 from benchmarks.parity.seeded_rules import margin, noise
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
@@ -30,7 +31,6 @@ from sglang_orthrus.sampling.distributions import sorted_support
 from tests.conftest import SETUP, TEST_ARGS, slow
 from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

@@ -14,12 +14,12 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

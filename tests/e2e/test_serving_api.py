@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import requests
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, REQUESTS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.chats import CHAT, assembled, chat, content, events
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

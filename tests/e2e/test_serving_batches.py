@@ -9,8 +9,9 @@ from threading import Event
 
 import pytest
 
+from benchmarks.common.equality import Answer, Rounds, compare_rounds
+from benchmarks.common.reference import Reference
 from benchmarks.parity.greedy import stop_ids
-from benchmarks.parity.rules import Answer, Rounds, compare_rounds
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH, TEST_ARGS
@@ -24,7 +25,6 @@ from tests.e2e.helpers import (
     tokens_per_cycle,
 )
 from tests.e2e.serving import streaming
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import sglang as sgl
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import TEST_ARGS, slow
 from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
 from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, gauge, streaming, wait_for_gauge
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

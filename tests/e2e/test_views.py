@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.reference import Reference
 from tests.conftest import slow
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

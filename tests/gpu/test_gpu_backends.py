@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.equality import find_divergence
+from benchmarks.common.reference import Reference, top2_gap
 from benchmarks.parity.greedy import BF16_NEAR_TIE, load_prompts
-from benchmarks.parity.rules import find_divergence
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.e2e.helpers import Reply, generate, tokens_per_cycle
-from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.gpu
 

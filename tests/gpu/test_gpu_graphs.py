@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.equality import NEAR_TIE
 from benchmarks.parity.greedy import BF16_NEAR_TIE, SETUPS, load_prompts
-from benchmarks.parity.rules import NEAR_TIE
 from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.reference import Reference
 from benchmarks.parity.greedy import SETUPS, load_prompts
-from benchmarks.parity.rules import NEAR_TIE
 from benchmarks.parity.seeded import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
@@ -26,7 +27,6 @@ from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import slow
 from tests.e2e.helpers import Reply, generate, prompt_of
 from tests.e2e.serving import paths_since, rounds_by_path
-from tests.reference import Reference
 from tests.sampling import same_source
 
 FALSE_ALARM = 1e-6

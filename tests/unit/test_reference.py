@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference, top2_gap
 
 PROMPT = [7, 3, 101, 64, 250, 9, 9, 31, 180, 77, 12]
 BLOCK = Shape().block

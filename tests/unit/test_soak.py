@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity.rules import Divergence
+from benchmarks.common.equality import Divergence
 from benchmarks.volume.soak.checks import check, compare, ranked_divergence
 from benchmarks.volume.soak.client import Answer, Reply, read_stream, read_whole
 from benchmarks.volume.soak.merge import merged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,23 +10,20 @@ import jsonschema
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from train_nano import checkpoint, train  # noqa: E402
-from train_nano.chat_format import sample_prompt  # noqa: E402
-from train_nano.corpus import FAMILIES, held_out, train_sample  # noqa: E402
-from train_nano.decode import generate  # noqa: E402
-from train_nano.evaluate import evaluate  # noqa: E402
-from train_nano.export import export, load_exported  # noqa: E402
-from train_nano.losses import Inputs, draft_hidden, sample_anchors, teach, teacher_rows  # noqa: E402
-from train_nano.masks import dense, packed_blocks, packed_causal  # noqa: E402
-from train_nano.measures import copied, fixed_by_format, is_exact, ngram_rounds  # noqa: E402
-from train_nano.model import NanoConfig, OrthrusLM  # noqa: E402
-from train_nano.pack import ANSWER, PAD, train_rows  # noqa: E402
-from train_nano.pools import HELD_OUT, TRAIN, pools  # noqa: E402
-from train_nano.sample import compact  # noqa: E402
-from train_nano.tokenizer import MASK_ID, TAGS, TOKENIZER_DIR, load_tokenizer  # noqa: E402
+from examples.train_nano import checkpoint, train
+from examples.train_nano.chat_format import sample_prompt
+from examples.train_nano.corpus import FAMILIES, held_out, train_sample
+from examples.train_nano.decode import generate
+from examples.train_nano.evaluate import evaluate
+from examples.train_nano.export import export, load_exported
+from examples.train_nano.losses import Inputs, draft_hidden, sample_anchors, teach, teacher_rows
+from examples.train_nano.masks import dense, packed_blocks, packed_causal
+from examples.train_nano.measures import copied, fixed_by_format, is_exact, ngram_rounds
+from examples.train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.pack import ANSWER, PAD, train_rows
+from examples.train_nano.pools import HELD_OUT, TRAIN, pools
+from examples.train_nano.sample import compact
+from examples.train_nano.tokenizer import MASK_ID, TAGS, TOKENIZER_DIR, load_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)

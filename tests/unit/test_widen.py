@@ -9,13 +9,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.common.reference import Reference
 from benchmarks.common.widen import SHAPES, Width, widen
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.models.checkpoint import check_tensors, export_ar, tensor_names
 from tests.conftest import slow
 from tests.e2e.helpers import prompt_of
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference
 
 # Real hidden size, heads and key-value heads; few layers, neurons and words, to fit a laptop.
 LAYERS, NEURONS, VOCAB = 7, 1024, 4224

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 
-from benchmarks.parity.rules import NEAR_TIE, Divergence, find_divergence
+from benchmarks.common.equality import NEAR_TIE, Divergence, find_divergence
 from benchmarks.volume.soak.client import Answer, Reply
 from benchmarks.volume.soak.prompts import TOOLS
 from benchmarks.volume.soak.requests import Request

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parity.rules import PROMPTS_PER_EXCUSE
+from benchmarks.common.equality import PROMPTS_PER_EXCUSE
 from benchmarks.volume.soak.report import write
 
 _OWN = (

@@ -27,10 +27,10 @@ from typing import Any
 import requests
 import torch
 
+from benchmarks.common.equality import NEAR_TIE, PROMPTS_PER_EXCUSE, Divergence
 from benchmarks.common.pool import PoolError, gauge, load, wait_until_idle
 from benchmarks.common.provenance import ROOT, provenance
 from benchmarks.common.servers import Side, Sides, add_arguments, resident_mib, sides_of
-from benchmarks.parity.rules import NEAR_TIE, PROMPTS_PER_EXCUSE, Divergence
 from benchmarks.volume.soak import report as figures
 from benchmarks.volume.soak.checks import Verdict, check, compare, ranked_divergence
 from benchmarks.volume.soak.client import Answer, Client, Reply

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.parity.rules import (
+from benchmarks.common.equality import (
     Answer,
     Divergence,
     Rounds,
