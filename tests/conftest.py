@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +21,6 @@ TEST_ARGS = (
     *(*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH)),
     *("--enable-metrics", "--enable-custom-logit-processor"),
 )
-
-slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make test-all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,6 @@ Plain SGLang penalises one token late under overlap scheduling, so the truth for
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,6 @@ from tests.patching import patched_sglang
 
 pytestmark = pytest.mark.e2e
 
-slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make adjustments")
 
 MAX_NEW_TOKENS = 48
 PENALTIES: dict[str, dict[str, Any]] = {
@@ -255,7 +253,7 @@ def test_stops_are_plain_sglangs(orthrus: Server, plain: Server, name: str) -> N
     assert ("end" in name) == ours["text"].endswith("<|im_end|>")
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("overlap", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no overlap"])
 def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ...]) -> None:
@@ -280,7 +278,7 @@ def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ..
         assert near_ties * 200 <= len(asked)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_plain_sglang_penalises_late_under_overlap_until_it_is_patched(tmp_path: Path) -> None:
     """patches/0005: without overlap, with it, and with it on a copy of SGLang that has the patch."""

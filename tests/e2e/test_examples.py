@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sglang_orthrus.cli.server import Server
-from tests.conftest import slow
 
 pytestmark = pytest.mark.e2e
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -54,7 +53,7 @@ def test_frontend_json(orthrus: Server) -> None:
     assert "{'name': 'Nina Fischer', 'age': 34, 'city': 'Lisbon'} on 2" in output
 
 
-@slow
+@pytest.mark.slow
 def test_offline() -> None:
     output = _output("offline.py")
     assert "Answer: 132" in output

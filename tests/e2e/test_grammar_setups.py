@@ -32,7 +32,7 @@ from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.environment import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import SETUP, TEST_ARGS, slow
+from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming
 from tests.patching import patched_sglang
@@ -156,7 +156,7 @@ def test_own_prompts_without_white_space(strict: Server, reference: Reference) -
     assert num_sparse_blocks(strict) - before >= rounds / 2, "their grammars are slow now"
 
 
-@slow
+@pytest.mark.slow
 def test_every_schema_without_white_space(strict: Server, reference: Reference) -> None:
     assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases())
 
@@ -166,7 +166,7 @@ def test_schemas_under_llguidance(llguidance: Server, reference: Reference) -> N
     assert_as_the_reference(llguidance, reference, llguidance_backend(), cases)
 
 
-@slow
+@pytest.mark.slow
 def test_every_schema_under_llguidance(llguidance: Server, reference: Reference) -> None:
     assert_as_the_reference(llguidance, reference, llguidance_backend(), foreign_cases())
 
@@ -174,7 +174,7 @@ def test_every_schema_under_llguidance(llguidance: Server, reference: Reference)
 # A server with a reasoning parser, the grammar objects that it makes, and the flag that makes it use this engine.
 ENGINES = [
     pytest.param("strict", xgrammar_backend, (STRICT,), id="xgrammar"),
-    pytest.param("reasoning_llguidance", llguidance_backend, LLGUIDANCE, id="llguidance", marks=slow),
+    pytest.param("reasoning_llguidance", llguidance_backend, LLGUIDANCE, id="llguidance", marks=pytest.mark.slow),
 ]
 
 
@@ -216,7 +216,7 @@ def test_a_grammar_begins_behind_the_reasoning(
         assert run[-1] != THINK_END, "the grammar should begin in the round that ends the reasoning"
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "_backend", "flag"), ENGINES)
 def test_answers_behind_a_reasoning_are_plain_sglangs(
     request: pytest.FixtureRequest,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tests.conftest import SETUP
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes two minutes: make test-all"),
+    pytest.mark.slow,
 ]
 
 # In fp32 on either device, so that answers can be compared as text.

@@ -24,7 +24,6 @@ from benchmarks.parity.seeded import IN_FLIGHT, SEEDED, cases, collect, first_di
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import slow
 from tests.e2e.helpers import Reply, generate, prompt_of
 from tests.e2e.serving import paths_since, rounds_by_path
 from tests.sampling import same_source
@@ -63,7 +62,9 @@ BENCHES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
+)
 def bench(request: pytest.FixtureRequest) -> Bench:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("the GPU's twin runs here")
