@@ -13,7 +13,7 @@ from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, gauge, streaming, wait_for_gauge
+from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, gauge, streaming, wait_for_gauge, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -83,8 +83,7 @@ def test_abort_all_ends_running_and_waiting_requests(tiny: Server) -> None:
     }
     with ThreadPoolExecutor() as pool:
         replies = pool.submit(tiny.post, "/generate", body)
-        while not gauge(tiny, "num_running_reqs") or not gauge(tiny, "num_queue_reqs"):
-            assert not replies.done()
+        wait_until(lambda: bool(gauge(tiny, "num_running_reqs") and gauge(tiny, "num_queue_reqs")), replies)
         requests.post(f"{tiny.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
         for reply in replies.result():
             assert reply["meta_info"]["finish_reason"]["type"] == "abort"
