@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.common.reference import Reference
-from benchmarks.parity.greedy import SETUPS
+from benchmarks.common.setups import SETUPS
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 VERSIONS_OF = ("sglang", "torch", "flashinfer-python", "triton", "transformers", "sglang-orthrus")
 
 

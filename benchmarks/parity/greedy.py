@@ -22,19 +22,12 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tqdm import tqdm
-
 from benchmarks.common.equality import (
-    NEAR_TIE,
-    PROMPTS_PER_EXCUSE,
     Answer,
     Divergence,
     Ranking,
@@ -44,117 +37,25 @@ from benchmarks.common.equality import (
     find_divergence,
     gap_differences,
 )
-from benchmarks.common.provenance import ROOT, provenance
+from benchmarks.common.greedy import (
+    MAX_NEW_TOKENS,
+    NUM_RANKED,
+    Prompt,
+    collect,
+    load_prompts,
+    progress,
+    ranking_of,
+    stop_ids,
+)
+from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.common.reference import Reference, Trace
-from examples.train_nano.chat_format import sample_prompt
-from examples.train_nano.corpus import FAMILIES, held_out
+from benchmarks.common.setups import SETUPS, Setup
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 
-RESULTS = ROOT / "benchmarks" / "results"
 NO_OVERLAP = ("--disable-overlap-schedule",)
 BATCH_SIZES = (1, 8)
-# Measured on an H200 over 12,380 rows: half of the gaps do not change, 1 % change by 0.19 or more, none by more than
-# 0.3125. bf16 logits of this size lie 0.0625 or 0.125 apart.
-BF16_NEAR_TIE = 0.375
-NUM_RANKED = 5
-MAX_NEW_TOKENS = 448
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Precision and attention backend of both servers, and what may differ there.
-
-    Attributes:
-        tie_below: top-2 gap below which rounding may decide.
-        prompts_per_excuse: see `Tally`.
-    """
-
-    args: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
-    tie_below: float = NEAR_TIE
-    prompts_per_excuse: int | None = PROMPTS_PER_EXCUSE
-
-
-_GPU_ARGS = (
-    *("--mem-fraction-static", "0.5", "--max-total-tokens", "65536", "--max-running-requests", "48"),
-    *("--cuda-graph-max-bs-decode", "8", "--cuda-graph-backend-prefill", "disabled"),
-)
-SETUPS = {
-    "cpu": Setup(("--dtype", "float32")),
-    # FlashInfer has no fp32 kernels, SGLang's own norm, activation and rotary kernels neither, and Triton's default is
-    # TF32.
-    "triton-fp32": Setup(
-        ("--dtype", "float32", "--attention-backend", "triton", *_GPU_ARGS),
-        {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch", "TRITON_F32_DEFAULT": "ieee"},
-    ),
-    **{
-        f"{backend}-bf16": Setup(
-            ("--dtype", "bfloat16", "--attention-backend", backend, *_GPU_ARGS),
-            tie_below=BF16_NEAR_TIE,
-            prompts_per_excuse=None,
-        )
-        for backend in ("flashinfer", "fa3")
-    },
-}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A held-out prompt; `name` is its family and index."""
-
-    name: str
-    family: str
-    ids: tuple[int, ...]
-
-
-def load_prompts(model: Path, count: int) -> list[Prompt]:
-    """`count` prompts or a few more, spread evenly over all families."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    prompts = []
-    for family in FAMILIES:
-        for index, sample in enumerate(held_out(family, math.ceil(count / len(FAMILIES)))):
-            ids = tokenizer.encode(sample_prompt(sample), add_special_tokens=False).ids
-            prompts.append(Prompt(f"{family}/{index}", family, tuple(ids)))
-    return prompts
-
-
-def stop_ids(model: Path) -> set[int]:
-    """Ids that end a text, from the configuration and the generation configuration."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (model / name).is_file():
-            value = json.loads((model / name).read_text())["eos_token_id"]
-            found |= set(value if isinstance(value, list) else [value])
-    return found
-
-
-def collect(server: Server, prompts: Sequence[Prompt], batch_size: int) -> list[Answer]:
-    """Greedy answers, with `batch_size` requests in flight: they join and leave as they please."""
-    server.get("/flush_cache?timeout=30")
-    with ThreadPoolExecutor(batch_size) as pool:
-        return list(progress(pool.map(partial(ask, server), prompts), len(prompts), f"batch {batch_size}"))
-
-
-def ask(server: Server, prompt: Prompt) -> Answer:
-    """A greedy answer; with the ranking of every token, unless the server speculates."""
-    is_plain = "--speculative-algorithm" not in server.command
-    reply = server.post(
-        "/generate",
-        {
-            "input_ids": list(prompt.ids),
-            "sampling_params": {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS},
-            **({"return_logprob": True, "top_logprobs_num": NUM_RANKED} if is_plain else {}),
-        },
-    )
-    meta = reply["meta_info"]
-    ranked = tuple(map(_ranking, meta.get("output_top_logprobs") or ()))
-    return Answer(tuple(reply["output_ids"]), meta.get("spec_verify_ct", 0), ranked)
-
-
-def _ranking(listed: Sequence[Any]) -> Ranking:
-    return tuple((logprob, token) for logprob, token, _ in listed)
 
 
 def trace_all(reference: Reference, prompts: Sequence[Prompt], stops: set[int]) -> list[Trace]:
@@ -207,7 +108,7 @@ def prefill(server: Server, prompts: Sequence[Prompt], answers: Sequence[Answer]
             },
         )
         ranked = reply["meta_info"]["input_top_logprobs"][-len(answer.tokens) :]
-        rankings.append([_ranking(listed) for listed in ranked])
+        rankings.append([ranking_of(listed) for listed in ranked])
     return rankings
 
 
@@ -263,10 +164,6 @@ def tokens_per_cycle_on_equal_texts(answers: Sequence[Answer], traces: Sequence[
         "served": round(tokens / sum(answer.rounds for answer, _ in equal), 3),
         "reference": round(tokens / sum(trace.rounds for _, trace in equal), 3),
     }
-
-
-def progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
-    return tqdm(items, total=total, desc=label, disable=None)
 
 
 def report(tally: Tally) -> dict[str, Any]:

@@ -28,10 +28,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.provenance import provenance
+from benchmarks.common.greedy import Prompt, load_prompts, progress
+from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.common.reference import Reference, top2_gap
+from benchmarks.common.setups import SETUPS
 from benchmarks.common.slices import Slice
-from benchmarks.parity.greedy import RESULTS, SETUPS, Prompt, load_prompts, progress
 from benchmarks.parity.seeded_merge import ROUNDS, conclude, merge
 from benchmarks.parity.seeded_rules import margin
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS

@@ -24,7 +24,7 @@ from sglang.benchmark import serving
 from sglang.benchmark.datasets import DATASET_MAPPING
 from sglang.benchmark.datasets.common import BaseDataset, DatasetRow
 
-from benchmarks.parity.greedy import Prompt
+from benchmarks.common.greedy import Prompt
 from benchmarks.speed.measures import Request, chunks_of
 from sglang_orthrus.cli.server import Server
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.common.greedy import collect, load_prompts
 from benchmarks.common.provenance import provenance
-from benchmarks.parity.greedy import collect, load_prompts
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 

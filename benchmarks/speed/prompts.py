@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from benchmarks.parity.greedy import Prompt, load_prompts
+from benchmarks.common.greedy import Prompt, load_prompts
 from examples.train_nano.chat_format import END_OF_TURN, sample_prompt
 from examples.train_nano.corpus import FAMILIES as ALL_FAMILIES
 from examples.train_nano.corpus import held_out_sample

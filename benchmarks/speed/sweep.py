@@ -35,8 +35,9 @@ from platform import node
 from typing import Any
 
 from benchmarks.common.equality import Answer, Tally, find_divergence
-from benchmarks.common.provenance import ROOT, provenance
-from benchmarks.parity.greedy import MAX_NEW_TOKENS, RESULTS, SETUPS, Prompt, Setup, collect
+from benchmarks.common.greedy import MAX_NEW_TOKENS, Prompt, collect
+from benchmarks.common.provenance import RESULTS, ROOT, provenance
+from benchmarks.common.setups import SETUPS, Setup
 from benchmarks.speed.measures import decode_measures, median_ttft_ms, serve_measures
 from benchmarks.speed.prompts import FAMILIES, PromptPool
 from benchmarks.speed.published import released_shape

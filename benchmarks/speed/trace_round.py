@@ -25,8 +25,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.common.provenance import provenance
-from benchmarks.parity.greedy import RESULTS
+from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.speed.prompts import PromptPool
 from benchmarks.speed.sweep import GPU, ORTHRUS, PLAIN
 from sglang_orthrus.cli.server import Server, plain_env

@@ -16,7 +16,7 @@ from typing import Any
 
 from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, allocate_token_bitmask
 
-from benchmarks.common.provenance import ROOT, provenance
+from benchmarks.common.provenance import RESULTS, ROOT, provenance
 from benchmarks.structured.cases import END, Block, blocks, fast, foreign_cases, nano
 from sglang_orthrus.environment import DraftMode
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES
@@ -24,7 +24,7 @@ from sglang_orthrus.grammar.repair import Change, choose
 from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 
-TRACE = ROOT / "benchmarks" / "results" / "repaired-block.json"
+TRACE = RESULTS / "repaired-block.json"
 FIGURE = ROOT / "docs" / "img" / "repaired-block.svg"
 COLOURS = {"NONE": "#e8eaed", "REPAIRED": "#fdd663", "FORCED": "#a8dab5"}
 ROWS = {"drafts": "drafted", "walked": "after the walk", "emitted": "emitted"}

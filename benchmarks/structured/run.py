@@ -31,7 +31,7 @@ from typing import Any
 import requests
 from tokenizers import Tokenizer
 
-from benchmarks.common.provenance import ROOT, provenance
+from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.common.slices import Slice
 from benchmarks.structured.cases import Case, foreign_cases, is_valid, own_cases, tool_cases
 from benchmarks.structured.figures import SETTING, grammar_counts, rates
@@ -40,7 +40,6 @@ from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.environment import GRAMMAR_DRAFT
 from sglang_orthrus.models.checkpoint import export_ar
 
-RESULTS = ROOT / "benchmarks" / "results"
 ARGS = {
     "cpu": ("--dtype", "float32", "--context-length", "2048"),
     "gpu": (

@@ -12,8 +12,8 @@ from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramL
 from torch import Tensor
 
 from benchmarks.common.equality import find_divergence
+from benchmarks.common.greedy import Prompt, load_prompts
 from benchmarks.common.reference import Reference, top2_gap
-from benchmarks.parity.greedy import Prompt, load_prompts
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 

@@ -19,8 +19,8 @@ from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramL
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
 from benchmarks.common.equality import NEAR_TIE, find_divergence
+from benchmarks.common.greedy import load_prompts
 from benchmarks.common.reference import Reference, top2_gap
-from benchmarks.parity.greedy import load_prompts
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

@@ -11,9 +11,9 @@ import jsonschema
 import pytest
 import requests
 
-from benchmarks.parity.greedy import held_out
 from benchmarks.structured.cases import SCHEMAS
 from benchmarks.structured.run import metrics
+from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, generate_together, prompt_of, tokens_per_cycle
 from tests.e2e.serving import streaming

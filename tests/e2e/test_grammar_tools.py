@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import requests
 
-from benchmarks.parity.greedy import held_out
+from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

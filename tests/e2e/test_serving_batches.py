@@ -9,8 +9,8 @@ from threading import Event
 import pytest
 
 from benchmarks.common.equality import Answer, Rounds, compare_rounds
+from benchmarks.common.greedy import stop_ids
 from benchmarks.common.reference import Reference
-from benchmarks.parity.greedy import stop_ids
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH, TEST_ARGS

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.equality import find_divergence
+from benchmarks.common.greedy import load_prompts
 from benchmarks.common.reference import Reference, top2_gap
-from benchmarks.parity.greedy import BF16_NEAR_TIE, load_prompts
+from benchmarks.common.setups import BF16_NEAR_TIE
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

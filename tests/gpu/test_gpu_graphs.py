@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.common.equality import NEAR_TIE
-from benchmarks.parity.greedy import BF16_NEAR_TIE, SETUPS, load_prompts
+from benchmarks.common.greedy import load_prompts
+from benchmarks.common.setups import BF16_NEAR_TIE, SETUPS
 from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.greedy import load_prompts
 from benchmarks.common.reference import Reference
-from benchmarks.parity.greedy import SETUPS, load_prompts
+from benchmarks.common.setups import SETUPS
 from benchmarks.parity.seeded import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.greedy import Prompt
 from benchmarks.common.slices import Slice
-from benchmarks.parity.seeded import Answer, Case, Prompt, tokens_and_rounds
+from benchmarks.parity.seeded import Answer, Case, tokens_and_rounds
 from benchmarks.parity.seeded_merge import conclude, merge
 
 PROMPTS = [Prompt(f"prose/{index}", "prose", (index,)) for index in range(7)]

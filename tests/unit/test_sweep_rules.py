@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.common.equality import Answer
+from benchmarks.common.greedy import MAX_NEW_TOKENS, Prompt
 from benchmarks.common.widen import SHAPES
-from benchmarks.parity.greedy import MAX_NEW_TOKENS, Prompt
 from benchmarks.speed import compare, sweep
 from benchmarks.speed.load import Load, is_complete, request_of
 from benchmarks.speed.measures import (

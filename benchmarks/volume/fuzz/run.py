@@ -28,7 +28,7 @@ import requests
 import torch
 
 from benchmarks.common.pool import PoolError, wait_until_idle
-from benchmarks.common.provenance import ROOT, provenance
+from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.common.servers import Side, Sides, add_arguments, resident_mib, sides_of
 from benchmarks.volume.fuzz.client import (
     TIMEOUT_SECONDS,
@@ -252,7 +252,7 @@ def main() -> int:
     """Run, write the JSON, and return 1 on failures."""
     arguments = parse()
     name = f"fuzz-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
-    out: Path = arguments.results or ROOT / "benchmarks" / "results" / name
+    out: Path = arguments.results or RESULTS / name
     with sides_of(arguments) as sides:
         fuzz = Fuzz(sides, arguments.in_flight, arguments.timeout, arguments.also_plain)
         spec = None if arguments.own_only else requests.get(f"{sides.orthrus.url}/openapi.json", timeout=60).json()

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.common.equality import NEAR_TIE, PROMPTS_PER_EXCUSE, Divergence
 from benchmarks.common.pool import PoolError, gauge, load, wait_until_idle
-from benchmarks.common.provenance import ROOT, provenance
+from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.common.servers import Side, Sides, add_arguments, resident_mib, sides_of
 from benchmarks.volume.soak import report as figures
 from benchmarks.volume.soak.checks import Verdict, check, compare, ranked_divergence
@@ -321,7 +321,7 @@ def main() -> int:
     """Run, write the JSON, and return 1 if anything failed."""
     arguments = parse()
     on_gpu = torch.cuda.is_available()
-    out = arguments.results or ROOT / "benchmarks" / "results" / f"soak-{'gpu' if on_gpu else 'cpu'}.json"
+    out = arguments.results or RESULTS / f"soak-{'gpu' if on_gpu else 'cpu'}.json"
     args = THINKING_ARGS if on_gpu else (*THINKING_ARGS, *POOL_ARGS)
     tie_below = arguments.tie_below or (BF16_NEAR_TIE if on_gpu else NEAR_TIE)
     started = time.monotonic()
