@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def widen(source: Path, target: Path, width: Width, device: str = "cpu") -> Path
     for index in range(width.layers):
         for view in VIEWS:
             name = f"model-{'diff' if view else 'ar'}-{index:03}.safetensors"
-            jobs[name] = lambda index=index, view=view: widener.layer(index, (view,))
+            jobs[name] = partial(widener.layer, index, (view,))
 
     def write(job: tuple[str, Callable[[], Weights]]) -> dict[str, str]:
         name, make = job

@@ -40,7 +40,8 @@ class Result(NamedTuple):
 
 
 def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset(tokenizer.token_to_id(token) for token in (END_OF_TURN, END_OF_TEXT))
+    ids = (tokenizer.token_to_id(token) for token in (END_OF_TURN, END_OF_TEXT))
+    return frozenset(id_ for id_ in ids if id_ is not None)
 
 
 def run_family(

@@ -37,7 +37,7 @@ def held_out_rows(tokenizer_dir: Path, num_rows: int, length: int) -> Rows:
         samples = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
         rows = pack(samples, load_tokenizer(tokenizer_dir), length)
         if rows.count >= num_rows:
-            return rows[slice(0, num_rows)]
+            return rows.part(0, num_rows)
         per_family *= 2
 
 

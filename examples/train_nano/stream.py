@@ -90,7 +90,7 @@ class RowStream:
         missing = self._batch_rows
         for rows in self._chunks():
             while used < rows.count:
-                part = rows[slice(used, used + missing)]
+                part = rows.part(used, used + missing)
                 parts.append(part)
                 used += part.count
                 missing -= part.count

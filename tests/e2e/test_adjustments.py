@@ -189,13 +189,14 @@ def test_openai_logprobs(served: Server, plain: Server) -> None:
             top_logprobs=2,
             max_tokens=12,
         )
-        content = chat.choices[0].logprobs.content
         text = client.completions.create(model="default", prompt="Step 1:", temperature=0, logprobs=2, max_tokens=8)
-        found.append(([(c.token, c.logprob) for c in content], text.choices[0].logprobs.token_logprobs))
-    (ours, text), (theirs, other_text) = found
+        of_chat, of_text = chat.choices[0].logprobs, text.choices[0].logprobs
+        assert of_chat is not None and of_chat.content is not None and of_text is not None
+        found.append(([(c.token, c.logprob) for c in of_chat.content], of_text.token_logprobs))
+    (ours, our_text), (theirs, their_text) = found
     assert [token for token, _ in ours] == [token for token, _ in theirs]
     assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
-    assert text == pytest.approx(other_text, abs=1e-4)
+    assert our_text == pytest.approx(their_text, abs=1e-4)
 
 
 def test_select_rests_on_log_probabilities(served: Server, plain: Server) -> None:

@@ -78,8 +78,8 @@ def expected(plain: Server) -> dict[str, Reply]:
 def test_schemas_that_the_prompt_asks_for(orthrus: Server, plain: Server, index: int) -> None:
     """The model would write this JSON by itself, so drafts survive the masks."""
     sample = held_out("json", 4)[index]
-    grammar = {"json_schema": json.dumps(sample.schema)}
-    ours, theirs = (generate(server, prompt_of("json", index), **grammar) for server in (orthrus, plain))
+    schema = json.dumps(sample.schema)
+    ours, theirs = (generate(server, prompt_of("json", index), json_schema=schema) for server in (orthrus, plain))
     assert ours["output_ids"] == theirs["output_ids"]
     jsonschema.validate(json.loads(ours["text"]), sample.schema)
     assert tokens_per_cycle(ours) > 5

@@ -242,7 +242,7 @@ def test_answers_behind_a_reasoning_are_plain_sglangs(
             return dict(zip(asked, pool.map(lambda one: outcome(server, *one), asked.values()), strict=True))
 
     ours = outcomes(request.getfixturevalue(name))
-    env = SETUP.env | plain_env() | patched
+    env = {**SETUP.env, **plain_env(), **patched}
     with Server(export_ar(NANO, tmp_path / "nano-ar"), *TEST_ARGS, *REASONING, *flag, env=env) as plain:
         assert ours == outcomes(plain)
     assert sum(THINK_END in output[:-1] for output in ours.values()) > len(cases) / 2

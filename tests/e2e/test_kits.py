@@ -150,6 +150,11 @@ class Process:
 class KitCase(unittest.TestCase):
     """What the kits expect of the class that mixes them in; the rest is in their table."""
 
+    model: str
+    base_url: str
+    process: Process
+    tokenizer: Any
+    client: openai.Client
     api_key = "none"
     timeout = 120
     run_decode = SpecEagleServerBase.run_decode

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_batch_of_32_that_others_join(server: Server, plain: Server, reference
     events = [Event() for _ in range(LATECOMERS + 1)]
     with ThreadPoolExecutor(LATECOMERS) as pool:
         futures: list[Future[Reply]] = [
-            pool.submit(stream_after, server, *events[number : number + 2], *request)
+            pool.submit(stream_after, server, events[number], events[number + 1], *request)
             for number, request in enumerate(late)
         ]
         events[0].set()
@@ -152,7 +153,7 @@ def test_the_first_of_several_stops_in_one_round_wins(server: Server, plain: Ser
     whole = generate(plain, ids)
     assert generate(server, ids)["meta_info"]["spec_verify_ct"] == 1
     early, late = whole["text"][10:16], whole["text"][40:46]
-    sampling = {
+    sampling: dict[str, Any] = {
         "string after string": {"stop": [late, early]},
         "string after token": {"stop": [late], "stop_token_ids": [whole["output_ids"][5]]},
         "string after the end": {"stop": ["\n"]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_unlike_backends_answer_as_plain_sglang_does(name: str, expected: list[R
     for at_once, replies in answers.items():
         for prompt, theirs, ours in zip(load_prompts(NANO, COUNT), expected, replies, strict=True):
 
-            def gap_after(common: list[int], ids: tuple[int, ...] = prompt.ids) -> float:
+            def gap_after(common: Sequence[int], ids: tuple[int, ...] = prompt.ids) -> float:
                 return float(top2_gap(reference.ar_logits([*ids, *common])[-1]))
 
             found = find_divergence(theirs["output_ids"], ours["output_ids"], gap_after)

@@ -137,12 +137,12 @@ def samples(bench: Bench, served: Server, ar: Path) -> dict[str, tuple[list[Repl
 
 def misfits(ours: list[Reply], theirs: list[Reply]) -> list[float]:
     """p-values for every token, and for pairs of neighbours after the first, which comes from the prefill."""
-    texts = [[reply["output_ids"] for reply in replies] for replies in (ours, theirs)]
+    texts: list[list[Any]] = [[reply["output_ids"] for reply in replies] for replies in (ours, theirs)]
     tokens = [[[text[place] for text in side] for side in texts] for place in range(LENGTH)]
     pairs = [
         [list(zip(*both, strict=True)) for both in zip(*neighbours, strict=True)] for neighbours in pairwise(tokens[1:])
     ]
-    return [same_source(*sides) for sides in (*tokens, *pairs)]
+    return [same_source(mine, other) for mine, other in (*tokens, *pairs)]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

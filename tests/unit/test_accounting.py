@@ -55,7 +55,7 @@ def _process(reporter: _Reporter, lens: list[int], ended: list[int], retracted: 
 def _take_in(reporter: _Reporter, reqs: list[Any], lens: list[int]) -> None:
     result = GenerationBatchResult(accept_lens=torch.tensor(lens))
     processor: Any = SimpleNamespace(metrics_reporter=reporter)
-    SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)  # type: ignore[arg-type]
+    SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)
 
 
 def test_rows_of_ended_requests_are_not_counted(reports: list[str]) -> None:
@@ -74,10 +74,10 @@ def test_a_round_that_accepts_nothing_by_design_counts_for_nothing(reports: list
     reporter = _Reporter()
     _process(reporter, [1, 1], ended=[0, 1])
     assert reporter.num_generated_tokens == reporter.spec_num_forward_ct == reporter.spec_num_correct_drafts == 0
-    SchedulerMetricsReporter.report_decode_stats(reporter, False)  # type: ignore[arg-type]
+    SchedulerMetricsReporter.report_decode_stats(reporter, False)
     assert reports == []
     _process(reporter, [4, 1], ended=[1])
-    SchedulerMetricsReporter.report_decode_stats(reporter, False)  # type: ignore[arg-type]
+    SchedulerMetricsReporter.report_decode_stats(reporter, False)
     assert reports == ["report"]
 
 
@@ -97,7 +97,7 @@ def test_tokens_past_the_end_of_a_text_are_not_counted(reports: list[str], monke
         lambda self, graph, num_generated_tokens=0: generated.append(num_generated_tokens),
     )
     count_running_requests_only()
-    SchedulerMetricsReporter.report_decode_stats(reporter, False, num_generated_tokens=47)  # type: ignore[arg-type]
+    SchedulerMetricsReporter.report_decode_stats(reporter, False, num_generated_tokens=47)
     assert generated == [3 + 6 + 9]
     assert reporter.num_generated_tokens == reporter.spec_num_accept_tokens == 18
     assert reporter.spec_num_correct_drafts == 15

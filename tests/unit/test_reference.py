@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common.reference import Reference, top2_gap
+from benchmarks.common.reference import Reference, State, top2_gap
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.fixtures import Shape, write_checkpoint
 
@@ -99,7 +99,7 @@ def test_perfect_drafts_fill_whole_blocks(reference: Reference, monkeypatch: pyt
     """An oracle drafter, so that acceptance and truncation inside a block are seen, not only rejections."""
     expected = greedy(reference, PROMPT, 30)
 
-    def oracle(state: object, anchor: int) -> Tensor:
+    def oracle(state: State, anchor: int) -> Tensor:
         done = state.length - len(PROMPT) + 1
         logits = torch.zeros(BLOCK, Shape().vocab)
         for row, token in enumerate(expected[done : done + BLOCK]):

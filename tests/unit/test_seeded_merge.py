@@ -66,7 +66,7 @@ def test_no_slice_may_hide_what_rounding_does_not_explain(margin: float | None) 
     [
         ([result(0)], "each once"),
         ([result(0), result(0)], "each once"),
-        ([result(0), result(1, **{"max new tokens": 32})], "different runs"),
+        ([result(0), result(1, None, **{"max new tokens": 32})], "different runs"),
         ([result(0), result(1, provenance={"commit": "def"})], "different code"),
     ],
 )

@@ -234,9 +234,12 @@ def test_an_abort_of_everything_excuses_what_ran_then() -> None:
 
 
 def test_streams_read_as_whole_answers_do() -> None:
+    def answer(choice: dict[str, Any]) -> dict[str, Any]:
+        return {"choices": [choice]}
+
     call = {"id": "x", "index": 0, "function": {"name": "f", "arguments": "{}"}}
     message = {"content": "ab", "reasoning_content": "r", "tool_calls": [call]}
-    whole = {
+    whole: dict[str, Any] = {
         "choices": [{"index": 0, "finish_reason": "stop", "matched_stop": 7, "message": message}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "reasoning_tokens": 1},
         "sglext": {"output_ids": [[6, 7]]},
@@ -244,9 +247,11 @@ def test_streams_read_as_whole_answers_do() -> None:
     parts: list[dict[str, Any]] = [{"reasoning_content": "r"}, {"content": "a"}, {"content": "b"}]
     parts += [{"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}]
     parts += [{"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}]
-    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in parts]
+    events: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in parts
+    ]
     end = {"index": 0, "delta": {}, "finish_reason": "stop", "matched_stop": 7}
-    events += [{"choices": [end]}, {"choices": [], "usage": whole["usage"], "sglext": whole["sglext"]}]
+    events += [answer(end), {"choices": [], "usage": whole["usage"], "sglext": whole["sglext"]}]
     path = "/v1/chat/completions"
     assert read_stream(path, events) == read_whole(path, whole)
 

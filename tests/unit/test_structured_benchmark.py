@@ -145,6 +145,7 @@ def test_a_replay_counts_rounds() -> None:
     schema = {"type": "object", "properties": {"long_key": {"type": "boolean"}}, "required": ["long_key"]}
     case = case_of("", "", schema | {"additionalProperties": False})
     end = tokenizer.token_to_id("<|im_end|>")
+    assert end is not None
     answer = [*tokenizer.encode('{"long_key": true}', add_special_tokens=False).ids, end]
     right = [(answer[length:] + [end] * 31)[:31] for length in range(1, len(answer))]
     wrong = [[17] * 31] * (len(answer) - 1)

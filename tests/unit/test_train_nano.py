@@ -98,7 +98,7 @@ def test_tags_are_single_tokens_that_survive_decoding() -> None:
 
 def _inputs(length: int = 512, rows: int = 2) -> Inputs:
     packed = train_rows(1, 0, load_tokenizer(), length)
-    few = packed[slice(0, rows)]
+    few = packed.part(0, rows)
     return Inputs(*(torch.from_numpy(array.astype("int64")) for array in (few.ids, few.docs, few.positions, few.kinds)))
 
 

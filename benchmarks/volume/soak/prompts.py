@@ -121,8 +121,8 @@ def grammar(random: Random) -> Grammar:
         pattern = random.choice(_REGEXES)
         return Grammar({kind: pattern}, {"regex": pattern})
     if kind == "ebnf":
-        text, pattern = random.choice(_EBNF)
-        return Grammar({kind: text}, {"regex": pattern} if pattern else {"nested": True})
+        text, expected = random.choice(_EBNF)
+        return Grammar({kind: text}, {"regex": expected} if expected else {"nested": True})
     return Grammar({kind: json.dumps(tags())}, {"tags": True})
 
 
