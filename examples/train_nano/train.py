@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.stage == "diff" and args.init is None and not args.resume:
         parser.error("diff needs --init (a checkpoint of stage ar) or --resume")
     if args.smoke:
-        args.workers, args.rows, args.length, args.anchors = 0, 4, 512, 16
+        args.workers, args.rows, args.length, args.anchors = 0, args.rows or 4, 512, 16
         args.steps = args.steps or 40
     if args.minutes is None and args.steps is None:
         args.minutes = 7.5

@@ -26,11 +26,6 @@ from examples.train_nano.sample import compact
 from examples.train_nano.tokenizer import MASK_ID, TAGS, TOKENIZER_DIR, load_tokenizer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
-
-
 def test_samples_depend_on_split_seed_and_index_alone() -> None:
     again = [train_sample(5, index) for index in range(50)]
     assert [train_sample(5, index) for index in range(50)] == again
@@ -220,7 +215,7 @@ def test_prompt_lookup_and_copy_counts_on_small_cases() -> None:
 
 
 def _smoke(stage: str, out: Path, *more: str) -> checkpoint.Progress:
-    return train.run(train.parse([stage, "--smoke", "--device", "cpu", "--out", str(out), *more]))
+    return train.run(train.parse([stage, "--smoke", "--rows", "2", "--device", "cpu", "--out", str(out), *more]))
 
 
 def test_both_stages_learn_export_and_evaluate_in_miniature(tmp_path: Path) -> None:
