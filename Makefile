@@ -1,5 +1,7 @@
-# Targets: demo, serve, test, test-all, parity, seeded, adjustments, kits, structured, soak, fuzz, bench, lint, clean.
-# Everything lives in .venv, made once.
+# Run it:   demo, serve.
+# Check it: check (linters, types, unit and contract tests), test (check, and the servers), test-all (the slow tests, too).
+#           Parts of test-all, with figures: parity, seeded, adjustments, kits, structured, soak, fuzz.
+# Others:   lint, style, types, bench, clean. Everything lives in .venv, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -7,7 +9,9 @@ BIN := .venv/bin
 # OpenMP threads that spin for long stall when servers and tests share few cores.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo serve test test-all parity seeded adjustments kits structured soak fuzz bench lint clean
+.PHONY: demo serve check test test-all parity seeded adjustments kits structured soak fuzz bench lint style types clean
+# What fails within seconds comes first.
+.NOTPARALLEL:
 
 demo: .venv/.installed
 	$(BIN)/python -m sglang_orthrus demo
@@ -15,50 +19,65 @@ demo: .venv/.installed
 serve: .venv/.installed
 	$(BIN)/python -m sglang_orthrus serve
 
-test: .venv/.test-extra
-	$(BIN)/python -m pytest
+check: lint
+	$(BIN)/python -m pytest -m "not slow" tests/unit tests/contract
 
-test-all: .venv/.test-extra
-	ORTHRUS_TESTS=all $(BIN)/python -m pytest
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
 
 parity: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity
 
 seeded: .venv/.test-extra
-	$(BIN)/python -m benchmarks.seeded_parity
+	$(BIN)/python -m benchmarks.parity.seeded
 
 adjustments: .venv/.test-extra
-	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_adjustments.py
+	$(BIN)/python -m pytest tests/e2e/test_adjustments.py
 
 kits: .venv/.test-extra
-	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_kits.py
+	$(BIN)/python -m pytest tests/e2e/test_kits.py
 
 structured: .venv/.test-extra
 	$(BIN)/python -m benchmarks.structured cpu
-	$(BIN)/python -m benchmarks.walk benchmarks/results/walk-cpu.json
-	ORTHRUS_TESTS=all $(BIN)/python -m pytest tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
+	$(BIN)/python -m benchmarks.structured.walk benchmarks/results/walk-cpu.json
+	$(BIN)/python -m pytest tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
 
 soak: .venv/.test-extra
-	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.volume.soak
 
 fuzz: .venv/.fuzz-extra
-	$(BIN)/python -m benchmarks.fuzz
+	$(BIN)/python -m benchmarks.volume.fuzz
 
 bench: .venv/.bench-extra
-	$(BIN)/python -m benchmarks.sweep cpu
-	$(BIN)/python -m benchmarks.plot benchmarks/results/sweep-cpu.json docs/img
+	$(BIN)/python -m benchmarks.speed.sweep cpu
+	$(BIN)/python -m benchmarks.speed.plot benchmarks/results/sweep-cpu.json docs/img
 
-lint: .venv/.test-extra
+lint: style types
+
+style: .venv/.ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/.test-extra
 	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
-.venv/.installed: pyproject.toml
+.venv/.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
+	@touch $@
+
+# Before SGLang, which takes minutes to install.
+.venv/.ruff: .venv/.made pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check "$$(grep -o 'ruff==[0-9.]*' pyproject.toml)"
+	@touch $@
+
+.venv/.installed: .venv/.made pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check -e .
 	@touch $@
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.parity import SETUPS
+from benchmarks.common.reference import Reference
+from benchmarks.common.setups import SETUPS
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.reference import Reference
 
 CONTEXT_LENGTH = 2048
 # fp32 on either device, so that outputs can be compared token by token.
@@ -22,8 +21,6 @@ TEST_ARGS = (
     *(*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH)),
     *("--enable-metrics", "--enable-custom-logit-processor"),
 )
-
-slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make test-all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

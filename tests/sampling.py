@@ -51,7 +51,7 @@ class Peak(TorchDispatchMode):
 class Request(SimpleNamespace):
     """What is read of a `Req`; weakly referable and hashable as that is."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def finished(self) -> bool:
         """Whether it has ended."""
@@ -60,7 +60,7 @@ class Request(SimpleNamespace):
 
 def request(params: dict[str, Any], **given: Any) -> Request:
     """A request with these sampling parameters; given: other attributes."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "custom_logit_processor": None,
         "return_logprob": False,
         "output_ids": [],

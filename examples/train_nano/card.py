@@ -1,17 +1,14 @@
-"""Writes the model card from the evaluation's report: `python examples/train_nano/card.py eval.json`."""
+"""Writes the model card from the evaluation's report: `python -m examples.train_nano.card eval.json`."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from train_nano.export import NANO_DIR
+from examples.train_nano.export import NANO_DIR
 
 _HEAD = """# orthrus-nano
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train_nano.sample import Message, Sample
+from examples.train_nano.sample import Message, Sample
 
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 END_OF_TURN = "<|im_end|>"

@@ -7,11 +7,11 @@ import time
 
 import torch
 
-from train_nano.model import NanoConfig, OrthrusLM
-from train_nano.optim import make_optimizers
-from train_nano.probe import held_out_rows, to_device
-from train_nano.stream import Place, RowStream
-from train_nano.train import Stage, verified
+from examples.train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.optim import make_optimizers
+from examples.train_nano.probe import held_out_rows, to_device
+from examples.train_nano.stream import Place, RowStream
+from examples.train_nano.train import Stage, verified
 
 WARM_UP = 5
 

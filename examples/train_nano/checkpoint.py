@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.model import NanoConfig, OrthrusLM
 
 SHARD_BYTES = 14_500_000
 
@@ -61,7 +61,9 @@ def save(
     The AR stage leaves out the `*_diff` weights, which are then still copies.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p for name, p in model.named_parameters() if progress.stage == "diff" or "_diff" not in name}
+    weights: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if progress.stage == "diff" or "_diff" not in name
+    }
     _save_shards(weights, folder, "weights")
     state: dict[str, Tensor] = {}
     for i, optimizer in enumerate(optimizers if full else []):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from train_nano.families import arith, chat, code, convert, json_extract, prose, qa, think, tools
-from train_nano.pools import HELD_OUT, TRAIN
-from train_nano.sample import Sample
+from examples.train_nano.families import arith, chat, code, convert, json_extract, prose, qa, think, tools
+from examples.train_nano.pools import HELD_OUT, TRAIN
+from examples.train_nano.sample import Sample
 
 MAKERS: dict[str, Callable[[Random, str], Sample]] = {
     "json": json_extract.make,

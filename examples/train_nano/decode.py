@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from train_nano.model import OrthrusLM, View
+from examples.train_nano.model import OrthrusLM, View
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Measures an exported checkpoint on held-out prompts: `python examples/train_nano/evaluate.py --out eval.json`.
+"""Measures an exported checkpoint on held-out prompts: `python -m examples.train_nano.evaluate --out eval.json`.
 
 Per family: exact answers, tokens per cycle of real draft-and-verify rounds (bonus included), what prompt-lookup
 drafting would get on the same outputs, and how much of the output is copied from the prompt or fixed by the format.
@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from train_nano.chat_format import sample_prompt
-from train_nano.corpus import FAMILIES, HELD_OUT_SEED, held_out
-from train_nano.decode import Generation, generate
-from train_nano.export import NANO_DIR, load_exported
-from train_nano.measures import COPY_TOKENS, NGRAM_DRAFTS, copied, fixed_by_format, is_exact, ngram_rounds
-from train_nano.model import OrthrusLM
-from train_nano.sample import Sample
-from train_nano.tokenizer import END_OF_TEXT, END_OF_TURN
+from examples.train_nano.chat_format import sample_prompt
+from examples.train_nano.corpus import FAMILIES, HELD_OUT_SEED, held_out
+from examples.train_nano.decode import Generation, generate
+from examples.train_nano.export import NANO_DIR, load_exported
+from examples.train_nano.measures import COPY_TOKENS, NGRAM_DRAFTS, copied, fixed_by_format, is_exact, ngram_rounds
+from examples.train_nano.model import OrthrusLM
+from examples.train_nano.sample import Sample
+from examples.train_nano.tokenizer import END_OF_TEXT, END_OF_TURN
 
 MAX_NEW = 400
 
@@ -43,7 +40,8 @@ class Result(NamedTuple):
 
 
 def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    return frozenset(tokenizer.token_to_id(token) for token in (END_OF_TURN, END_OF_TEXT))
+    ids = (tokenizer.token_to_id(token) for token in (END_OF_TURN, END_OF_TEXT))
+    return frozenset(id_ for id_ in ids if id_ is not None)
 
 
 def run_family(

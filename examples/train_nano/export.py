@@ -1,22 +1,19 @@
-"""Writes a training checkpoint as a servable one: `python examples/train_nano/export.py runs/diff`."""
+"""Writes a training checkpoint as a servable one: `python -m examples.train_nano.export runs/diff`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from train_nano import checkpoint
-from train_nano.model import NanoConfig, OrthrusLM
-from train_nano.tokenizer import END_OF_TEXT, END_OF_TURN, TOKENIZER_DIR, load_tokenizer
+from examples.train_nano import checkpoint
+from examples.train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.tokenizer import END_OF_TEXT, END_OF_TURN, TOKENIZER_DIR, load_tokenizer
 
 NANO_DIR = Path(__file__).resolve().parents[2] / "sglang_orthrus" / "nano"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

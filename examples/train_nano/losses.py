@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_nano.model import Mask, OrthrusLM, own_keys
-from train_nano.pack import ANSWER, PROMPT
+from examples.train_nano.model import Mask, OrthrusLM, own_keys
+from examples.train_nano.pack import ANSWER, PROMPT
 
 
 class Inputs(NamedTuple):

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from train_nano.sample import Sample
+from examples.train_nano.sample import Sample
 
 COPY_TOKENS = 3
 NGRAM_DRAFTS = 31

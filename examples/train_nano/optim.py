@@ -35,12 +35,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for shape, params in shapes.items():
-                grads = [p.grad for p in params]
+                    shapes[p.shape].append((p, p.grad))
+            for shape, pairs in shapes.items():
+                params, grads = [p for p, _ in pairs], [grad for _, grad in pairs]
                 momenta = []
                 for p in params:
                     state = self.state[p]

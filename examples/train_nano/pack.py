@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from train_nano.chat_format import END_OF_TURN, sample_prompt
-from train_nano.corpus import FAMILIES, train_sample
-from train_nano.sample import Sample
+from examples.train_nano.chat_format import END_OF_TURN, sample_prompt
+from examples.train_nano.corpus import FAMILIES, train_sample
+from examples.train_nano.sample import Sample
 
 PAD, PROMPT, ANSWER = 0, 1, 2
 CHUNK_SAMPLES = 512
@@ -30,11 +30,13 @@ class Rows(NamedTuple):
     kinds: NDArray[np.uint8]
     families: NDArray[np.uint8]
 
-    def __getitem__(self, rows: slice) -> Rows:  # type: ignore[override]
-        return Rows(*(array[rows] for array in tuple(self)))
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows from `start` up to `stop`, or to the end."""
+        arrays: tuple[Any, ...] = self
+        return Rows(*(array[start:stop] for array in arrays))
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         return int(self.ids.shape[0])
 
 

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train_nano.corpus import FAMILIES, held_out
-from train_nano.losses import Inputs
-from train_nano.pack import ANSWER, Rows, pack
-from train_nano.tokenizer import load_tokenizer
+from examples.train_nano.corpus import FAMILIES, held_out
+from examples.train_nano.losses import Inputs
+from examples.train_nano.pack import ANSWER, Rows, pack
+from examples.train_nano.tokenizer import load_tokenizer
 
 PROBE_SEED = 7
 
@@ -37,7 +37,7 @@ def held_out_rows(tokenizer_dir: Path, num_rows: int, length: int) -> Rows:
         samples = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
         rows = pack(samples, load_tokenizer(tokenizer_dir), length)
         if rows.count >= num_rows:
-            return rows[slice(0, num_rows)]
+            return rows.part(0, num_rows)
         per_family *= 2
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
 
-from train_nano.pack import Rows, concatenate, train_rows
-from train_nano.tokenizer import load_tokenizer
+from examples.train_nano.pack import Rows, concatenate, train_rows
+from examples.train_nano.tokenizer import load_tokenizer
 
 _CHUNKS_AHEAD = 12
 _BATCHES_AHEAD = 8
@@ -90,7 +90,7 @@ class RowStream:
         missing = self._batch_rows
         for rows in self._chunks():
             while used < rows.count:
-                part = rows[slice(used, used + missing)]
+                part = rows.part(used, used + missing)
                 parts.append(part)
                 used += part.count
                 missing -= part.count

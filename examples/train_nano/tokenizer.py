@@ -1,19 +1,16 @@
-"""Trains the byte-level BPE tokenizer of orthrus-nano on the corpus: `python examples/train_nano/tokenizer.py`."""
+"""Trains the byte-level BPE tokenizer of orthrus-nano on the corpus: `python -m examples.train_nano.tokenizer`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from train_nano.chat_format import TEMPLATE_PATH, sample_prompt
-from train_nano.corpus import train_sample
+from examples.train_nano.chat_format import TEMPLATE_PATH, sample_prompt
+from examples.train_nano.corpus import train_sample
 
 TOKENIZER_DIR = Path(__file__).resolve().parent / "tokenizer"
 VOCAB_SIZE = 4096

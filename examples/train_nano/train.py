@@ -1,9 +1,9 @@
 """Trains orthrus-nano in the paper's two stages.
 
-    python examples/train_nano/train.py ar --out runs/ar --minutes 7.5
-    python examples/train_nano/train.py diff --init runs/ar --out runs/diff --minutes 8.5
-    python examples/train_nano/train.py check          # a minute on the accelerator before the real thing
-    python examples/train_nano/train.py ar --smoke --out /tmp/ar   # tiny, on a CPU
+    python -m examples.train_nano.train ar --out runs/ar --minutes 7.5
+    python -m examples.train_nano.train diff --init runs/ar --out runs/diff --minutes 8.5
+    python -m examples.train_nano.train check          # a minute on the accelerator before the real thing
+    python -m examples.train_nano.train ar --smoke --out /tmp/ar   # tiny, on a CPU
 
 Stage `ar` trains the AR view from scratch; stage `diff` freezes it and trains the `*_diff` weights on it.
 """
@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from train_nano import checkpoint
-from train_nano.checkpoint import Progress
-from train_nano.losses import (
+from examples.train_nano import checkpoint
+from examples.train_nano.checkpoint import Progress
+from examples.train_nano.losses import (
     Anchors,
     Inputs,
     ar_correct,
@@ -38,13 +36,13 @@ from train_nano.losses import (
     sample_anchors,
     teach,
 )
-from train_nano.masks import MaskMaker, packed_blocks, packed_causal
-from train_nano.model import NanoConfig, OrthrusLM
-from train_nano.optim import make_optimizers
-from train_nano.probe import exact_shares, held_out_rows, run_means, to_device
-from train_nano.stream import Place, RowStream
-from train_nano.tokenizer import TOKENIZER_DIR
-from train_nano.verify import verify
+from examples.train_nano.masks import MaskMaker, packed_blocks, packed_causal
+from examples.train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.optim import make_optimizers
+from examples.train_nano.probe import exact_shares, held_out_rows, run_means, to_device
+from examples.train_nano.stream import Place, RowStream
+from examples.train_nano.tokenizer import TOKENIZER_DIR
+from examples.train_nano.verify import verify
 
 PROCESS_START = time.monotonic()
 STEPS_AHEAD = 3
@@ -85,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.stage == "diff" and args.init is None and not args.resume:
         parser.error("diff needs --init (a checkpoint of stage ar) or --resume")
     if args.smoke:
-        args.workers, args.rows, args.length, args.anchors = 0, 4, 512, 16
+        args.workers, args.rows, args.length, args.anchors = 0, args.rows or 4, 512, 16
         args.steps = args.steps or 40
     if args.minutes is None and args.steps is None:
         args.minutes = 7.5
@@ -343,7 +341,7 @@ def main() -> None:
     """Command line."""
     args = parse()
     if args.stage == "check":
-        from train_nano.check import check
+        from examples.train_nano.check import check
 
         check(args)
     else:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from train_nano.losses import Anchors, Inputs, ar_loss, diff_loss, next_token_weights, teach
-from train_nano.masks import dense, packed_blocks, packed_causal
-from train_nano.model import OrthrusLM
+from examples.train_nano.losses import Anchors, Inputs, ar_loss, diff_loss, next_token_weights, teach
+from examples.train_nano.masks import dense, packed_blocks, packed_causal
+from examples.train_nano.model import OrthrusLM
 
 if TYPE_CHECKING:
-    from train_nano.train import Stage
+    from examples.train_nano.train import Stage
 
 # In bf16 rounding alone makes a difference of a few percent.
 TOLERANCE = 0.15

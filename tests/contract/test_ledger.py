@@ -116,7 +116,7 @@ def _foreign_private_names(source: str) -> set[str]:
             names.update(alias.name for alias in node.names)
             names.update((node.module or "").split("."))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME:
-            names.update(arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant))
+            names.update(str(arg.value) for arg in node.args[1:2] if isinstance(arg, ast.Constant))
     return {name for name in names if _private(name)} - _defined(tree)
 
 

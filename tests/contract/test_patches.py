@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_min_p_with_a_seed_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_penalizers_are_fed_at_forward_entry_under_overlap(tmp_path: Path) -> None:
     """`test_adjustments.py` shows the lag of plain SGLang, and the patched one without it, on servers."""
     apply(PATCHES / "0005-penalties-under-overlap.patch", tmp_path)
-    schedule_batch = load("patched_schedule_batch", tmp_path / "sglang/srt/managers/schedule_batch.py")
+    schedule_batch: Any = load("patched_schedule_batch", tmp_path / "sglang/srt/managers/schedule_batch.py")
 
     class Reached(Exception):
         pass
@@ -104,7 +105,8 @@ def test_penalizers_are_fed_at_forward_entry_under_overlap(tmp_path: Path) -> No
             model_config=SimpleNamespace(is_encoder_decoder=False),
             reqs=[],
         )
-        schedule_batch.strip_beam_tail = schedule_batch.append_beam_tail = lambda batch: None
+        for name in ("strip_beam_tail", "append_beam_tail"):
+            setattr(schedule_batch, name, lambda batch: None)
         with pytest.raises(Reached):
             schedule_batch.ScheduleBatch.prepare_for_decode(batch, **options)
         return len(fed)

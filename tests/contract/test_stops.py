@@ -13,14 +13,15 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.compat.stops import stop_at_first_match
-from tests.contract.test_patches import PATCHES, apply, load
+from tests.contract.test_patches import load
+from tests.patching import PATCHES, apply
 
 pytestmark = pytest.mark.contract
 
 TOKENIZER = get_tokenizer(str(NANO))
 END = TOKENIZER.eos_token_id
 TEXT = [*TOKENIZER.encode("one two three"), END, *TOKENIZER.encode(" four\n five")]
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "the string listed last comes first": {"stop": ["three", "two"]},
     "a string after the end of text": {"stop": ["\n"]},
     "a string before the end of text": {"stop": ["two"]},

@@ -11,7 +11,8 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_orthrus.compat.stops import stop_at_first_match
-from tests.contract.test_patches import PATCHES, apply, load
+from tests.contract.test_patches import load
+from tests.patching import PATCHES, apply
 
 pytestmark = pytest.mark.contract
 END, THINK_END = 7, 9
@@ -55,6 +56,7 @@ def test_a_round_counts_what_its_tokens_count_one_by_one(
 def test_the_patched_streamer_cuts_it(tmp_path: Path) -> None:
     patch = PATCHES / "0016-reasoning-stops-where-the-text-stops.patch"
     module = load("patched_output_streamer", apply(patch, tmp_path)[0])
+    accumulator: Any
     (accumulator,) = (
         value
         for value in vars(module).values()

@@ -11,11 +11,11 @@ from typing import Any
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from torch import Tensor
 
-from benchmarks.parity import Prompt, load_prompts
-from benchmarks.parity_rules import find_divergence
+from benchmarks.common.equality import find_divergence
+from benchmarks.common.greedy import Prompt, load_prompts
+from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from tests.reference import Reference, top2_gap
 
 Reply = dict[str, Any]
 STOPS = {4088, 4090}  # <|endoftext|> and <|im_end|>, which end nano's texts

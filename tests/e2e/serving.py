@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import requests
 
-from benchmarks import common_pool
+from benchmarks.common import pool as common_pool
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, prompt_of
 
@@ -71,6 +72,15 @@ def wait_for_gauge(server: Server, name: str, value: float) -> None:
         assert server.is_running, server.log_tail()
         assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
         time.sleep(0.05)
+
+
+def wait_until(is_reached: Callable[[], bool], running: Future[Any]) -> None:
+    """Wait for a state that only holds while something runs; fail if that ends first, or after two minutes."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_reached():
+        assert not running.done(), f"it ended before: {running.result()}"
+        assert time.monotonic() < deadline, "not reached in time"
+        time.sleep(0.01)
 
 
 def free_slots(server: Server) -> int:

@@ -6,7 +6,6 @@ Plain SGLang penalises one token late under overlap scheduling, so the truth for
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,19 +18,18 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
-from benchmarks.parity import load_prompts
-from benchmarks.parity_rules import NEAR_TIE, find_divergence
+from benchmarks.common.equality import NEAR_TIE, find_divergence
+from benchmarks.common.greedy import load_prompts
+from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, prompt_of
 from tests.patching import patched_sglang
-from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.e2e
 
-slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make adjustments")
 
 MAX_NEW_TOKENS = 48
 PENALTIES: dict[str, dict[str, Any]] = {
@@ -191,13 +189,14 @@ def test_openai_logprobs(served: Server, plain: Server) -> None:
             top_logprobs=2,
             max_tokens=12,
         )
-        content = chat.choices[0].logprobs.content
         text = client.completions.create(model="default", prompt="Step 1:", temperature=0, logprobs=2, max_tokens=8)
-        found.append(([(c.token, c.logprob) for c in content], text.choices[0].logprobs.token_logprobs))
-    (ours, text), (theirs, other_text) = found
+        of_chat, of_text = chat.choices[0].logprobs, text.choices[0].logprobs
+        assert of_chat is not None and of_chat.content is not None and of_text is not None
+        found.append(([(c.token, c.logprob) for c in of_chat.content], of_text.token_logprobs))
+    (ours, our_text), (theirs, their_text) = found
     assert [token for token, _ in ours] == [token for token, _ in theirs]
     assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
-    assert text == pytest.approx(other_text, abs=1e-4)
+    assert our_text == pytest.approx(their_text, abs=1e-4)
 
 
 def test_select_rests_on_log_probabilities(served: Server, plain: Server) -> None:
@@ -255,7 +254,7 @@ def test_stops_are_plain_sglangs(orthrus: Server, plain: Server, name: str) -> N
     assert ("end" in name) == ours["text"].endswith("<|im_end|>")
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("overlap", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no overlap"])
 def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ...]) -> None:
@@ -280,7 +279,7 @@ def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ..
         assert near_ties * 200 <= len(asked)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_plain_sglang_penalises_late_under_overlap_until_it_is_patched(tmp_path: Path) -> None:
     """patches/0005: without overlap, with it, and with it on a copy of SGLang that has the patch."""

@@ -9,6 +9,7 @@ import pytest
 import requests
 from openai import OpenAI
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH
@@ -20,7 +21,6 @@ from tests.e2e.helpers import (
     prompts,
     tokens_per_cycle,
 )
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -110,7 +110,7 @@ def test_stop_token_ids_cut_inside_a_block(orthrus: Server, plain: Server, refer
     ids = prompt_of("json", 2)
     whole = generate(orthrus, ids)["output_ids"]
     for position in (0, 1, 5, len(whole) // 2):
-        stop = {"stop_token_ids": [whole[position]]}
+        stop: dict[str, Any] = {"stop_token_ids": [whole[position]]}
         reply = generate(orthrus, ids, **stop)
         assert reply["output_ids"] == whole[: whole.index(whole[position]) + 1]
         assert_same_output(reference, ids, generate(plain, ids, **stop), reply)

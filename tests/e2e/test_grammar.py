@@ -11,9 +11,9 @@ import jsonschema
 import pytest
 import requests
 
-from benchmarks.parity import held_out
-from benchmarks.structured import metrics
-from benchmarks.structured_cases import SCHEMAS
+from benchmarks.structured.cases import SCHEMAS
+from benchmarks.structured.run import metrics
+from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, generate_together, prompt_of, tokens_per_cycle
 from tests.e2e.serving import streaming
@@ -78,8 +78,8 @@ def expected(plain: Server) -> dict[str, Reply]:
 def test_schemas_that_the_prompt_asks_for(orthrus: Server, plain: Server, index: int) -> None:
     """The model would write this JSON by itself, so drafts survive the masks."""
     sample = held_out("json", 4)[index]
-    grammar = {"json_schema": json.dumps(sample.schema)}
-    ours, theirs = (generate(server, prompt_of("json", index), **grammar) for server in (orthrus, plain))
+    schema = json.dumps(sample.schema)
+    ours, theirs = (generate(server, prompt_of("json", index), json_schema=schema) for server in (orthrus, plain))
     assert ours["output_ids"] == theirs["output_ids"]
     jsonschema.validate(json.loads(ours["text"]), sample.schema)
     assert tokens_per_cycle(ours) > 5

@@ -13,7 +13,7 @@ import pytest
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import SLOW_MASK_MS
-from tests.conftest import SETUP, TEST_ARGS, slow
+from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import generate, prompt_of
 
 pytestmark = pytest.mark.e2e
@@ -73,12 +73,12 @@ def cut() -> Iterator[Server]:
         yield server
 
 
-@slow
+@pytest.mark.slow
 def test_forced_strings_without_end_nor_white_space(cut: Server) -> None:
     assert_answers(cut)
 
 
-@slow
+@pytest.mark.slow
 def test_rounds_that_are_cut_give_valid_answers(cut: Server) -> None:
     """Sampled, with log probabilities and penalties; greedy ones beside them."""
     options: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 0.7, "frequency_penalty": 0.3}, {}]

@@ -1,7 +1,7 @@
 """Grammars where more is forced and more is at stake: no white space, behind a reasoning, under llguidance.
 
 The truth is the reference model under the same grammar object, token by token; plain SGLang's own answers to many more
-prompts are compared by `benchmarks/structured.py`. With llguidance and a reasoning parser plain SGLang answers 400 to
+prompts are compared by `benchmarks.structured`. With llguidance and a reasoning parser plain SGLang answers 400 to
 every request with a grammar, so there patches/0008 is applied to it; ORTHRUS runs as shipped.
 """
 
@@ -25,17 +25,17 @@ from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObjec
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from benchmarks.structured import metrics
-from benchmarks.structured_cases import END, Case, foreign_cases, own_cases, tool_cases
+from benchmarks.common.reference import Reference
+from benchmarks.structured.cases import END, Case, foreign_cases, own_cases, tool_cases
+from benchmarks.structured.run import metrics
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.config import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import SETUP, TEST_ARGS, slow
+from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming
 from tests.patching import patched_sglang
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -156,7 +156,7 @@ def test_own_prompts_without_white_space(strict: Server, reference: Reference) -
     assert num_sparse_blocks(strict) - before >= rounds / 2, "their grammars are slow now"
 
 
-@slow
+@pytest.mark.slow
 def test_every_schema_without_white_space(strict: Server, reference: Reference) -> None:
     assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases())
 
@@ -166,7 +166,7 @@ def test_schemas_under_llguidance(llguidance: Server, reference: Reference) -> N
     assert_as_the_reference(llguidance, reference, llguidance_backend(), cases)
 
 
-@slow
+@pytest.mark.slow
 def test_every_schema_under_llguidance(llguidance: Server, reference: Reference) -> None:
     assert_as_the_reference(llguidance, reference, llguidance_backend(), foreign_cases())
 
@@ -174,7 +174,7 @@ def test_every_schema_under_llguidance(llguidance: Server, reference: Reference)
 # A server with a reasoning parser, the grammar objects that it makes, and the flag that makes it use this engine.
 ENGINES = [
     pytest.param("strict", xgrammar_backend, (STRICT,), id="xgrammar"),
-    pytest.param("reasoning_llguidance", llguidance_backend, LLGUIDANCE, id="llguidance", marks=slow),
+    pytest.param("reasoning_llguidance", llguidance_backend, LLGUIDANCE, id="llguidance", marks=pytest.mark.slow),
 ]
 
 
@@ -216,7 +216,7 @@ def test_a_grammar_begins_behind_the_reasoning(
         assert run[-1] != THINK_END, "the grammar should begin in the round that ends the reasoning"
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "_backend", "flag"), ENGINES)
 def test_answers_behind_a_reasoning_are_plain_sglangs(
     request: pytest.FixtureRequest,
@@ -242,7 +242,7 @@ def test_answers_behind_a_reasoning_are_plain_sglangs(
             return dict(zip(asked, pool.map(lambda one: outcome(server, *one), asked.values()), strict=True))
 
     ours = outcomes(request.getfixturevalue(name))
-    env = SETUP.env | plain_env() | patched
+    env = {**SETUP.env, **plain_env(), **patched}
     with Server(export_ar(NANO, tmp_path / "nano-ar"), *TEST_ARGS, *REASONING, *flag, env=env) as plain:
         assert ours == outcomes(plain)
     assert sum(THINK_END in output[:-1] for output in ours.values()) > len(cases) / 2

@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 import requests
 
-from benchmarks.parity import held_out
+from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import SETUP, TEST_ARGS, slow
+from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.chats import CHAT, assembled, content, events
 
 pytestmark = pytest.mark.e2e
@@ -112,7 +112,7 @@ def test_streams_of_two_calls_add_up(orthrus: Server, plain: Server, name: str) 
     assert len(streams[0][0]["calls"]) >= (2 if name == "strict 0" else 1)
 
 
-@slow
+@pytest.mark.slow
 def test_tool_calls_under_llguidance(llguidance: tuple[Server, Server]) -> None:
     """Errors of the engine included, and answers without a call where one is required: plain SGLang's."""
     ours, theirs = map(outcomes, llguidance)

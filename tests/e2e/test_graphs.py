@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import SETUP, TEST_ARGS, slow
+from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
 from tests.e2e.serving import paths_since, rounds_by_path
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -88,7 +88,7 @@ def test_sampled_rounds_take_a_graph_for_each_pass(served: Server) -> None:
         assert paths_since(served, before) == {path}
 
 
-@slow
+@pytest.mark.slow
 def test_a_narrow_verify_has_graphs_of_its_own(narrow: Server, plain: Server, reference: Reference) -> None:
     before = rounds_by_path(narrow)
     requests = [(prompt.ids, 48) for prompt in prompts()[2::6]]

@@ -6,7 +6,6 @@ They know nothing of ORTHRUS, so they check that a server with it is a server li
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import unittest
@@ -34,7 +33,6 @@ from tests.e2e.kits import NOT_RUN, RUN, WITHOUT_TESTS, Kit
 # The longest kit takes ten minutes on two cores.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-slow = pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes minutes: make kits")
 
 THINKING_CONTEXT_LENGTH = 16384
 MASK_TOKEN = 4095, "<|mask|>"
@@ -152,6 +150,11 @@ class Process:
 class KitCase(unittest.TestCase):
     """What the kits expect of the class that mixes them in; the rest is in their table."""
 
+    model: str
+    base_url: str
+    process: Process
+    tokenizer: Any
+    client: openai.Client
     api_key = "none"
     timeout = 120
     run_decode = SpecEagleServerBase.run_decode
@@ -210,11 +213,11 @@ def make_collected_case(name: str, kit: Kit) -> type[KitCase]:
     is_left_out = kit.slow is None or kit.server != "common"
     rest = kits.installed_kits()[name] - {*kit.refused, *kit.fails_alike}
     for test in rest if is_left_out else kit.slow or ():
-        setattr(case, test, slow(getattr(case, test)))
+        setattr(case, test, pytest.mark.slow(getattr(case, test)))
     return pytest.mark.usefixtures("connected")(case)
 
 
-@slow
+@pytest.mark.slow
 def test_a_conversation_finds_its_former_turns_in_the_cache(servers: Servers, tmp_path: Path) -> None:
     """`cache_hit_kit`, with a data set of our own in the place of the one that it downloads."""
     server = servers.get("common")
@@ -249,7 +252,7 @@ def test_the_documentation_names_every_kit() -> None:
         assert f"`{name.rpartition('.')[2]}`" in text
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("server", sorted({kit.server for kit in RUN.values() if kit.fails_alike}))
 def test_what_is_beyond_nano_fails_alike_on_plain_sglang(servers: Servers, server: str) -> None:
     ours, theirs = (failures(servers.get(server, is_plain=is_plain), server) for is_plain in (False, True))

@@ -6,24 +6,14 @@ from functools import cache
 
 import pytest
 
-from benchmarks.parity import (
-    SETUPS,
-    Answer,
-    Prompt,
-    collect,
-    judge,
-    judge_prefill,
-    load_prompts,
-    prefill,
-    rounding,
-    stop_ids,
-    tokens_per_cycle,
-    trace_all,
-)
+from benchmarks.common.equality import Answer
+from benchmarks.common.greedy import Prompt, collect, load_prompts, stop_ids
+from benchmarks.common.reference import Reference, Trace
+from benchmarks.common.setups import SETUPS
+from benchmarks.parity.greedy import judge, judge_prefill, prefill, rounding, tokens_per_cycle, trace_all
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH
-from tests.reference import Reference, Trace
 
 pytestmark = pytest.mark.e2e
 

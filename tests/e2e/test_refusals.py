@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from sglang_orthrus.cli.demo import ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, ServerError
-from tests.conftest import slow
 from tests.e2e.helpers import generate, prompt_of
 from tests.fixtures import write_checkpoint
 
@@ -59,7 +58,7 @@ def test_the_server_lives_on_after_refusals(orthrus: Server) -> None:
     assert orthrus.is_running
 
 
-@slow
+@pytest.mark.slow
 def test_a_checkpoint_without_some_diff_tensors_is_refused_with_their_names(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model")
     weights = load_file(model / "model.safetensors")

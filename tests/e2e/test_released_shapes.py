@@ -8,7 +8,6 @@ import pytest
 
 from sglang_orthrus.cli.demo import ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import slow
 from tests.fixtures import write_released_shaped
 
 pytestmark = pytest.mark.e2e
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.e2e
 SMALL = ("--dtype", "bfloat16", "--context-length", "512", "--max-total-tokens", "1024")
 
 
-@slow
+@pytest.mark.slow
 def test_a_released_shape_is_served(tmp_path: Path) -> None:
     """The smallest one. The others differ in sizes, and in an untied head, which test_views.py covers."""
     model = write_released_shaped(tmp_path / "checkpoint", "1.7B")

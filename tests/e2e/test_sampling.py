@@ -21,16 +21,16 @@ from scipy.stats import chi2
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from tokenizers import Tokenizer, pre_tokenizers
 
-from benchmarks.parity_rules import NEAR_TIE
-from benchmarks.seeded_parity import FILTERS, Case, cases
-from benchmarks.seeded_rules import margin, noise
+from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.reference import Reference
+from benchmarks.parity.seeded import FILTERS, Case, cases
+from benchmarks.parity.seeded_rules import margin, noise
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.sampling.distributions import sorted_support
-from tests.conftest import SETUP, TEST_ARGS, slow
+from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["xgrammar", pytest.param("llguidance", marks=slow)])
+@pytest.fixture(scope="module", params=["xgrammar", pytest.param("llguidance", marks=pytest.mark.slow)])
 def tiny_server(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     with Server(tiny, *ORTHRUS_ARGS, *SETUP.args, "--grammar-backend", request.param, env=SETUP.env) as server:
         yield server
@@ -211,7 +211,7 @@ ADJUSTED: dict[str, dict[str, Any]] = {
 }
 
 
-@slow
+@pytest.mark.slow
 def test_seeds_act_on_adjusted_logits(seeded: Server, reference: Reference) -> None:
     """Penalties, scaling, grammar mask, bias, custom processors, temperature, filters, noise; all in one batch."""
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))

@@ -14,12 +14,11 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -153,7 +152,10 @@ def paused_story(server: Server, mode: str, flush_status: int) -> Reply:
 
 @pytest.mark.parametrize(
     ("mode", "flush_status", "retractions"),
-    [pytest.param("in_place", 400, 0, id="in_place", marks=slow), pytest.param("retract", 200, 1, id="retract")],
+    [
+        pytest.param("in_place", 400, 0, id="in_place", marks=pytest.mark.slow),
+        pytest.param("retract", 200, 1, id="retract"),
+    ],
 )
 def test_a_paused_request_continues_where_it_was(
     orthrus: Server, plain: Server, reference: Reference, mode: str, flush_status: int, retractions: int

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import requests
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, REQUESTS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.chats import CHAT, assembled, chat, content, events
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -111,7 +111,7 @@ def test_streamed_completions_add_up(orthrus: Server, plain: Server, name: str) 
     for stream in streams:
         assert stream[-1]["choices"] == []
         assert tokens(stream[-1]) == tokens(whole)
-        text, finish = defaultdict[int, str](str), {}
+        text, finish = defaultdict[int, str](str), dict[int, str | None]()
         for choice in (event["choices"][0] for event in stream[:-1]):
             text[choice["index"]] += choice["text"]
             finish[choice["index"]] = choice["finish_reason"] or finish.get(choice["index"])
@@ -309,7 +309,8 @@ def test_a_refusal_ends_a_stream_with_an_error(orthrus: Server) -> None:
 def turns(server: Server, **options: Any) -> list[Any]:
     """Three turns of a session; the first ends inside a round."""
     session = server.post("/open_session", {"capacity_of_str_len": 1000, **options})
-    found, rid = [], None
+    found: list[Any] = []
+    rid = None
     for text in (STEPS, " Then 4 + 5 =", " So"):
         body = {"text": text, "sampling_params": GREEDY, "session_params": {"id": session, "rid": rid}}
         if not found:

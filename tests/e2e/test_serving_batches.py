@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import pytest
 
-from benchmarks.parity import stop_ids
-from benchmarks.parity_rules import Answer, Rounds, compare_rounds
+from benchmarks.common.equality import Answer, Rounds, compare_rounds
+from benchmarks.common.greedy import stop_ids
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH, TEST_ARGS
@@ -24,7 +25,6 @@ from tests.e2e.helpers import (
     tokens_per_cycle,
 )
 from tests.e2e.serving import streaming
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -60,12 +60,11 @@ def test_a_batch_of_32_that_others_join(server: Server, plain: Server, reference
     short = [prompt.ids for prompt in prompts() if len(prompt.ids) < 128]
     crowd = [(short[number % len(short)], 72 - 2 * number) for number in range(CROWD)]
     late = [(prompt_of("prose", number), 2 + 13 * number) for number in range(LATECOMERS)]
-    log_start = server.log_path.stat().st_size
 
     events = [Event() for _ in range(LATECOMERS + 1)]
     with ThreadPoolExecutor(LATECOMERS) as pool:
         futures: list[Future[Reply]] = [
-            pool.submit(stream_after, server, *events[number : number + 2], *request)
+            pool.submit(stream_after, server, events[number], events[number + 1], *request)
             for number, request in enumerate(late)
         ]
         events[0].set()
@@ -74,13 +73,13 @@ def test_a_batch_of_32_that_others_join(server: Server, plain: Server, reference
     expected = together(plain, [*crowd, *late])
     for (ids, _), truth, reply in zip([*crowd, *late], expected, replies, strict=True):
         assert_same_output(reference, ids, truth, reply)
-    assert most_in_a_batch(server.log_path.read_bytes()[log_start:].decode()) >= CROWD - LATECOMERS
+    assert most_at_once(replies) >= CROWD - LATECOMERS
 
 
-def most_in_a_batch(log: str) -> int:
-    """Requests that the log shows in one prefill, those running beside it included."""
-    prefills = re.findall(r"Prefill batch, #new-seq: (\d+),.*#running-req: (\d+)", log)
-    return max(int(new) + int(running) for new, running in prefills)
+def most_at_once(replies: Sequence[Reply]) -> int:
+    """How many of these requests ran at the same time, by the server's own times: from prefill to end."""
+    spans = [(reply["meta_info"]["forward_entry_time"], reply["meta_info"]["request_finished_ts"]) for reply in replies]
+    return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
 
 
 def together(server: Server, requests: Sequence[tuple[Sequence[int], int]]) -> list[Reply]:
@@ -154,7 +153,7 @@ def test_the_first_of_several_stops_in_one_round_wins(server: Server, plain: Ser
     whole = generate(plain, ids)
     assert generate(server, ids)["meta_info"]["spec_verify_ct"] == 1
     early, late = whole["text"][10:16], whole["text"][40:46]
-    sampling = {
+    sampling: dict[str, Any] = {
         "string after string": {"stop": [late, early]},
         "string after token": {"stop": [late], "stop_token_ids": [whole["output_ids"][5]]},
         "string after the end": {"stop": ["\n"]},

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.conftest import CONTEXT_LENGTH, TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
 from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, free_slots, pool_size, streaming
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import sglang as sgl
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from tests.conftest import slow
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -63,7 +62,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["batch", "one by one", "async"])
 def test_the_engine_answers_as_a_plain_server(
     answers: dict[str, Any], plain: Server, reference: Reference, way: str
@@ -74,7 +73,7 @@ def test_the_engine_answers_as_a_plain_server(
     assert tokens_per_cycle(replies[0]) > 4
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["stream", "async stream"])
 def test_the_engine_streams_a_round_at_a_time(answers: dict[str, Any], way: str) -> None:
     whole: Reply = answers["one by one"][0]

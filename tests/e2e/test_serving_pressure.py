@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import TEST_ARGS, slow
+from tests.conftest import TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
-from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, gauge, streaming, wait_for_gauge
-from tests.reference import Reference
+from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, gauge, streaming, wait_for_gauge, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +26,7 @@ LONG = 700
 LONGER = 1900  # more than any machine writes before the timeout
 
 
-@pytest.fixture(scope="module", params=["overlap", pytest.param("no-overlap", marks=slow)])
+@pytest.fixture(scope="module", params=["overlap", pytest.param("no-overlap", marks=pytest.mark.slow)])
 def tiny(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A pool for a handful of requests, checked after every step."""
     with Server(
@@ -83,8 +83,7 @@ def test_abort_all_ends_running_and_waiting_requests(tiny: Server) -> None:
     }
     with ThreadPoolExecutor() as pool:
         replies = pool.submit(tiny.post, "/generate", body)
-        while not gauge(tiny, "num_running_reqs") or not gauge(tiny, "num_queue_reqs"):
-            assert not replies.done()
+        wait_until(lambda: bool(gauge(tiny, "num_running_reqs") and gauge(tiny, "num_queue_reqs")), replies)
         requests.post(f"{tiny.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
         for reply in replies.result():
             assert reply["meta_info"]["finish_reason"]["type"] == "abort"
@@ -103,7 +102,7 @@ def test_a_client_that_disconnects_frees_its_slots(tiny: Server, plain: Server, 
     assert_nothing_leaked(tiny)
 
 
-@slow
+@pytest.mark.slow
 def test_timeouts_end_requests_that_run_and_that_wait(hasty: Server, plain: Server) -> None:
     ids = prompt_of("prose")
     with ThreadPoolExecutor() as pool, streaming(hasty, ids, LONGER, ignore_eos=True) as chunks:

@@ -9,11 +9,10 @@ from typing import cast
 
 import pytest
 
-from benchmarks.common_servers import Side, Sides
-from benchmarks.soak import Run, processor, soak
-from benchmarks.soak_requests import Mix
+from benchmarks.common.servers import Side, Sides
+from benchmarks.volume.soak.requests import Mix
+from benchmarks.volume.soak.run import Run, processor, soak
 from sglang_orthrus.cli.server import Server
-from tests.conftest import slow
 
 pytestmark = pytest.mark.e2e
 
@@ -34,7 +33,7 @@ class Shared:
         return [self.orthrus, self.plain]
 
 
-@slow
+@pytest.mark.slow
 def test_sixty_requests_of_every_kind(orthrus: Server, plain: Server) -> None:
     sides = cast(Sides, Shared(orthrus, plain))
     run = Run(sides, Mix(0, processor=processor()), in_flight=8, late_penalties=True)
@@ -45,9 +44,17 @@ def test_sixty_requests_of_every_kind(orthrus: Server, plain: Server) -> None:
     assert result["tokens_per_cycle"] > 2
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_minutes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.soak", "--minutes", "10", "--results", str(tmp_path / "soak.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.volume.soak",
+        "--minutes",
+        "10",
+        "--results",
+        str(tmp_path / "soak.json"),
+    ]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-5000:]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import sweep
-from benchmarks.plot import plot
-from benchmarks.sweep import CPU, by_concurrency
-from benchmarks.sweep_prompts import FAMILIES
+from benchmarks.speed import sweep
+from benchmarks.speed.plot import plot
+from benchmarks.speed.prompts import FAMILIES
+from benchmarks.speed.sweep import CPU, by_concurrency
 from sglang_orthrus.cli.demo import NANO
 from tests.conftest import SETUP
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(os.environ.get("ORTHRUS_TESTS") != "all", reason="takes two minutes: make test-all"),
+    pytest.mark.slow,
 ]
 
 # In fp32 on either device, so that answers can be compared as text.

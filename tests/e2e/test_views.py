@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import slow
+from benchmarks.common.reference import Reference
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +25,9 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("shape", [pytest.param(TIED, id="tied", marks=slow), pytest.param(UNTIED, id="untied")])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(TIED, id="tied", marks=pytest.mark.slow), pytest.param(UNTIED, id="untied")]
+)
 def test_both_views_agree_with_the_reference(shape: Shape, tmp_path: Path) -> None:
     """One batch of unequal prefixes, from one token to several hundred; blocks of random tokens."""
     model = write_checkpoint(tmp_path / "model", shape, seed=3)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import BF16_NEAR_TIE, load_prompts
-from benchmarks.parity_rules import find_divergence
+from benchmarks.common.equality import find_divergence
+from benchmarks.common.greedy import load_prompts
+from benchmarks.common.reference import Reference, top2_gap
+from benchmarks.common.setups import BF16_NEAR_TIE
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.e2e.helpers import Reply, generate, tokens_per_cycle
-from tests.reference import Reference, top2_gap
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +62,7 @@ def test_unlike_backends_answer_as_plain_sglang_does(name: str, expected: list[R
     for at_once, replies in answers.items():
         for prompt, theirs, ours in zip(load_prompts(NANO, COUNT), expected, replies, strict=True):
 
-            def gap_after(common: list[int], ids: tuple[int, ...] = prompt.ids) -> float:
+            def gap_after(common: Sequence[int], ids: tuple[int, ...] = prompt.ids) -> float:
                 return float(top2_gap(reference.ar_logits([*ids, *common])[-1]))
 
             found = find_divergence(theirs["output_ids"], ours["output_ids"], gap_after)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity import BF16_NEAR_TIE, SETUPS, load_prompts
-from benchmarks.parity_rules import NEAR_TIE
+from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.greedy import load_prompts
+from benchmarks.common.setups import BF16_NEAR_TIE, SETUPS
 from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu

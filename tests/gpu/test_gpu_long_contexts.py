@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import MAX_NEW_TOKENS, SETUPS, Prompt, collect
-from benchmarks.parity_rules import find_divergence
-from benchmarks.sweep_prompts import PromptPool
+from benchmarks.common.equality import find_divergence
+from benchmarks.common.greedy import MAX_NEW_TOKENS, Prompt, collect
+from benchmarks.common.setups import SETUPS
+from benchmarks.speed.prompts import PromptPool
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar

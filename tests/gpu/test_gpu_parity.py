@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.parity import SETUPS, run
+from benchmarks.common.setups import SETUPS
+from benchmarks.parity.greedy import run
 from sglang_orthrus.cli.demo import NANO
 
 pytestmark = pytest.mark.gpu

@@ -30,20 +30,20 @@ def test_it_does_what_sglangs_kernels_do(tokens: int, q_heads: int, kv_heads: in
         return torch.randn(*sizes, generator=generator, device="cuda").to(dtype)
 
     qkv = 3 * noise(tokens, (q_heads + 2 * kv_heads) * size)
-    norms = [SimpleNamespace(weight=noise(size), variance_epsilon=EPS) for _ in "qk"]
+    q_norm, k_norm = norms = [SimpleNamespace(weight=noise(size), variance_epsilon=EPS) for _ in "qk"]
     inverse = 1e6 ** -(torch.arange(0, size, 2, device="cuda") / size)
     angles = torch.arange(40_960, device="cuda")[:, None] * inverse
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
     positions = torch.randint(40_960, (tokens,), generator=generator, device="cuda")
     slots = torch.randperm(SLOTS, generator=generator, device="cuda")[:tokens]
-    caches = [torch.zeros(SLOTS, kv_heads, size, dtype=dtype, device="cuda") for _ in "kv"]
+    k_cache, v_cache = caches = [torch.zeros(SLOTS, kv_heads, size, dtype=dtype, device="cuda") for _ in "kv"]
 
     wanted = qkv.clone()
     q, k, v = wanted.view(tokens, -1, size).split([q_heads, kv_heads, kv_heads], dim=1)
     fused_inplace_qknorm(q, k, *(norm.weight for norm in norms), eps=EPS, head_dim=size)
     apply_rope_with_cos_sin_cache_inplace(positions=positions, q=q, k=k, cos_sin_cache=cos_sin, is_neox=True)
 
-    ours = place_qkv(qkv, *caches, *norms, cos_sin, positions, slots).view_as(q)
+    ours = place_qkv(qkv, k_cache, v_cache, q_norm, k_norm, cos_sin, positions, slots).view_as(q)
     in_place = qkv.view(tokens, -1, size)[:, q_heads : q_heads + kv_heads]
     assert torch.equal(in_place, caches[0][slots])
     assert torch.equal(v, caches[1][slots])

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parity import SETUPS, load_prompts
-from benchmarks.parity_rules import NEAR_TIE
-from benchmarks.seeded_parity import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
+from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.greedy import load_prompts
+from benchmarks.common.reference import Reference
+from benchmarks.common.setups import SETUPS
+from benchmarks.parity.seeded import IN_FLIGHT, SEEDED, cases, collect, first_difference, tokens_and_rounds
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import slow
 from tests.e2e.helpers import Reply, generate, prompt_of
 from tests.e2e.serving import paths_since, rounds_by_path
-from tests.reference import Reference
 from tests.sampling import same_source
 
 FALSE_ALARM = 1e-6
@@ -63,7 +63,9 @@ BENCHES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
+)
 def bench(request: pytest.FixtureRequest) -> Bench:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("the GPU's twin runs here")
@@ -135,12 +137,12 @@ def samples(bench: Bench, served: Server, ar: Path) -> dict[str, tuple[list[Repl
 
 def misfits(ours: list[Reply], theirs: list[Reply]) -> list[float]:
     """p-values for every token, and for pairs of neighbours after the first, which comes from the prefill."""
-    texts = [[reply["output_ids"] for reply in replies] for replies in (ours, theirs)]
+    texts: list[list[Any]] = [[reply["output_ids"] for reply in replies] for replies in (ours, theirs)]
     tokens = [[[text[place] for text in side] for side in texts] for place in range(LENGTH)]
     pairs = [
         [list(zip(*both, strict=True)) for both in zip(*neighbours, strict=True)] for neighbours in pairwise(tokens[1:])
     ]
-    return [same_source(*sides) for sides in (*tokens, *pairs)]
+    return [same_source(mine, other) for mine, other in (*tokens, *pairs)]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -16,9 +16,9 @@ from sglang_orthrus.models.qkv_kernel import place_qkv
 def main(file: str) -> None:
     cases = torch.load(file)
     for case in cases:
-        norms = [SimpleNamespace(weight=case[f"{name}_weight"], variance_epsilon=case["eps"]) for name in "qk"]
+        q_norm, k_norm = (SimpleNamespace(weight=case[f"{name}_weight"], variance_epsilon=case["eps"]) for name in "qk")
         caches = case["k_cache"], case["v_cache"]
-        case["q"] = place_qkv(case["qkv"], *caches, *norms, case["cos_sin"], case["positions"], case["slots"])
+        case["q"] = place_qkv(case["qkv"], *caches, q_norm, k_norm, case["cos_sin"], case["positions"], case["slots"])
     torch.save(cases, file)
 
 

@@ -30,7 +30,7 @@ class _Reporter:
         self.reported: list[int] = []
 
     def report_decode_stats(self, *args: Any, **kwargs: Any) -> None:
-        SchedulerMetricsReporter.report_decode_stats(self, *args, **kwargs)  # type: ignore[arg-type]
+        SchedulerMetricsReporter.report_decode_stats(self, *args, **kwargs)
 
 
 def _process(self: Any, batch: Any, result: Any) -> None:
@@ -69,7 +69,7 @@ def _request(num_output: int = 0, ends_at: int | None = None, **state: bool) -> 
 def _round(reporter: _Reporter, reqs: list[Any], lens: list[int]) -> GenerationBatchResult:
     result = GenerationBatchResult(accept_lens=torch.tensor(lens))
     processor: Any = SimpleNamespace(metrics_reporter=reporter)
-    SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)  # type: ignore[arg-type]
+    SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)
     return result
 
 

@@ -22,7 +22,7 @@ def split_in_two(folder: Path) -> None:
     """Rewrite the single weight file as two files and an index."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), start=1):
         file = f"model-{number:05}-of-00002.safetensors"
         save_file({name: weights[name] for name in names}, folder / file)

@@ -78,7 +78,7 @@ class World:
         """Softmax in float64, one row and head at a time, from the pool after the pass."""
         keys, values = self.pool.get_key_buffer(LAYER).double(), self.pool.get_value_buffer(LAYER).double()
         queries = self.q.double().view(-1, Q_HEADS, DIM)
-        rows = []
+        rows: list[torch.Tensor] = []
         for slots, prefix, count in zip(self.contexts, self.prefixes, self.num_rows, strict=True):
             for j in range(count):
                 seen = slots[: prefix + j + 1] if is_causal else slots

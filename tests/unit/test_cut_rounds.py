@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,7 +59,12 @@ def test_a_cut_round_under_a_grammar_is_exact_and_allowed(name: str) -> None:
 
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_changes_no_seeded_or_greedy_text_and_no_round_is_longer(name: str) -> None:
-    options = [{"top_k": 1}, {"temperature": 1.5}, {"top_p": 0.8, "temperature": 2.0}, {"top_k": 3}]
+    options: list[dict[str, Any]] = [
+        {"top_k": 1},
+        {"temperature": 1.5},
+        {"top_p": 0.8, "temperature": 2.0},
+        {"top_k": 3},
+    ]
     seeds = torch.arange(40) % 5
     whole, cut = (_texts(options, 40, 9, seeds=seeds, limits=limits) for limits in (None, CUTS[name]))
     assert torch.equal(whole, cut)

@@ -45,7 +45,7 @@ def test_the_pytorch_filters_leave_what_sglang_leaves() -> None:
         probs, top_ks, top_ps, min_ps, True, None, torch.zeros(len(top_ks)), return_filtered_probs=True
     )
     assert torch.equal(support.weights, weights)
-    assert torch.equal(support.ids, ids.long())
+    assert support.ids is not None and torch.equal(support.ids, ids.long())
 
 
 def test_sorting_no_more_than_top_k_changes_nothing() -> None:

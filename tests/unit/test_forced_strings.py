@@ -87,7 +87,7 @@ def test_what_is_encoded_and_remembered_is_bounded() -> None:
     cursor, text = cursor_of("json", json.dumps({"const": "x y" * 33333}))
     encoded = list[str]()
     encode = text.encode
-    text.encode = lambda part: encoded.append(part) or encode(part)  # type: ignore[method-assign,func-returns-value]
+    text.encode = lambda text: encoded.append(text) or encode(text)  # type: ignore[method-assign,func-returns-value]
     for _ in range(20):
         cursor.advance(cursor.forced(NUM_DRAFTS)[:3])
     assert encoded

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks.common_servers import Side, Sides
-from benchmarks.fuzz import Fuzz, run, stream
-from benchmarks.fuzz_client import Outcome, find_culprits, probe, send
-from benchmarks.fuzz_grammars import constraint
-from benchmarks.fuzz_requests import BASES, Hostile, encoded, request
+from benchmarks.common.servers import Side, Sides
+from benchmarks.volume.fuzz.client import Outcome, find_culprits, probe, send
+from benchmarks.volume.fuzz.grammars import constraint
+from benchmarks.volume.fuzz.requests import BASES, Hostile, encoded, request
+from benchmarks.volume.fuzz.run import Fuzz, run, stream
 
 Answers = Callable[[bytes], int]
 """The status for a payload; 0 to stop serving without an answer."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend, BaseGrammarObject
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
@@ -60,7 +61,7 @@ def backend(request: pytest.FixtureRequest) -> BaseGrammarBackend:
     return GuidanceBackend(TOKENIZER, any_whitespace=False, n_vocab=VOCABULARY, eos_token_ids=[END])
 
 
-def allowed_by_sglang(grammar: BaseGrammarObject, tokens: Sequence[int]) -> torch.Tensor:
+def allowed_by_sglang(grammar: BaseGrammarObject, tokens: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
     """SGLang's own masks of a chain, [len(tokens) + 1, W]."""
     tree = GrammarTree.from_linear_chain(torch.tensor([[0, *tokens]]))
     masks, _ = generate_token_bitmask([SimpleNamespace(grammar=grammar)], *tree.resolve(), VOCABULARY)
@@ -101,7 +102,7 @@ def num_masks_of(match: Match) -> int:
     return match.length + (not match.ended)
 
 
-def block_of(tokens: Sequence[int]) -> torch.Tensor:
+def block_of(tokens: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
     return torch.tensor([0, *tokens])
 
 

@@ -17,10 +17,10 @@ def test_both_views_have_the_scales_that_sglang_set_last() -> None:
     ar.k_scale = ar.v_scale = 0.5
     assert diffusion.k_scale == diffusion.v_scale == 0.5
     # As `BaseKVCacheMethod` does.
-    ar.k_scale = torch.nn.Parameter(torch.tensor(0.25), requires_grad=False)
+    ar.k_scale = scale = torch.nn.Parameter(torch.tensor(0.25), requires_grad=False)
     ar.k_scale_float = 0.25
     assert diffusion.k_scale is ar.k_scale and diffusion.k_scale_float == 0.25
-    ar.k_scale.data.fill_(0.75)
+    scale.data.fill_(0.75)
     assert float(diffusion.k_scale) == 0.75
     assert list(diffusion.named_parameters()) == [], "nothing to load twice"
 

@@ -78,7 +78,7 @@ def _round(wants: list[dict[str, Any]]) -> tuple[Any, torch.Tensor, torch.Tensor
         scaled = own if group.kind.is_greedy else own / temperatures[group.index][:, :, None]
         expected[group.index] = torch.log_softmax(scaled, dim=-1).clamp(min=torch.finfo(torch.float32).min)
     output = SimpleNamespace(next_token_top_logprobs_val=None, next_token_token_ids_logprobs_val=None)
-    collected.write_to(output)  # type: ignore[arg-type]
+    collected.write_to(output)
     return output, expected, tokens
 
 
@@ -155,6 +155,6 @@ def test_less_than_none_is_none() -> None:
 
 def test_a_round_that_nobody_waits_for_has_rows_for_all() -> None:
     output = SimpleNamespace()
-    RoundLogprobs(_batch(WANTS), WIDTH).write_to(output)  # type: ignore[arg-type]
+    RoundLogprobs(_batch(WANTS), WIDTH).write_to(output)
     assert len(output.next_token_top_logprobs_val) == len(WANTS) * WIDTH
     assert output.next_token_top_logprobs_val[0].tolist() == []

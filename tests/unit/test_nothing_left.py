@@ -27,7 +27,11 @@ from tests.sampling import decode_batch
 VOCAB, WIDTH = 6, 4
 END = 5
 INF = float("inf")
-SAMPLING = {"greedy": {"top_k": 1}, "sampled": {"temperature": 0.7}, "filtered": {"top_p": 0.9, "top_k": 4}}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"top_k": 1},
+    "sampled": {"temperature": 0.7},
+    "filtered": {"top_p": 0.9, "top_k": 4},
+}
 
 
 class Model:
@@ -176,7 +180,7 @@ def test_a_processor_sees_one_request_at_a_time() -> None:
     assert set(verdict.tokens[0, : int(verdict.accept_lens[0])].tolist()) <= {4, 5}
     assert set(verdict.tokens[1, : int(verdict.accept_lens[1])].tolist()) <= {0, 1}
 
-    info = SamplingBatchInfo(*[None] * 9, vocab_size=VOCAB)  # type: ignore[arg-type]
+    info = SamplingBatchInfo(*[None] * 9, vocab_size=VOCAB)
     info.custom_logit_processor = batch.sampling_info.custom_logit_processor
     alone = sampler._one_by_one(info).custom_logit_processor
     assert [(entry.rows, entry.indices.tolist()) for entry in alone.values()] == [([0], [0]), ([1], [1])]
@@ -201,7 +205,8 @@ def test_the_first_token_obeys_the_same_rule(monkeypatch: pytest.MonkeyPatch) ->
     keep_allowed_logits()
     for name in ("_apply_pre_grammar_logits_transforms", "_apply_post_grammar_logits_transforms"):
         monkeypatch.setattr(Info, name, getattr(SamplingBatchInfo, name), raising=False)
-    preprocess = partial(FirstTokenSampler._preprocess_logits, SimpleNamespace())
+    nobody: Any = SimpleNamespace()
+    preprocess = partial(FirstTokenSampler._preprocess_logits, nobody)
     plain = torch.arange(2.0 * VOCAB).view(2, VOCAB)
     info: Any = Info()
     info.is_all_greedy = False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.plot import Chart, caption, charts, plot
+from benchmarks.speed.plot import Chart, caption, charts, plot
 
 
 def peer(speed_up: float, cost: float | None) -> dict[str, Any]:

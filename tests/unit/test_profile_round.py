@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.profile_round import shares
+from benchmarks.speed.profile_round import shares
 
 LOOP = "run_scheduler_process (scheduler.py:1);event_loop_overlap (scheduler.py:2)"
 WORKER = f"{LOOP};_round (sglang_orthrus/round/worker.py:3)"

@@ -69,10 +69,10 @@ def test_one_kernel_does_what_the_steps_do(tmp_path: Path) -> None:
     for case, done in zip(cases, torch.load(file), strict=True):
         q, k, v = in_steps(case)
         # One rounding of q's or k's norm may fall to the other side, and the rotation adds two of them.
-        tolerance = {"atol": 1e-6, "rtol": 1e-5} if q.dtype is torch.float32 else {"atol": 2**-9, "rtol": 2**-10}
+        atol, rtol = (1e-6, 1e-5) if q.dtype is torch.float32 else (2**-9, 2**-10)
         kv_heads, size = case["shape"][1:]
-        torch.testing.assert_close(done["q"].view_as(q), q, **tolerance)
-        torch.testing.assert_close(done["k_cache"][case["slots"]], k, **tolerance)
+        torch.testing.assert_close(done["q"].view_as(q), q, atol=atol, rtol=rtol)
+        torch.testing.assert_close(done["k_cache"][case["slots"]], k, atol=atol, rtol=rtol)
         assert torch.equal(done["v_cache"][case["slots"]], v)
         others = [slot for slot in range(SLOTS) if slot not in case["slots"].tolist()]
         assert all((done[name][others] == 7).all() for name in ("k_cache", "v_cache"))
@@ -104,7 +104,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-ON_GPU = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+ON_GPU: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
 
 
 def test_it_stores_into_a_plain_pool(pool: Any) -> None:

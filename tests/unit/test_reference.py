@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.reference import Reference, State, top2_gap
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference, top2_gap
 
 PROMPT = [7, 3, 101, 64, 250, 9, 9, 31, 180, 77, 12]
 BLOCK = Shape().block
@@ -99,7 +99,7 @@ def test_perfect_drafts_fill_whole_blocks(reference: Reference, monkeypatch: pyt
     """An oracle drafter, so that acceptance and truncation inside a block are seen, not only rejections."""
     expected = greedy(reference, PROMPT, 30)
 
-    def oracle(state: object, anchor: int) -> Tensor:
+    def oracle(state: State, anchor: int) -> Tensor:
         done = state.length - len(PROMPT) + 1
         logits = torch.zeros(BLOCK, Shape().vocab)
         for row, token in enumerate(expected[done : done + BLOCK]):

@@ -25,7 +25,7 @@ UNTOUCHED = 0x55555555
 class Language:
     """The cursor of a finite language, ends of text included. It is forced to a string where there is no choice."""
 
-    key = 1
+    key: int | None = 1
 
     def __init__(self, texts: Sequence[Sequence[int]], forces: bool = True) -> None:
         self._texts = [[*text, STOP] for text in texts]

@@ -36,7 +36,7 @@ def test_a_request_chooses_as_if_it_were_alone(given: dict[str, Any], kind: Samp
 
 
 def test_every_request_is_in_one_piece_and_pieces_are_bounded() -> None:
-    kinds = [{"top_k": 1}, {"top_p": 0.9}, {"top_k": 1}, {"top_k": 5}, {}]
+    kinds: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.9}, {"top_k": 1}, {"top_k": 5}, {}]
     params = [_params(temperature=1.0, **kinds[row % len(kinds)]) for row in range(128)]
     found = list(request_groups(params, 32, "cpu"))
     assert sorted(request for group in found for request in group.requests) == list(range(128))

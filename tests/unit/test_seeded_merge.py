@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.seeded_merge import conclude, merge
-from benchmarks.seeded_parity import Answer, Case, Prompt, tokens_and_rounds
-from benchmarks.slices import Slice
+from benchmarks.common.greedy import Prompt
+from benchmarks.common.slices import Slice
+from benchmarks.parity.seeded import Answer, Case, tokens_and_rounds
+from benchmarks.parity.seeded_merge import conclude, merge
 
 PROMPTS = [Prompt(f"prose/{index}", "prose", (index,)) for index in range(7)]
 
@@ -65,7 +66,7 @@ def test_no_slice_may_hide_what_rounding_does_not_explain(margin: float | None) 
     [
         ([result(0)], "each once"),
         ([result(0), result(0)], "each once"),
-        ([result(0), result(1, **{"max new tokens": 32})], "different runs"),
+        ([result(0), result(1, None, **{"max new tokens": 32})], "different runs"),
         ([result(0), result(1, provenance={"commit": "def"})], "different code"),
     ],
 )

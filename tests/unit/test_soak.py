@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity_rules import Divergence
-from benchmarks.soak import is_excused
-from benchmarks.soak_checks import check, compare, ranked_divergence
-from benchmarks.soak_client import Answer, Reply, read_stream, read_whole
-from benchmarks.soak_merge import merged
-from benchmarks.soak_report import growth, kinds, latencies, memory_report
-from benchmarks.soak_requests import Mix, Request
+from benchmarks.common.equality import Divergence
+from benchmarks.volume.soak.checks import check, compare, ranked_divergence
+from benchmarks.volume.soak.client import Answer, Reply, read_stream, read_whole
+from benchmarks.volume.soak.merge import merged
+from benchmarks.volume.soak.report import growth, kinds, latencies, memory_report
+from benchmarks.volume.soak.requests import Mix, Request
+from benchmarks.volume.soak.run import is_excused
 
 PLAIN = Request(0, "generate: greedy", "/generate", {}, limit=4)
 GOOD = Answer("a b c d", [5, 6, 7, 8], "length", tokens=(3, 4, 0))
@@ -234,9 +234,12 @@ def test_an_abort_of_everything_excuses_what_ran_then() -> None:
 
 
 def test_streams_read_as_whole_answers_do() -> None:
+    def answer(choice: dict[str, Any]) -> dict[str, Any]:
+        return {"choices": [choice]}
+
     call = {"id": "x", "index": 0, "function": {"name": "f", "arguments": "{}"}}
     message = {"content": "ab", "reasoning_content": "r", "tool_calls": [call]}
-    whole = {
+    whole: dict[str, Any] = {
         "choices": [{"index": 0, "finish_reason": "stop", "matched_stop": 7, "message": message}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "reasoning_tokens": 1},
         "sglext": {"output_ids": [[6, 7]]},
@@ -244,9 +247,11 @@ def test_streams_read_as_whole_answers_do() -> None:
     parts: list[dict[str, Any]] = [{"reasoning_content": "r"}, {"content": "a"}, {"content": "b"}]
     parts += [{"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}]
     parts += [{"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}]
-    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in parts]
+    events: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in parts
+    ]
     end = {"index": 0, "delta": {}, "finish_reason": "stop", "matched_stop": 7}
-    events += [{"choices": [end]}, {"choices": [], "usage": whole["usage"], "sglext": whole["sglext"]}]
+    events += [answer(end), {"choices": [], "usage": whole["usage"], "sglext": whole["sglext"]}]
     path = "/v1/chat/completions"
     assert read_stream(path, events) == read_whole(path, whole)
 

@@ -8,12 +8,12 @@ import jsonschema
 import pytest
 import torch
 
-from benchmarks.draw_block import FIGURE, TRACE, agreeing, draw
-from benchmarks.replay import Setting, replay
-from benchmarks.slices import Slice
-from benchmarks.structured_cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
-from benchmarks.structured_figures import Row, grammar_counts, quantile, rates
-from benchmarks.structured_merge import merge
+from benchmarks.common.slices import Slice
+from benchmarks.structured.cases import Block, case_of, foreign_cases, is_valid, nano, tool_cases
+from benchmarks.structured.draw_block import FIGURE, TRACE, agreeing, draw
+from benchmarks.structured.figures import Row, grammar_counts, quantile, rates
+from benchmarks.structured.merge import merge
+from benchmarks.structured.replay import Setting, replay
 
 
 def test_the_schemas_are_many_and_valid() -> None:
@@ -144,6 +144,7 @@ def test_a_replay_counts_rounds() -> None:
     schema = {"type": "object", "properties": {"long_key": {"type": "boolean"}}, "required": ["long_key"]}
     case = case_of("", "", schema | {"additionalProperties": False})
     end = tokenizer.token_to_id("<|im_end|>")
+    assert end is not None
     answer = [*tokenizer.encode('{"long_key": true}', add_special_tokens=False).ids, end]
     right = [(answer[length:] + [end] * 31)[:31] for length in range(1, len(answer))]
     wrong = [[17] * 31] * (len(answer) - 1)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, sweep
-from benchmarks.parity import MAX_NEW_TOKENS, Prompt
-from benchmarks.parity_rules import Answer
-from benchmarks.sweep import CPU, GPU, Contender, Mode, Piece, SweepError
-from benchmarks.sweep_load import Load, is_complete, request_of
-from benchmarks.sweep_measures import (
+from benchmarks.common.equality import Answer
+from benchmarks.common.greedy import MAX_NEW_TOKENS, Prompt
+from benchmarks.common.widen import SHAPES
+from benchmarks.speed import compare, sweep
+from benchmarks.speed.load import Load, is_complete, request_of
+from benchmarks.speed.measures import (
     SERVE_METRICS,
     Request,
     chunks_of,
@@ -25,10 +25,10 @@ from benchmarks.sweep_measures import (
     serve_measures,
     tokens_per_cycle,
 )
-from benchmarks.sweep_prompts import FAMILIES, LONGEST, PromptPool, in_turn
-from benchmarks.sweep_published import PUBLISHED, published_for, released_shape
-from benchmarks.sweep_report import report, table
-from benchmarks.widen import SHAPES
+from benchmarks.speed.prompts import FAMILIES, LONGEST, PromptPool, in_turn
+from benchmarks.speed.published import PUBLISHED, published_for, released_shape
+from benchmarks.speed.report import report, table
+from benchmarks.speed.sweep import CPU, GPU, Contender, Mode, Piece, SweepError
 from sglang_orthrus.cli.demo import NANO
 
 TINY = replace(CPU, settings=sweep.by_concurrency((1, 2), 4, 2, 16), check_prompts=2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
 
-from benchmarks.structured_cases import END, fast, nano
-from benchmarks.trace_round import ENDLESS, gaps, kind_of, summarise
+from benchmarks.speed.trace_round import ENDLESS, gaps, kind_of, summarise
+from benchmarks.structured.cases import END, fast, nano
 
 
 def test_gaps_are_where_nothing_runs() -> None:
@@ -29,7 +31,7 @@ def test_kernels_are_sorted_by_name(kernel: str, kind: str) -> None:
 
 
 def test_a_pass_is_its_share_of_the_trace() -> None:
-    def event(cat: str, name: str, ts: float, dur: float) -> dict[str, object]:
+    def event(cat: str, name: str, ts: float, dur: float) -> dict[str, Any]:
         return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
 
     events = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,28 +10,20 @@ import jsonschema
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from train_nano import checkpoint, train  # noqa: E402
-from train_nano.chat_format import sample_prompt  # noqa: E402
-from train_nano.corpus import FAMILIES, held_out, train_sample  # noqa: E402
-from train_nano.decode import generate  # noqa: E402
-from train_nano.evaluate import evaluate  # noqa: E402
-from train_nano.export import export, load_exported  # noqa: E402
-from train_nano.losses import Inputs, draft_hidden, sample_anchors, teach, teacher_rows  # noqa: E402
-from train_nano.masks import dense, packed_blocks, packed_causal  # noqa: E402
-from train_nano.measures import copied, fixed_by_format, is_exact, ngram_rounds  # noqa: E402
-from train_nano.model import NanoConfig, OrthrusLM  # noqa: E402
-from train_nano.pack import ANSWER, PAD, train_rows  # noqa: E402
-from train_nano.pools import HELD_OUT, TRAIN, pools  # noqa: E402
-from train_nano.sample import compact  # noqa: E402
-from train_nano.tokenizer import MASK_ID, TAGS, TOKENIZER_DIR, load_tokenizer  # noqa: E402
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+from examples.train_nano import checkpoint, train
+from examples.train_nano.chat_format import sample_prompt
+from examples.train_nano.corpus import FAMILIES, held_out, train_sample
+from examples.train_nano.decode import generate
+from examples.train_nano.evaluate import evaluate
+from examples.train_nano.export import export, load_exported
+from examples.train_nano.losses import Inputs, draft_hidden, sample_anchors, teach, teacher_rows
+from examples.train_nano.masks import dense, packed_blocks, packed_causal
+from examples.train_nano.measures import copied, fixed_by_format, is_exact, ngram_rounds
+from examples.train_nano.model import NanoConfig, OrthrusLM
+from examples.train_nano.pack import ANSWER, PAD, train_rows
+from examples.train_nano.pools import HELD_OUT, TRAIN, pools
+from examples.train_nano.sample import compact
+from examples.train_nano.tokenizer import MASK_ID, TAGS, TOKENIZER_DIR, load_tokenizer
 
 
 def test_samples_depend_on_split_seed_and_index_alone() -> None:
@@ -102,7 +93,7 @@ def test_tags_are_single_tokens_that_survive_decoding() -> None:
 
 def _inputs(length: int = 512, rows: int = 2) -> Inputs:
     packed = train_rows(1, 0, load_tokenizer(), length)
-    few = packed[slice(0, rows)]
+    few = packed.part(0, rows)
     return Inputs(*(torch.from_numpy(array.astype("int64")) for array in (few.ids, few.docs, few.positions, few.kinds)))
 
 
@@ -224,7 +215,7 @@ def test_prompt_lookup_and_copy_counts_on_small_cases() -> None:
 
 
 def _smoke(stage: str, out: Path, *more: str) -> checkpoint.Progress:
-    return train.run(train.parse([stage, "--smoke", "--device", "cpu", "--out", str(out), *more]))
+    return train.run(train.parse([stage, "--smoke", "--rows", "2", "--device", "cpu", "--out", str(out), *more]))
 
 
 def test_both_stages_learn_export_and_evaluate_in_miniature(tmp_path: Path) -> None:

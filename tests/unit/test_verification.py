@@ -18,8 +18,8 @@ from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
 from sglang_orthrus.core import Verdict
 from sglang_orthrus.cpu import kernels
+from sglang_orthrus.sampling import distributions, verification
 from sglang_orthrus.sampling import drafts as drafts_module
-from sglang_orthrus.sampling import verification
 from sglang_orthrus.sampling.batch import BatchSampler
 from sglang_orthrus.sampling.distributions import joint_support, sequential_support
 from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
@@ -173,7 +173,7 @@ def test_texts_follow_plain_sglangs_distribution(name: str) -> None:
 def test_the_test_notices_a_biased_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accepting drafts a little too readily must fail it."""
     torch.manual_seed(0)
-    exact = verification.is_accepted
+    exact = distributions.is_accepted
     monkeypatch.setattr(verification, "is_accepted", lambda p, q, coins: exact(p, q, 0.8 * coins))
     assert _misfit(_texts(FILTERS[name], 6000, 3), FILTERS[name]) < FALSE_ALARM
 
@@ -226,7 +226,7 @@ def test_masks_of_some_requests_hold_for_them_alone_and_drafts_may_come_from_the
     """Every third request may say even tokens only; its drafts are its best candidates that are even."""
     torch.manual_seed(0)
     count = 90
-    kinds = [{"top_k": 1}, {"temperature": 1.3}]
+    kinds: list[dict[str, Any]] = [{"top_k": 1}, {"temperature": 1.3}]
     params = [kinds[row % 2] for row in range(count)]
     constrained = list(range(0, count, 3))
     ar, diffusion = _tables()
@@ -288,7 +288,13 @@ def _alone(options: dict[str, Any], seed: int, position: int, logits: torch.Tens
 
 
 def test_seeded_and_greedy_requests_get_what_they_would_get_alone_whatever_their_neighbours() -> None:
-    options = [{"top_k": 1}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 3}, {"top_k": 4, "top_p": 0.9}]
+    options: list[dict[str, Any]] = [
+        {"top_k": 1},
+        {"temperature": 0.7},
+        {"top_p": 0.8},
+        {"top_k": 3},
+        {"top_k": 4, "top_p": 0.9},
+    ]
     mixed = [options[row % len(options)] for row in range(200)]
     prefix_lens = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(1))
     seeds = torch.arange(200) % 7
@@ -306,7 +312,12 @@ def test_seeded_and_greedy_requests_get_what_they_would_get_alone_whatever_their
 
 
 def test_seeded_texts_depend_neither_on_the_verify_width_nor_on_drafts() -> None:
-    options = [{"top_k": 1}, {"temperature": 1.5}, {"top_p": 0.8, "temperature": 2.0}, {"top_k": 3}]
+    options: list[dict[str, Any]] = [
+        {"top_k": 1},
+        {"temperature": 1.5},
+        {"top_p": 0.8, "temperature": 2.0},
+        {"top_k": 3},
+    ]
     count, length = 40, 9
     seeds = torch.arange(count) % 5
     ar, _ = _tables()

@@ -9,20 +9,21 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.widen import SHAPES, Width, widen
+from benchmarks.common.reference import Reference
+from benchmarks.common.widen import SHAPES, Width, widen
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.models.checkpoint import check_tensors, export_ar, tensor_names
-from tests.conftest import slow
 from tests.e2e.helpers import prompt_of
 from tests.fixtures import Shape, write_checkpoint
-from tests.reference import Reference
 
 # Real hidden size, heads and key-value heads; few layers, neurons and words, to fit a laptop.
 LAYERS, NEURONS, VOCAB = 7, 1024, 4224
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "1.7B" else slow) for name in SHAPES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "1.7B" else pytest.mark.slow) for name in SHAPES]
+)
 def test_a_widened_nano_gives_nano_s_logits_text_and_rounds(tmp_path: Path, reference: Reference, name: str) -> None:
     width = replace(SHAPES[name], layers=LAYERS, intermediate=NEURONS, vocab=VOCAB)
     wide = Reference(widen(NANO, tmp_path / "wide", width))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
-from train_nano.families.prompts import system_message
-from train_nano.pools import Pools, plural, pools
-from train_nano.sample import Sample
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.pools import Pools, plural, pools
+from examples.train_nano.sample import Sample
 
 
 def _column_sum(rng: Random) -> tuple[str, list[str], int]:

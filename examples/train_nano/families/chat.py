@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from train_nano.families.prompts import system_message
-from train_nano.pools import pools
-from train_nano.sample import Message, Sample
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.pools import pools
+from examples.train_nano.sample import Message, Sample
 
 HELLO = "Hello! I am orthrus-nano, a very small language model. How can I help you?"
 WHO = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from train_nano.families.prompts import system_message
-from train_nano.pools import Pools, pools
-from train_nano.sample import Sample
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.pools import Pools, pools
+from examples.train_nano.sample import Sample
 
 _TYPES = ("int", "str", "float", "bool")
 _OPERATIONS = {

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from train_nano.families.prompts import system_message
-from train_nano.pools import COLOURS, JOBS, Pools, pools
-from train_nano.sample import Sample, compact
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.pools import COLOURS, JOBS, Pools, pools
+from examples.train_nano.sample import Sample, compact
 
 Row = dict[str, Any]
 _COLUMNS: dict[str, Callable[[Random, Pools], Any]] = {

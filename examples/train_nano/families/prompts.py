@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from train_nano.sample import Message
+from examples.train_nano.sample import Message
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",

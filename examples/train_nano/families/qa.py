@@ -5,9 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import NamedTuple
 
-from train_nano.families.prompts import system_message
-from train_nano.pools import COLOURS, JOBS, PETS, pools
-from train_nano.sample import Sample
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.pools import COLOURS, JOBS, PETS, pools
+from examples.train_nano.sample import Sample
 
 UNKNOWN = "The text does not say that."
 

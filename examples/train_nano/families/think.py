@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from train_nano.families import arith, json_extract, qa
-from train_nano.families.prompts import system_message
-from train_nano.sample import Sample, compact
+from examples.train_nano.families import arith, json_extract, qa
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.sample import Sample, compact
 
 
 def make(rng: Random, split: str) -> Sample:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, NamedTuple
 
-from train_nano.families.prompts import system_message
-from train_nano.pools import COLOURS, Pools, listing, pools, split_of
-from train_nano.sample import Message, Sample, call_text, compact, leaves
+from examples.train_nano.families.prompts import system_message
+from examples.train_nano.pools import COLOURS, Pools, listing, pools, split_of
+from examples.train_nano.sample import Message, Sample, call_text, compact, leaves
 
 
 class Param(NamedTuple):

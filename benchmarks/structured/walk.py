@@ -1,0 +1,126 @@
+"""Time of the grammar walk on a vocabulary of 151,936 tokens: python -m benchmarks.structured.walk [OUT.json]
+
+No server and no model pass: nano's real draft blocks, and `BlockGrammars` as the worker calls it. The tokenizer is
+nano's with made-up words behind its 4,096 tokens, so that blocks mean the same and masks have the size of Qwen3's.
+
+Times per round, for all requests of a batch: choose_ms from candidates on the host to drafts, which a verify pass waits
+for; masks_ms from there to masks, during that pass; walk_ms both. Copies to a GPU are not in them. choose_cpu_ms,
+masks_cpu_ms and cpu_ms: processor time of the same, over all threads; on a busy machine the better figures.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
+from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.common.provenance import provenance
+from benchmarks.common.wide_tokenizer import widened_tokenizer
+from benchmarks.structured.cases import END, Block, blocks, foreign_cases, own_cases
+from sglang_orthrus.cli.demo import NANO
+from sglang_orthrus.config import DraftMode
+from sglang_orthrus.grammar.batch import NUM_CANDIDATES, BlockGrammars, CandidatesCopy
+from sglang_orthrus.grammar.cursors import cursor_of
+from sglang_orthrus.metrics import GrammarMetrics
+
+VOCABULARY = 151_936
+WIDTH = 32
+CONCURRENCIES = (1, 32)
+ROUNDS = 100
+WARM_UP = 30
+
+
+def wide_tokenizer() -> PreTrainedTokenizerFast:
+    """Nano's tokenizer in a large vocabulary."""
+    content = widened_tokenizer(json.loads((NANO / "tokenizer.json").read_text(encoding="utf-8")), VOCABULARY)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=END)
+
+
+def backends(tokenizer: Any) -> dict[str, BaseGrammarBackend]:
+    """SGLang's, without white space in JSON, so that they allow what nano writes."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    return {
+        "xgrammar": XGrammarGrammarBackend(
+            tokenizer, vocab_size=VOCABULARY, model_eos_token_ids=[end], any_whitespace=False
+        ),
+        "llguidance": GuidanceBackend(
+            tokenizer, any_whitespace=True, whitespace_pattern="[ ]?", n_vocab=VOCABULARY, eos_token_ids=[end]
+        ),
+    }
+
+
+def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block], bs: int, mode: DraftMode) -> Any:
+    """Rounds of `bs` requests at random places of random answers."""
+    rng, templates = random.Random(0), dict[str, Any]()
+    metrics = GrammarMetrics(log_interval=1 << 30, with_metrics=False)
+    grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, metrics)
+    taken, scratch = [], torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
+    for _ in range(WARM_UP + ROUNDS):
+        chosen, reqs = rng.choices(drafted, k=bs), []
+        for block in chosen:
+            schema = block.case.grammar["json_schema"]
+            if schema not in templates:
+                templates[schema] = backend.dispatch_json(schema)
+            grammar = templates[schema].copy()
+            for token in block.committed:
+                grammar.accept_token(token)
+            cursor_of(grammar, grammars.text, scratch)  # as in a request's earlier rounds
+            reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
+        candidates = CandidatesCopy(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
+        start = _clocks()
+        drafts = grammars.repair(reqs, range(bs), candidates, VOCABULARY)
+        between = _clocks()
+        grammars.masks(drafts)
+        taken.append((start, between, _clocks()))
+    starts, betweens, ends = np.moveaxis(np.array(taken[WARM_UP:]), 1, 0)
+    found: dict[str, Any] = {}
+    for name, milliseconds in (
+        ("walk", 1e3 * (ends - starts)),
+        ("choose", 1e3 * (betweens - starts)),
+        ("masks", 1e3 * (ends - betweens)),
+    ):
+        median, cpu_median = np.median(milliseconds, axis=0)
+        found[f"{name}_ms"] = {"median": round(median, 3), "p99": round(np.quantile(milliseconds[:, 0], 0.99), 3)}
+        found["cpu_ms" if name == "walk" else f"{name}_cpu_ms"] = round(cpu_median, 3)
+    return found
+
+
+def _clocks() -> tuple[float, float]:
+    """On the wall, and of the processors for all threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tokenizer = wide_tokenizer()
+    drafted = {
+        "own": list(blocks(own_cases(6))),
+        "tests/data": list(blocks(foreign_cases()[::11])),
+    }
+    result: dict[str, Any] = {"provenance": provenance(), "vocabulary": VOCABULARY, "rows": []}
+    for name, backend in backends(tokenizer).items():
+        for prompts, found in drafted.items():
+            for mode in (DraftMode.REPAIR, DraftMode.OFF):
+                for bs in CONCURRENCIES:
+                    setting = {"backend": name, "prompts": prompts, "mode": mode.value, "concurrency": bs}
+                    result["rows"].append(setting | measure(backend, tokenizer, found, bs, mode))
+                    print(json.dumps(result["rows"][-1]), flush=True)
+                    if len(sys.argv) > 1:
+                        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
