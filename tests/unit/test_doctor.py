@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,22 @@ def _doctor(*flags: str, **environment: str) -> tuple[int, str]:
     return run.returncode, " ".join(run.stdout.split())
 
 
+RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "sound": (("--max-running-requests", "4"), {}),
+    "swallowed exception": ((), {"SGLANG_EXTERNAL_MODEL_PACKAGE": "no_such_package"}),
+    "plugin filter": ((), plain_env()),
+    "unknown platform": ((), {"SGLANG_PLATFORM": "no_such_platform"}),
+}
+Reports = dict[str, Future[tuple[int, str]]]
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[Reports]:
+    """Status and text of the command, run as users do. Each run imports SGLang: two at a time, beside other tests."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(_doctor, *flags, **environment) for name, (flags, environment) in RUNS.items()}
+
+
 def _examined(*flags: str) -> dict[str, list[Check]]:
     found: dict[str, list[Check]] = {}
     for check in doctor.examine(flags):
@@ -42,8 +60,8 @@ def _failures(*flags: str) -> list[str]:
     return [check.finding for checks in _examined(*flags).values() for check in checks if check.status is Status.FAIL]
 
 
-def test_a_sound_installation_passes_with_every_line_ok() -> None:
-    status, text = _doctor("--max-running-requests", "4")
+def test_a_sound_installation_passes_with_every_line_ok(reports: Reports) -> None:
+    status, text = reports["sound"].result()
     assert status == 0
     assert "FAIL" not in text and "warn" not in text
     for found in (
@@ -58,20 +76,20 @@ def test_a_sound_installation_passes_with_every_line_ok() -> None:
         assert found in text
 
 
-def test_an_exception_that_sglang_swallows_is_shown() -> None:
-    status, text = _doctor(SGLANG_EXTERNAL_MODEL_PACKAGE="no_such_package")
+def test_an_exception_that_sglang_swallows_is_shown(reports: Reports) -> None:
+    status, text = reports["swallowed exception"].result()
     assert status == 1
     assert "FAIL plugin" in text and "ModuleNotFoundError: No module named 'no_such_package'" in text
 
 
-def test_a_plugin_filter_without_ours_is_named() -> None:
-    status, text = _doctor(**plain_env())
+def test_a_plugin_filter_without_ours_is_named(reports: Reports) -> None:
+    status, text = reports["plugin filter"].result()
     assert status == 1
     assert "FAIL plugin SGLANG_PLUGINS=__none__ leaves orthrus out; add orthrus to it or unset it." in text
 
 
-def test_a_platform_that_is_not_installed_is_named() -> None:
-    status, text = _doctor(SGLANG_PLATFORM="no_such_platform")
+def test_a_platform_that_is_not_installed_is_named(reports: Reports) -> None:
+    status, text = reports["unknown platform"].result()
     assert status == 1
     assert "FAIL device RuntimeError: SGLANG_PLATFORM='no_such_platform' not found" in text
     assert "1 problem." in text
