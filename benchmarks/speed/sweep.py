@@ -164,7 +164,7 @@ MODES = {mode.name: mode for mode in (CPU, GPU, GPU_FA3)}
 
 
 @dataclass(frozen=True)
-class Piece:
+class Selection:
     """Which part of a mode to measure now; empty for all of it."""
 
     servers: frozenset[str] = frozenset()
@@ -179,19 +179,19 @@ class Piece:
         return [setting for setting in mode.settings if setting.name in wanted and setting.name not in done]
 
 
-def run(mode: Mode, model: Path, out: Path, resume: bool = False, piece: Piece | None = None) -> dict[str, Any]:
+def run(mode: Mode, model: Path, out: Path, resume: bool = False, selection: Selection | None = None) -> dict[str, Any]:
     """Measure what is missing in `out`, and return its content.
 
     Raises:
         SweepError: if `out` belongs to another sweep, or answers differ from plain SGLang's.
     """
-    piece = piece or Piece()
+    selection = selection or Selection()
     result = start_result(mode, model, out, resume)
     pool = PromptPool(model)
     with tempfile.TemporaryDirectory() as folder:
         exported: Path | None = None
         for contender in mode.contenders:
-            settings = piece.todo(mode, contender, result)
+            settings = selection.todo(mode, contender, result)
             if contender.skipped:
                 result["servers"][contender.label] = {"skipped": contender.skipped}
             if not settings:
@@ -432,15 +432,14 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", default=(), help="measure these only: c1, c2, ..., ctx512, ...")
     arguments = parser.parse_args()
     mode = MODES[arguments.mode]
-    piece = Piece(frozenset(arguments.servers), frozenset(arguments.settings))
+    selection = Selection(frozenset(arguments.servers), frozenset(arguments.settings))
     out = arguments.out or RESULTS / f"sweep-{mode.name}.json"
-    unknown = (
-        (piece.servers | piece.settings) - {one.label for one in mode.contenders} - {one.name for one in mode.settings}
-    )
+    known = {one.label for one in mode.contenders} | {one.name for one in mode.settings}
+    unknown = (selection.servers | selection.settings) - known
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     try:
-        result = run(mode, arguments.model, out, arguments.resume, piece)
+        result = run(mode, arguments.model, out, arguments.resume, selection)
     except SweepError as error:
         say(f"error: {error}")
         return 1

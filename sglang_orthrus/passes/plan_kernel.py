@@ -237,7 +237,7 @@ class GraphPlanner:
     The backend's own plan at capture lays out the workspace and uploads what never changes; replays need no host.
 
     Args:
-        backend: SGLang's `FlashInferAttnBackend`, with one wrapper per batch size (`flashinfer_plans.share_plans`).
+        backend: SGLang's `FlashInferAttnBackend`, with one wrapper per batch size (`flashinfer.share_plans`).
     """
 
     def __init__(self, backend: Any) -> None:

@@ -123,7 +123,7 @@ class DualViewRunner:
             )
         return {"draft_decode": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
 
-    def begin(self, batch: ScheduleBatch) -> RoundBatch:
+    def lay_out(self, batch: ScheduleBatch) -> RoundBatch:
         """A decode batch, whose anchors are in `batch.spec_info`, with blocks of mask tokens laid out."""
         blocks = draft_block(
             batch.spec_info.bonus_tokens,

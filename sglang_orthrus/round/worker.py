@@ -22,8 +22,8 @@ from sglang_orthrus.config import DraftMode, DualViewConfig, slow_mask_seconds
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath
-from sglang_orthrus.passes import flashinfer as flashinfer_plans
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
+from sglang_orthrus.passes.flashinfer import set_workspace_size, workspace_bytes
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
@@ -91,14 +91,14 @@ class OrthrusWorker(BaseSpecWorker):
         use_graph_runner(self.model_runner, OrthrusGraphRunner)
         if self.device != "cpu":
             model = self.model_runner.model_config
-            size = flashinfer_plans.workspace_bytes(
+            size = workspace_bytes(
                 get_schedule().max_running_requests,
                 config.block_size,
                 model.num_attention_heads,
                 model.num_key_value_heads,
                 model.head_dim,
             )
-            flashinfer_plans.set_workspace_size(size)
+            set_workspace_size(size)
         logger.info(
             "ORTHRUS drafts blocks of %d tokens and verifies %d of them per round.",
             config.block_size,
@@ -183,17 +183,17 @@ class OrthrusWorker(BaseSpecWorker):
             # Prefill leaves its mask there, and SGLang's sampler would apply it again.
             batch.sampling_info.grammar_mask = None
         plan = self._policy.plan(batch, can_defer=on_publish is not None)
-        begun = self._passes.begin(batch)
+        round_batch = self._passes.lay_out(batch)
         # The state is the former round's until this one ends.
         result = GenerationBatchResult(
-            next_draft_input=OrthrusState(begun.anchors, begun.prefix_lens),
+            next_draft_input=OrthrusState(round_batch.anchors, round_batch.prefix_lens),
             speculative_num_draft_tokens=self.speculative_num_draft_tokens,
         )
         if plan.is_deferred:
-            drafted = self._round.begin(begun, plan)
-            result.delay_sample_func = lambda: self._report(result, self._round.finish(drafted), on_publish)
+            begun = self._round.begin(round_batch, plan)
+            result.delay_sample_func = lambda: self._report(result, self._round.finish(begun), on_publish)
             return result
-        return self._report(result, self._round.run(begun, plan), on_publish)
+        return self._report(result, self._round.run(round_batch, plan), on_publish)
 
     def _report(
         self, result: GenerationBatchResult, end: RoundEnd, on_publish: Publish | None

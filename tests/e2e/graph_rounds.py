@@ -66,7 +66,7 @@ def two_passes(worker: OrthrusWorker, batch: RoundBatch) -> tuple[list[Any], str
 
 def rounds(worker: OrthrusWorker, scheduled: ScheduleBatch) -> dict[str, Any]:
     """The same round in each way: block and predictions, [bs, Q]; and how undecided the eager one was."""
-    batch = worker._passes.begin(scheduled)
+    batch = worker._passes.lay_out(scheduled)
     found: dict[str, Any] = {}
     fused = worker._passes.fused(batch)
     found["graph"] = None if fused is None else [part.tolist() for part in fused]

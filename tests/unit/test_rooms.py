@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sglang_orthrus
+from tests.imports import imported
 
 PACKAGE = Path(sglang_orthrus.__file__).parent
 SHARED = {"core", "config", "metrics", "compat"}
@@ -35,13 +36,13 @@ def room_of(file: Path) -> str:
 
 
 def imported_rooms(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "sglang_orthrus":
-            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang_orthrus."):
-            yield str(node.module).split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sglang_orthrus."))
+    """Names with two underscores, such as `__version__`, are in no room."""
+    parts = (name.split(".") for name in imported(file))
+    yield from (
+        room
+        for package, room, *_ in (part for part in parts if len(part) > 1)
+        if package == PACKAGE.name and not room.startswith("__")
+    )
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))

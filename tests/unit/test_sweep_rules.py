@@ -28,7 +28,7 @@ from benchmarks.speed.measures import (
 from benchmarks.speed.prompts import FAMILIES, LONGEST, PromptPool, in_turn
 from benchmarks.speed.published import PUBLISHED, published_for, released_shape
 from benchmarks.speed.report import report, table
-from benchmarks.speed.sweep import CPU, GPU, Contender, Mode, Piece, SweepError
+from benchmarks.speed.sweep import CPU, GPU, Contender, Mode, Selection, SweepError
 from sglang_orthrus.cli.demo import NANO
 
 TINY = replace(CPU, settings=sweep.by_concurrency((1, 2), 4, 2, 16), check_prompts=2)
@@ -295,7 +295,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 def test_resuming_measures_what_is_missing(tmp_path: Path, measured: list[tuple[str, str]]) -> None:
     out = tmp_path / "out.json"
-    sweep.run(TINY, NANO, out, piece=Piece(servers=frozenset({"plain"}), settings=frozenset({"c1"})))
+    sweep.run(TINY, NANO, out, selection=Selection(servers=frozenset({"plain"}), settings=frozenset({"c1"})))
     assert measured == [("plain", "c1")]
     content = sweep.run(TINY, NANO, out, resume=True)
     assert measured[1:] == [

@@ -168,13 +168,16 @@ class Run:
                 self.doubtful.append((request, ours, theirs))
                 return
             problems += verdict.problems
-            self.near_ties += [asdict(tie) | {"number": request.number} for tie in verdict.near_ties]
+            self._excuse(request, verdict)
         if problems:
             self._fail(request, self.sides.orthrus, problems, ours, theirs)
 
     def _compare(self, request: Request, ours: Reply, theirs: Reply) -> Verdict:
         alone = partial(self._alone, request)
         return compare(request, ours, theirs, partial(self._divergence, alone=alone), alone, tie_below=self.tie_below)
+
+    def _excuse(self, request: Request, verdict: Verdict) -> None:
+        self.near_ties += [asdict(tie) | {"number": request.number} for tie in verdict.near_ties]
 
     def _may_doubt(self, request: Request) -> bool:
         plain = self.sides.plain
@@ -190,7 +193,7 @@ class Run:
         client = Client(plain.url, "doubtful", plain.weights)
         for request, ours, theirs in doubtful:
             verdict = self._compare(request, ours, client.send(request))
-            self.near_ties += [asdict(tie) | {"number": request.number} for tie in verdict.near_ties]
+            self._excuse(request, verdict)
             if verdict.problems:
                 self._fail(request, self.sides.orthrus, verdict.problems, ours, theirs)
             else:
