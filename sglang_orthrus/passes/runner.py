@@ -15,10 +15,9 @@ from sglang.srt.utils.common import get_available_gpu_memory
 from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import DraftBlock, OrthrusBlockInput, Phase, RoundBatch, snapshot
+from sglang_orthrus.passes.attention import plans_in_graphs, wait_only_for_verifying
 from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
-from sglang_orthrus.passes.flashinfer import fit, verifying
-from sglang_orthrus.passes.plan_kernel import plans_in_graphs
 
 
 class Pass(NamedTuple):
@@ -97,12 +96,12 @@ class DualViewRunner:
         return tuple(filter(None, (self._model_runner.attn_backend, self._draft_backend)))
 
     def init_attention(self, make_backend: Callable[[], Any]) -> None:
-        """Make the backend of wider drafts, and fit FlashInfer to graphs of several passes. Needs the KV pool."""
+        """Make the backend of wider drafts. Needs the KV pool."""
         if self._verify_width < self._config.block_size:
             with get_spec().override(speculative_num_draft_tokens=self._config.block_size):
                 self._draft_backend = make_backend()
         for backend in self.attention_backends:
-            fit(backend)
+            wait_only_for_verifying(backend)
 
     def capture_wide_draft(self) -> dict[str, float]:
         """Capture the draft pass apart if it is wider than verify and CUDA graphs are on.
@@ -223,7 +222,7 @@ class DualViewRunner:
     def _run(self, prepared: PreparedPass) -> Any:
         batch, forward_batch = prepared
         graphs = self._model_runner.decode_cuda_graph_runner
-        lacks_lens = batch.known_lens is None and plans_in_graphs(verifying(self._model_runner.attn_backend))
+        lacks_lens = batch.known_lens is None and plans_in_graphs(self._model_runner.attn_backend)
         if lacks_lens and (graphs is None or not graphs.can_run_graph(forward_batch)):
             # FlashInfer plans this one on the host. Both passes of the round get what is waited for here.
             batch.wait_for_lens()

@@ -22,8 +22,8 @@ from sglang_orthrus.config import DraftMode, DualViewConfig, slow_mask_seconds
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath
+from sglang_orthrus.passes.attention import register_flashinfer, set_workspace_size, workspace_bytes
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
-from sglang_orthrus.passes.flashinfer import set_workspace_size, workspace_bytes
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
@@ -99,6 +99,7 @@ class OrthrusWorker(BaseSpecWorker):
                 model.head_dim,
             )
             set_workspace_size(size)
+            register_flashinfer()
         logger.info(
             "ORTHRUS drafts blocks of %d tokens and verifies %d of them per round.",
             config.block_size,

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_orthrus.passes.flashinfer import _leave_output_empty
-from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, GraphPlanner, PlanLayout, max_split_work, write_plan
+from sglang_orthrus.passes.flashinfer import BlockWrapper, OrthrusFlashInferBackend
+from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, PlanLayout, max_split_work, write_plan
 from tests.unit.interpreted_plans import read_plan
 
 pytestmark = pytest.mark.gpu
@@ -97,7 +96,7 @@ def test_every_row_of_an_output_is_written(lens: list[int]) -> None:
     q = torch.randn(bs * width, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     cache = tuple(torch.randn(num_pages, 1, num_kv_heads, HEAD_DIM, dtype=q.dtype, device="cuda") for _ in range(2))
     expected = wrapper.run(q, cache)
-    _leave_output_empty(wrapper)
+    wrapper.__class__ = BlockWrapper
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         # What the output finds in its memory: nothing that a kernel could make good use of.
@@ -134,18 +133,12 @@ def _whole(prefix_lens: torch.Tensor, width: int, num_heads: int, num_kv_heads: 
     """A wrapper for graphs as deterministic inference plans it: one chunk, and the tile of a block."""
     wrapper, kv_indptr = _planned(prefix_lens, width, num_heads, num_kv_heads)
     bs = len(prefix_lens)
-    backend = SimpleNamespace(
-        prefill_cuda_graph_metadata={bs: [wrapper]},
-        indices_updater_prefill=SimpleNamespace(num_qo_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM),
-        init_forward_metadata_out_graph=lambda batch, in_capture: None,
-        workspace_buffer=kv_indptr,
-        kv_last_page_len=kv_indptr,
-        enable_deterministic=True,
+    backend = object.__new__(OrthrusFlashInferBackend)
+    backend.prefill_cuda_graph_metadata = {bs: [wrapper]}
+    backend.indices_updater_prefill = SimpleNamespace(
+        num_qo_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM
     )
-    batch = SimpleNamespace(
-        batch_size=bs, spec_info=SimpleNamespace(draft_token_num=width), forward_mode=ForwardMode.TARGET_VERIFY
-    )
-    GraphPlanner(backend).init_forward_metadata_out_graph(batch, in_capture=True)
+    backend._fix_tiles(SimpleNamespace(batch_size=bs, spec_info=SimpleNamespace(draft_token_num=width)))
     _write(wrapper, prefix_lens, kv_indptr, width, num_heads, num_kv_heads, min_chunk=UNSPLIT)
     return wrapper
 

@@ -8,15 +8,9 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-from sglang_orthrus.passes import plan_kernel as graph_plan
-from sglang_orthrus.passes.plan_kernel import UNSPLIT, GraphPlanner, PlanLayout, max_split_work, plans_in_graphs
+from sglang_orthrus.passes.plan_kernel import UNSPLIT, PlanLayout, max_split_work
 
 SHAPES = ((4, 8, 300), (4, 1, 600), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
 WIDTHS = (12, 32)
@@ -129,28 +123,6 @@ def test_a_bound_half_as_large_makes_another_plan() -> None:
     """The reference of the test above depends on what it is to check."""
     one, other = (flashinfer_plan([9000, 400], 32, 4, 128, work) for work in (33, 16))
     assert one["chunk"] < other["chunk"]
-
-
-def test_replays_leave_the_backend_alone_and_captures_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    backend = SimpleNamespace(
-        init_forward_metadata_out_graph=lambda batch, in_capture: calls.append((batch.forward_mode, in_capture)),
-        init_forward_metadata_in_graph=lambda batch: None,
-        indices_updater_prefill=SimpleNamespace(num_qo_heads=32, num_kv_heads=8),
-        workspace_buffer=torch.zeros(1),
-        kv_last_page_len=torch.ones(4, dtype=torch.int32),
-        enable_deterministic=False,
-    )
-    assert not plans_in_graphs(backend)
-    graph_plan.plan_in_graphs(backend)
-    assert plans_in_graphs(backend) and not backend.needs_cpu_seq_lens
-    verify, decode = (SimpleNamespace(forward_mode=mode) for mode in (ForwardMode.TARGET_VERIFY, ForwardMode.DECODE))
-    backend.init_forward_metadata_out_graph(verify, in_capture=True)
-    backend.init_forward_metadata_out_graph(verify)
-    backend.init_forward_metadata_out_graph(decode)
-    assert calls == [(ForwardMode.TARGET_VERIFY, True), (ForwardMode.DECODE, False)]
-    assert isinstance(backend.init_forward_metadata_in_graph.__self__, GraphPlanner)
 
 
 def test_little_work_is_split_finer() -> None:
