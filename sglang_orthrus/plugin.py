@@ -43,9 +43,11 @@ def _prepare(server_args: Any) -> None:
     from sglang_orthrus.compat.install import install_in_http_server
     from sglang_orthrus.compat.requests import RequestChecks
     from sglang_orthrus.server_args.admission import raw_problem, tokenized_problem, unreadable
+    from sglang_orthrus.server_args.admission_values import samples_problem
 
     validate_server_args(server_args)
-    install_in_http_server(RequestChecks(raw=raw_problem, types=unreadable, values=tokenized_problem))
+    checks = RequestChecks(samples=samples_problem, raw=raw_problem, types=unreadable, values=tokenized_problem)
+    install_in_http_server(checks)
 
 
 @depends_on(

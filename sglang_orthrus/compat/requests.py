@@ -19,11 +19,13 @@ class RequestChecks(NamedTuple):
     """What may be wrong with a request, in the order in which it is asked. Each returns a sentence, or None.
 
     Attributes:
+        samples: given how many prompts a request has, and `n`.
         raw: given SGLang's request as it came.
         types: given the tokenized request; what the scheduler can decode.
         values: given the tokenized request, the vocabulary size and the hidden size.
     """
 
+    samples: Callable[[int, int], str | None]
     raw: Callable[[Any], str | None]
     types: Callable[[Any], str | None]
     values: Callable[[Any, int, int], str | None]
@@ -67,6 +69,27 @@ def check_requests(checks: RequestChecks) -> None:
         return create_tokenized_object
 
     wrap_once(TokenizerManager, "_create_tokenized_object", checked)
+    _check_samples(checks.samples)
+
+
+@depends_on(
+    "sglang.srt.managers.io_struct:GenerateReqInput._handle_parallel_sampling",
+    what="wrapped: a request for too many texts gets a 400",
+    why="the process that answers HTTP copies a request n times before anything else is checked",
+    until="SGLang bounds n (patches/0024)",
+)
+def _check_samples(problem: Callable[[int, int], str | None]) -> None:
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    def checked(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def handle_parallel_sampling(self: Any) -> None:
+            stock(self)
+            _raise(problem(self.batch_size, self.parallel_sample_num))
+
+        return handle_parallel_sampling
+
+    wrap_once(GenerateReqInput, "_handle_parallel_sampling", checked)
 
 
 @depends_on(

@@ -18,7 +18,8 @@ _FIRST_STOP_WINS = "SGLang ends a text at the first stop of several (patches/000
     "sglang.srt.managers.schedule_batch:Req.update_finish_state",
     "new_accepted_len",
     what="wrapped: stops are looked for token by token",
-    why="of several stops in one round SGLang takes a string before a token, and the string that is listed first",
+    why="of several stops in one round SGLang takes a string before a token, and the string that is listed first; "
+    "in the last round of an aborted request it looks for none",
     until=_FIRST_STOP_WINS,
 )
 def stop_at_first_match() -> None:
@@ -29,8 +30,15 @@ def stop_at_first_match() -> None:
         @wraps(stock)
         def update_finish_state(self: Any, new_accepted_len: int = 1) -> None:
             wanted = self.sampling_params
-            is_run = new_accepted_len > 1 and not self.finished() and not self.to_finish
-            if is_run and (wanted.stop_strs or wanted.stop_regex_strs):
+            aborted = self.to_finish
+            if self.finished() or (aborted and getattr(aborted, "status_code", None) is not None):
+                pass  # an error ends a text wherever it is
+            elif aborted:
+                # SGLang appends all tokens of the round, also those behind a stop.
+                self.to_finish = None
+                _look_for_stops(self, new_accepted_len)
+                self.to_finish = None if self.finished() else aborted
+            elif new_accepted_len > 1 and (wanted.stop_strs or wanted.stop_regex_strs):
                 _look_for_stops(self, new_accepted_len)
             stock(self, new_accepted_len)
             if self.finished() and self.finished_len is None and len(self.output_ids) > wanted.max_new_tokens:

@@ -17,6 +17,8 @@ INT32_MAX = 2**31 - 1
 MAX_TEMPERATURE = 1e38
 MIN_REPETITION_PENALTY = 1e-30
 MAX_BIAS = 1e30
+# Texts that one request may ask for with `n`. More prompts than that may come in one request, whose size they pay for.
+MAX_SAMPLES = 4096
 # Fields of SGLang's `SamplingParams` that a request can set, although SGLang computes them.
 _COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
 
@@ -82,6 +84,13 @@ def value_problem(numbers: Numbers, params: Any, vocab_size: int, hidden_size: i
             if not ((low is None or value >= low) and (high is None or value <= high)):
                 return f"{field}: {value} is out of range, {_range(low, high)}."
     return None
+
+
+def samples_problem(num_prompts: int, n: int) -> str | None:
+    """Why a request may not ask for `n` texts of each of its prompts; None if it may."""
+    if n <= 1 or num_prompts * n <= MAX_SAMPLES:
+        return None
+    return f"n: {n} texts of {num_prompts} prompts are too many, at most {MAX_SAMPLES} texts come of one request."
 
 
 def computed_fields(sampling_params: Any) -> str | None:

@@ -34,7 +34,7 @@ from sglang_orthrus.compat import ledger
 from sglang_orthrus.compat.install import install_in_http_server, install_in_scheduler
 from sglang_orthrus.compat.requests import RequestChecks
 
-install_in_http_server(RequestChecks(lambda *args: None, lambda *args: None, lambda *args: None))
+install_in_http_server(RequestChecks(*[lambda *args: None] * 4))
 install_in_scheduler(32, lambda req: None, lambda folder: None)
 for entry in ledger.entries():
     if entry.what.startswith("wrapped"):

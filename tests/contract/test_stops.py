@@ -93,3 +93,20 @@ def test_a_request_that_is_aborted_keeps_to_its_limit(wrapped: Any) -> None:
     request.update_finish_state(5)
     assert isinstance(request.finished_reason, schedule_batch.FINISH_ABORT)
     assert list(request.output_ids_through_stop) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("status", [None, 500])
+def test_an_aborted_text_has_nothing_behind_a_stop_either(wrapped: Any, status: int | None) -> None:
+    """The text ended before the abort was seen; an error still ends a request as an error."""
+    parameters = SamplingParams(stop=["two"], max_new_tokens=64)
+    parameters.normalize(TOKENIZER)
+    request = wrapped("id", "", [1], parameters, eos_token_ids={END}, vocab_size=TOKENIZER.vocab_size + 64)
+    request.tokenizer = TOKENIZER
+    request.to_finish = schedule_batch.FINISH_ABORT(status_code=status)
+    request.output_ids.extend(TEXT)
+    request.update_finish_state(len(TEXT))
+    if status is None:
+        assert request.finished_reason.matched == "two"
+        assert TOKENIZER.decode(request.output_ids_through_stop) == "one two"
+    else:
+        assert request.finished_reason.status_code == status

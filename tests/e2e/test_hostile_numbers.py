@@ -71,6 +71,11 @@ def _an_ordinary_request_is_answered_afterwards(orthrus: Server) -> Iterator[Non
 @pytest.mark.parametrize(
     ("request_", "named"),
     [
+        (_native({"n": 2**32}), "n: 4294967296 texts"),
+        (_native({"n": 5000}), "n: 5000 texts of 1 prompts"),
+        (_native({"n": 2100}, input_ids=[[5], [6]]), "n: 2100 texts of 2 prompts"),
+        (_text(n=2**32), "n: 4294967296 texts"),
+        (_chat(n=2**32), "n: 4294967296 texts"),
         (_native(input_ids=[5, -1]), "input_ids: -1"),
         (_native(input_ids=[5, VOCAB]), "input_ids: 4096"),
         (_native(input_ids=[[5], [6, -4]]), "input_ids: -4"),

@@ -15,6 +15,7 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_orthrus.server_args.admission import raw_problem, refusal, tokenized_problem, unreadable
+from sglang_orthrus.server_args.admission_values import samples_problem
 
 
 def _request(sampling: dict[str, Any] | None = None, ids: Sequence[int] = (1, 2, 3), **options: Any) -> Req:
@@ -230,3 +231,11 @@ def test_fields_of_another_type_do_not_leave_the_process() -> None:
         assert message is not None and "passed on" in message
     request = sent()
     assert unreadable(request) is None and list(request.input_ids or ()) == [1], "the request itself is left alone"
+
+
+@pytest.mark.parametrize(("num_prompts", "n", "is_refused"), [(1, 4096, False), (1, 2**32, True), (9000, 1, False)])
+def test_a_request_asks_for_so_many_texts(num_prompts: int, n: int, is_refused: bool) -> None:
+    """SGLang copies it n times before anything else is checked."""
+    problem = samples_problem(num_prompts, n)
+    assert (problem is not None) is is_refused
+    assert problem is None or str(n) in problem

@@ -19,6 +19,8 @@ _SESSION_CAPACITY = 4000
 
 # Two updates at once end SGLang's TokenizerManager.
 _UPDATE = threading.Lock()
+# What SGLang says while a request whose client has left still runs.
+_STILL_RUNS = "the cache was not flushed because requests are still running"
 
 
 @dataclass
@@ -162,7 +164,8 @@ class Client:
                     response = self.call(method, path, {"model_path": self.weights})
             else:  # a server that was started elsewhere
                 continue
-            busy = path == "/flush_cache" and response.status_code == requests.codes.bad
+            busy = path == "/flush_cache" or _STILL_RUNS in response.text
+            busy = busy and response.status_code == requests.codes.bad
             if response.status_code != requests.codes.ok and not busy:
                 reply.error += f"{path}: {response.status_code} {response.text[:500]}"
             reply.status = max(reply.status, requests.codes.ok if busy else response.status_code)

@@ -42,7 +42,6 @@ def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "failures": sum(part["failures"] for part in parts),
         "seconds": max(part["seconds"] for part in parts),
         "compared_with_plain": compared,
-        "plain_differs_from_itself": sum(part["plain_differs_from_itself"] for part in parts),
         "near_ties": {
             "allowed": -(-compared // PROMPTS_PER_EXCUSE),
             "below": parts[0]["near_ties"]["below"],

@@ -113,11 +113,9 @@ def _free_text(random: Random, draft: Draft) -> None:
 def _adjustments(random: Random, processor: str | None, draft: Draft) -> None:
     sampling = draft.sampling
     if random.random() < 0.15:
-        for name, low, high in (
-            ("frequency_penalty", -0.5, 1.2),
-            ("presence_penalty", -0.5, 1.2),
-            ("repetition_penalty", 0.9, 1.5),
-        ):
+        # Not all three: in which order plain SGLang applies both kinds depends on its process (`patches/0018`).
+        additive = (("frequency_penalty", -0.5, 1.2), ("presence_penalty", -0.5, 1.2))
+        for name, low, high in random.choice((additive, (("repetition_penalty", 0.9, 1.5),))):
             if random.random() < 0.6:
                 sampling[name] = round(random.uniform(low, high), 2)
         draft.words.append("penalties")
@@ -164,5 +162,5 @@ def tools(random: Random, draft: Draft) -> None:
     draft.body["tools"] = [{**tool, "function": {**tool["function"], "strict": strict}} for tool in TOOLS]
     draft.body["tool_choice"] = {"type": "function", "function": {"name": name}} if choice == "named" else choice
     if choice != "auto":
-        draft.rules["valid"] = {"call": True}
+        draft.rules["valid"] = {"call": True, "strict": strict}
     draft.words.append(f"tool {choice}")

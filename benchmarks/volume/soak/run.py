@@ -60,8 +60,6 @@ class Run:
         excuses: whether near ties are counted against a run, one in 200 requests.
         together: whether both servers are asked at once, so that latencies mean nothing.
         late_penalties: whether plain SGLang runs with overlap, so that it penalises one token late.
-        doubtful: penalised requests whose answers differ. A plain server that has run for a while answers some of
-            these differently than one that has just started, so that a new one decides at the end.
     """
 
     sides: Sides
@@ -76,8 +74,6 @@ class Run:
     failures: list[dict[str, Any]] = field(default_factory=list)
     plain_too: list[dict[str, Any]] = field(default_factory=list)
     near_ties: list[dict[str, Any]] = field(default_factory=list)
-    doubtful: list[tuple[Request, Reply, Reply]] = field(default_factory=list)
-    plain_differs_from_itself: int = 0
     memory: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
     greedy: int = 0
     ended: str = ""
@@ -164,40 +160,14 @@ class Run:
         ):
             self.greedy += 1
             verdict = self._compare(request, ours, theirs)
-            if verdict.problems and not problems and self._may_doubt(request):
-                self.doubtful.append((request, ours, theirs))
-                return
             problems += verdict.problems
-            self._excuse(request, verdict)
+            self.near_ties += [asdict(tie) | {"number": request.number} for tie in verdict.near_ties]
         if problems:
             self._fail(request, self.sides.orthrus, problems, ours, theirs)
 
     def _compare(self, request: Request, ours: Reply, theirs: Reply) -> Verdict:
         alone = partial(self._alone, request)
         return compare(request, ours, theirs, partial(self._divergence, alone=alone), alone, tie_below=self.tie_below)
-
-    def _excuse(self, request: Request, verdict: Verdict) -> None:
-        self.near_ties += [asdict(tie) | {"number": request.number} for tie in verdict.near_ties]
-
-    def _may_doubt(self, request: Request) -> bool:
-        plain = self.sides.plain
-        return "penalties" in request.kind and plain is not None and plain.server is not None
-
-    def settle_doubts(self) -> None:
-        """Ask a new plain server, one request after the other."""
-        plain, doubtful = self.sides.plain, self.doubtful
-        if not doubtful or plain is None:
-            return
-        self.doubtful = []
-        plain.start()
-        client = Client(plain.url, "doubtful", plain.weights)
-        for request, ours, theirs in doubtful:
-            verdict = self._compare(request, ours, client.send(request))
-            self._excuse(request, verdict)
-            if verdict.problems:
-                self._fail(request, self.sides.orthrus, verdict.problems, ours, theirs)
-            else:
-                self.plain_differs_from_itself += 1
 
     def _alone(self, request: Request, number: int) -> Answer:
         """Plain SGLang's answer to a request that it is sent once more, alone, with its best two tokens each."""
@@ -224,7 +194,7 @@ class Run:
     def report(self, seconds: float) -> dict[str, Any]:
         """The result as JSON."""
         allowed = -(-self.greedy // PROMPTS_PER_EXCUSE) if self.excuses else None
-        failures = len(self.failures) + len(self.doubtful) + bool(self.ended)
+        failures = len(self.failures) + bool(self.ended)
         if allowed is not None and len(self.near_ties) > allowed:
             failures += 1
         timed = (
@@ -248,7 +218,6 @@ class Run:
             "seconds": round(seconds, 1),
             "requests_per_hour": round(len(self.done) / max(seconds, 1e-9) * 3600),
             "compared_with_plain": self.greedy,
-            "plain_differs_from_itself": self.plain_differs_from_itself,
             "near_ties": {"allowed": allowed, "below": self.tie_below, "found": self.near_ties},
             "ended_early": self.ended,
             "seed": self.mix.seed,
@@ -354,9 +323,4 @@ def soak(run: Run, first: int, count: int | None, seconds: float, block: int, ou
             file=sys.stderr,
             flush=True,
         )
-    pool = result["pool"]
-    run.settle_doubts()
-    result = run.report(time.monotonic() - started) | {"pool": pool}
-    if out is not None:
-        figures.write(result, out)
     return result
