@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from sglang.srt.managers import tokenizer_manager as stock
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
+from sglang.srt.model_executor.model_runner_components import weight_updater
+from sglang.srt.model_loader import loader
 from sglang.srt.utils.aio_rwlock import RWLock
 
 from sglang_orthrus.compat.requests import update_weights_one_at_a_time
@@ -73,3 +78,78 @@ def test_updates_from_disk_come_one_at_a_time(paused: str, tmp_path: Path, monke
     assert asyncio.run(_update_twice(_manager(stock, monkeypatch), paused)) == expected
     patched = patched_module("0018", tmp_path, "tokenizer_manager")
     assert asyncio.run(_update_twice(_manager(patched, monkeypatch), paused)) == expected
+
+
+class _Model(torch.nn.Module):
+    """Loads its one weight as SGLang's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Raises: ValueError if the weight has another shape or another name."""
+        for name, loaded in weights:
+            if name != "weight" or loaded.shape != self.weight.shape:
+                raise ValueError(f"{name} does not fit")
+            self.weight.data.copy_(loaded)
+
+
+def _updater(module: ModuleType, model: _Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    arguments = SimpleNamespace(
+        weight_cache_mode="off",
+        weight_loader_disable_mmap=False,
+        weight_loader_prefetch_checkpoints=False,
+        weight_loader_prefetch_num_threads=1,
+        weight_loader_drop_cache_after_load=False,
+    )
+    for owner in (module, loader):
+        monkeypatch.setattr(owner, "get_model", lambda: arguments)
+    monkeypatch.setattr(loader, "get_server_args", lambda: None)
+    monkeypatch.setattr(module, "get_pp_stage_load_group", lambda: None)
+    config = SimpleNamespace(
+        model_path=str(folder), revision=None, dtype=torch.float32, quantization=None, hf_config=SimpleNamespace()
+    )
+    return module.WeightUpdater(
+        tp_rank=0,
+        device="cpu",
+        gpu_id=0,
+        model_config=config,
+        custom_weight_loaders={},
+        get_model=lambda: model,
+        update_model_fields=lambda *args, **kwargs: None,
+        recapture_cuda_graph=lambda: None,
+        get_model_runner=lambda: None,
+    )
+
+
+def _folder(path: Path, **tensors: torch.Tensor) -> Path:
+    path.mkdir()
+    if tensors:
+        save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_a_failed_update_rolls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shipped, the rollback reads the folder that has just failed, and raises."""
+    good = _folder(tmp_path / "good", weight=torch.ones(2))
+    other = _folder(tmp_path / "other", weight=torch.full((2,), 2.0))
+    wrong = _folder(tmp_path / "wrong", weight=torch.full((2,), 3.0), z=torch.ones(1))
+    empty = _folder(tmp_path / "empty")
+    with pytest.raises(ValueError, match="z does not fit"):
+        _updater(weight_updater, _Model(), good, monkeypatch).update_weights_from_disk(str(wrong), "auto")
+
+    model = _Model()
+    patched = patched_module("0022", tmp_path / "patched", "weight_updater")
+    updater = _updater(patched, model, good, monkeypatch)
+    for folder, value, path in (
+        (good, 1, good),
+        (wrong, 1, good),
+        (other, 2, other),
+        (empty, 2, other),
+        (wrong, 2, other),
+    ):
+        is_done, message = updater.update_weights_from_disk(str(folder), "auto")
+        assert is_done == (folder == path), message
+        assert model.weight.tolist() == [value, value]
+        assert updater.model_config.model_path == str(path)
