@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 
@@ -28,6 +30,22 @@ def apply(patch: Path, folder: Path) -> list[Path]:
     done = subprocess.run(["git", "apply", "-p2", str(patch)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return copies
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """The module in a file, imported under this name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def patched_module(number: str, folder: Path, file: str) -> ModuleType:
+    """The module `file` of the installed SGLang under the patch of this number; the copy is made in `folder`."""
+    copies = {copy.stem: copy for copy in apply(next(PATCHES.glob(f"{number}-*.patch")), folder)}
+    return load(f"patched_{number}_{file}", copies[file])
 
 
 def patched_sglang(name: str, folder: Path) -> dict[str, str]:

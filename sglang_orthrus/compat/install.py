@@ -17,6 +17,7 @@ from sglang_orthrus.compat.requests import (
     answer_value_errors_with_400,
     check_requests,
     drop_processors_of_aborted,
+    update_weights_one_at_a_time,
 )
 from sglang_orthrus.compat.scheduler import check_weight_updates, fence_delayed_rounds, refuse_requests
 from sglang_orthrus.compat.stops import continue_sessions_at_the_end, stop_at_first_match
@@ -28,6 +29,7 @@ def install_in_http_server(checks: RequestChecks) -> None:
     parse_tool_calls_word_by_word()
     check_requests(checks)
     answer_value_errors_with_400()
+    update_weights_one_at_a_time()
 
 
 def install_in_scheduler(

@@ -1,9 +1,13 @@
-"""Requests: what is wrong with one is a 400 in every interface, and never reaches the scheduler."""
+"""Requests: what is wrong with one is a 400 in every interface, and never reaches the scheduler.
+
+Updates of weights are requests, too: the scheduler gets one at a time.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import wraps
 from http import HTTPStatus
@@ -117,6 +121,28 @@ def answer_value_errors_with_400() -> None:
         return generate_request
 
     wrap_once(TokenizerManager, "generate_request", answered)
+
+
+@depends_on(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._wait_for_model_update_from_disk",
+    "obj",
+    what="wrapped: updates of weights from disk wait for each other",
+    why="two at once share one future while the engine is paused, and the second answer ends the server",
+    until="SGLang keeps them apart (patches/0018)",
+)
+def update_weights_one_at_a_time() -> None:
+    """Send an update of weights from disk to the scheduler once the one before is answered."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    def queued(stock: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        @wraps(stock)
+        async def wait_for_model_update_from_disk(self: Any, *args: Any, **kwargs: Any) -> Any:
+            async with self.__dict__.setdefault("_orthrus_update_lock", asyncio.Lock()):
+                return await stock(self, *args, **kwargs)
+
+        return wait_for_model_update_from_disk
+
+    wrap_once(TokenizerManager, "_wait_for_model_update_from_disk", queued)
 
 
 @depends_on(

@@ -36,7 +36,7 @@ def refuse_requests(reason: Callable[[Any], str | None]) -> None:
     "model_path",
     what="wrapped: a checkpoint without the diffusion view gets a 400",
     why="when loading fails, SGLang rolls back to the folder that has just failed, and the scheduler dies",
-    until="SGLang rolls back to the former folder",
+    until="SGLang rolls back to the former folder (patches/0022)",
 )
 def check_weight_updates(problem: Callable[[str], str | None]) -> None:
     """Answer 400 to every update of weights from a folder for which `problem(folder)` returns a sentence."""

@@ -25,12 +25,12 @@ def within_the_grammar(adjusted: torch.Tensor, allowed: torch.Tensor) -> torch.T
 
 
 def leave_something_inplace(logits: torch.Tensor) -> None:
-    """Where a grammar itself allows no token, let all be alike. logits: [..., V]
+    """Where a grammar itself allows no token, or the model gives NaN or infinity, let all be alike. logits: [..., V]
 
-    Whatever is drawn there, the grammar refuses it, and its request ends. A row without any token would end the
-    scheduler, and with it the requests beside it.
+    Whatever is drawn there, the grammar refuses it, and its request ends. Softmax would make NaN of such a row, which
+    ends the scheduler, and with it the requests beside it.
     """
-    logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
+    logits.masked_fill_(~logits.amax(dim=-1, keepdim=True).isfinite(), 0.0)
 
 
 def tame_inplace(logits: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -18,20 +17,11 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.compat.grammars import begin_llguidance_behind_a_reasoning
 from sglang_orthrus.cpu.kernels import murmur_hash32
-from tests.patching import PATCHES, apply, installed_sglang
+from tests.patching import PATCHES, apply, installed_sglang, load
 
 pytestmark = pytest.mark.contract
 
 CUSTOM_SPEC_ALGO = PATCHES / "0001-custom-spec-algo-scheduler-methods.patch"
-
-
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("patch", sorted(PATCHES.glob("*.patch")), ids=lambda patch: patch.stem)

@@ -13,19 +13,14 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from tests.contract.test_patches import load
-from tests.patching import PATCHES, apply
+from tests.patching import patched_module
 
 pytestmark = pytest.mark.contract
 
 VOCAB = 100
 CLOSED = "SGLang has closed the gap: drop the patch"
 INF = float("inf")
-
-
-def _patched(name: str, folder: Path, file: str) -> ModuleType:
-    copies = {copy.name: copy for copy in apply(next(PATCHES.glob(f"{name}-*.patch")), folder)}
-    return load(f"patched_{name}_{file}", copies[f"{file}.py"])
+NAN = float("nan")
 
 
 def _validate(module: ModuleType, monkeypatch: pytest.MonkeyPatch, ids: list[int], **fields: Any) -> None:
@@ -53,7 +48,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(
     from sglang.srt.managers import tokenizer_manager
 
     _validate(tokenizer_manager, monkeypatch, ids)  # else the gap is closed
-    patched = _patched("0009", tmp_path, "tokenizer_manager")
+    patched = patched_module("0009", tmp_path, "tokenizer_manager")
     with pytest.raises(ValueError, match=r"out-of-vocabulary|at least one token"):
         _validate(patched, monkeypatch, ids)
     _validate(patched, monkeypatch, [0, VOCAB - 1])
@@ -67,7 +62,7 @@ def test_numbers_of_log_probabilities_are_refused(
     from sglang.srt.managers import tokenizer_manager
 
     _validate(tokenizer_manager, monkeypatch, [1], return_logprob=True, **fields)  # else the gap is closed
-    patched = _patched("0010", tmp_path, "tokenizer_manager")
+    patched = patched_module("0010", tmp_path, "tokenizer_manager")
     with pytest.raises(ValueError, match=next(iter(fields))):
         _validate(patched, monkeypatch, [1], return_logprob=True, **fields)
     _validate(patched, monkeypatch, [1], **fields)
@@ -79,7 +74,7 @@ def test_embeddings_that_are_no_tensors_are_refused(tmp_path: Path, monkeypatch:
     from sglang.srt.managers import tokenizer_manager
 
     _validate(tokenizer_manager, monkeypatch, [1], positional_embed_overrides={"a": 1})  # else the gap is closed
-    patched = _patched("0014", tmp_path, "tokenizer_manager")
+    patched = patched_module("0014", tmp_path, "tokenizer_manager")
     with pytest.raises(ValueError, match="positional_embed_overrides"):
         _validate(patched, monkeypatch, [1], positional_embed_overrides={"a": 1})
     own = PositionalEmbeds(embeds=[torch.zeros(1, 4)], positions=[0])
@@ -122,7 +117,7 @@ def test_stop_ids_outside_the_vocabulary_are_ignored(stop: int, min_new_tokens: 
 
     with pytest.raises(RuntimeError, match="out of bounds"):
         _min_new_tokens(stock, {stop, 3}, min_new_tokens)
-    patched = _patched("0011", tmp_path, "min_new_tokens")
+    patched = patched_module("0011", tmp_path, "min_new_tokens")
     logits = _min_new_tokens(patched, {stop, 3}, min_new_tokens)
     assert logits[0].isinf().nonzero().flatten().tolist() == ([3, 7] if min_new_tokens else [])
     assert logits[1].isinf().nonzero().flatten().tolist() == [7]
@@ -135,7 +130,7 @@ def test_stop_ids_outside_the_vocabulary_are_ignored(stop: int, min_new_tokens: 
         {"min_new_tokens": 2**31, "max_new_tokens": None},
         {"temperature": 1e39},
         {"repetition_penalty": 1e-40},
-        {"logit_bias": {"5": float("nan")}},
+        {"logit_bias": {"5": NAN}},
         {"logit_bias": {"5": INF}},
         {"logit_bias": {"5": 3e38}},
         {"temperature": 0.0, "is_normalized": True},
@@ -143,7 +138,7 @@ def test_stop_ids_outside_the_vocabulary_are_ignored(stop: int, min_new_tokens: 
 )
 def test_sampling_parameters_that_no_tensor_holds_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
     SamplingParams(**given).verify(VOCAB)  # else the gap is closed
-    patched = _patched("0012", tmp_path, "sampling_params")
+    patched = patched_module("0012", tmp_path, "sampling_params")
     with pytest.raises(ValueError, match=r"must be at|cannot be set"):
         patched.SamplingParams(**given).verify(VOCAB)
     for served in ({}, {"temperature": 0.0}, {"top_k": -1}, {"logit_bias": {"5": -INF, "6": -1e100, "7": 100.0}}):
@@ -179,7 +174,7 @@ def _first_token_logits(
     return found
 
 
-@pytest.mark.parametrize("written", [None, -INF, float("nan")])
+@pytest.mark.parametrize("written", [None, -INF, NAN])
 def test_options_give_way_to_the_grammar(
     written: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +183,52 @@ def test_options_give_way_to_the_grammar(
 
     stock = _first_token_logits(sampling_batch_info, sampler, monkeypatch, written)
     assert not torch.softmax(stock, dim=-1).isfinite().any(), CLOSED
-    info = _patched("0013", tmp_path, "sampling_batch_info")
-    patched = _first_token_logits(info, _patched("0013", tmp_path, "sampler"), monkeypatch, written)
+    info = patched_module("0013", tmp_path, "sampling_batch_info")
+    patched = _first_token_logits(info, patched_module("0013", tmp_path, "sampler"), monkeypatch, written)
     assert patched.tolist() == [[1.0, 2.0, -INF, -INF]]
+
+
+def _sampled(module: ModuleType, row: list[float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of a request with these logits and of one beside it that can only get token 2."""
+    monkeypatch.setattr(module, "get_exec", lambda: SimpleNamespace(kernel=SimpleNamespace(sampling_backend="pytorch")))
+    sampler = object.__new__(module.Sampler)
+    torch.nn.Module.__init__(sampler)
+    sampler.rl_on_policy_target, sampler.use_ascend_backend, sampler.use_log_softmax_logprob = None, False, False
+    sampler.enable_deterministic = True  # softmax of PyTorch
+    info = SimpleNamespace(
+        is_all_greedy=False,
+        has_custom_logit_processor=False,
+        need_top_p_sampling=True,
+        need_top_k_sampling=False,
+        need_min_p_sampling=False,
+        temperatures=torch.full((2, 1), 0.7),
+        top_ks=torch.full((2,), 4),
+        top_ps=torch.full((2,), 0.9),
+        min_ps=torch.zeros(2),
+        max_top_k=None,
+        sampling_seed=None,
+        sampling_mask_batch_indices=None,
+        sampling_support_logprobs_capture_indices=None,
+        grammars=None,
+    )
+    output = SimpleNamespace(next_token_logits=torch.tensor([row, [-INF, -INF, 1.0, -INF]]))
+    tokens = sampler(output, info, False, [0, 0], [None, None], torch.zeros(2))
+    found: list[int] = tokens.tolist()
+    return found
+
+
+@pytest.mark.parametrize("row", [[1.0, NAN, 0.0, 2.0], [NAN] * 4, [-INF] * 4, [0.0, INF, 0.0, 0.0]])
+def test_a_row_without_a_distribution_harms_no_other(
+    row: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model gives NaN, or a grammar allows nothing."""
+    from sglang.srt.layers import sampler
+
+    with pytest.raises(RuntimeError, match="probability tensor contains"):
+        _sampled(sampler, row, monkeypatch)
+    patched = patched_module("0019", tmp_path, "sampler")
+    first, second = _sampled(patched, row, monkeypatch)
+    assert 0 <= first < 4
+    assert second == 2
+    likely = [_sampled(patched, [0.0, 0.0, 0.0, 50.0], monkeypatch) for _ in range(5)]
+    assert likely == [[3, 2]] * 5, "another row is left alone"

@@ -14,8 +14,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cpu import replacements as patches
-from tests.contract.test_patches import load
-from tests.patching import PATCHES, apply
+from tests.patching import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
 

@@ -13,8 +13,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.compat.stops import stop_at_first_match
-from tests.contract.test_patches import load
-from tests.patching import PATCHES, apply
+from tests.patching import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
 

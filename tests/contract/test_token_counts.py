@@ -11,8 +11,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_orthrus.compat.stops import stop_at_first_match
-from tests.contract.test_patches import load
-from tests.patching import PATCHES, apply
+from tests.patching import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
 END, THINK_END = 7, 9

@@ -17,9 +17,8 @@ from sglang.srt.function_call.base_format_detector import BaseFormatDetector
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
 from sglang_orthrus.compat.streaming import parse_tool_calls_word_by_word
-from tests.contract.test_patches import load
 from tests.contract.tool_texts import KINDS, Call, text_of
-from tests.patching import PATCHES, apply
+from tests.patching import PATCHES, apply, load
 
 pytestmark = pytest.mark.contract
 

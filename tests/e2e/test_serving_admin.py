@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,28 @@ def test_a_folder_that_lacks_something_is_refused(orthrus: Server, tmp_path: Pat
     after = generate(orthrus, IDS)
     assert after["output_ids"] == before["output_ids"]
     assert after["meta_info"]["spec_verify_ct"] == before["meta_info"]["spec_verify_ct"]
+
+
+@pytest.mark.parametrize("is_paused", [False, True], ids=["running", "paused"])
+def test_updates_at_once_get_their_own_answers(orthrus: Server, tmp_path: Path, is_paused: bool) -> None:
+    """Plain SGLang ends if it is paused: the second answer finds nobody who waits (patches/0018)."""
+    before = generate(orthrus, IDS)
+    folders = [str(NANO), str(tmp_path)] * 2
+
+    def update(folder: str) -> requests.Response:
+        return requests.post(f"{orthrus.url}/update_weights_from_disk", json={"model_path": folder}, timeout=120)
+
+    if is_paused:
+        orthrus.post("/pause_generation", {"mode": "retract"})
+    try:
+        with ThreadPoolExecutor(len(folders)) as pool:
+            answers = list(pool.map(update, folders))
+    finally:
+        if is_paused:
+            orthrus.post("/continue_generation", {})
+    assert [answer.status_code for answer in answers] == [200, 400] * 2
+    assert all(str(tmp_path) in answer.json()["message"] for answer in answers[1::2])
+    assert generate(orthrus, IDS)["output_ids"] == before["output_ids"]
 
 
 # -- memory

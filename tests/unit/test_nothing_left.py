@@ -27,6 +27,7 @@ from tests.sampling import decode_batch
 VOCAB, WIDTH = 6, 4
 END = 5
 INF = float("inf")
+NAN = float("nan")
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"top_k": 1},
     "sampled": {"temperature": 0.7},
@@ -67,12 +68,19 @@ def _batch(params: list[dict[str, Any]], **info: Any) -> Any:
     return batch
 
 
-def _round(batch: Any, masks: RowMasks | None) -> tuple[Any, torch.Tensor]:
+def _round(batch: Any, masks: RowMasks | None, broken: float | None = None) -> tuple[Any, torch.Tensor]:
+    """A round; broken: what the model gives for every token of the first request."""
     size = len(batch.reqs)
     anchors = torch.zeros(size, dtype=torch.int64)
     sampler = BatchSampler(Model(), batch, anchors, Adjustments(batch, None, {}), WIDTH, "pytorch")
-    drafts = draft_tokens(sampler, _table()[: WIDTH - 1].expand(size, -1, -1))
-    return verify_drafts(sampler, drafts, _table()[drafts.block], masks), drafts.block
+    marginals = _table()[: WIDTH - 1].repeat(size, 1, 1)
+    if broken is not None:
+        marginals[0] = broken
+    drafts = draft_tokens(sampler, marginals)
+    logits = _table()[drafts.block]
+    if broken is not None:
+        logits[0] = broken
+    return verify_drafts(sampler, drafts, logits, masks), drafts.block
 
 
 def _only(token: int, requests: list[int]) -> RowMasks:
@@ -243,9 +251,10 @@ def test_a_batch_without_such_options_keeps_nothing(monkeypatch: pytest.MonkeyPa
     assert info.allowed_logits is None
 
 
-def test_a_grammar_that_allows_nothing_leaves_its_neighbours_something_to_sample_from() -> None:
-    """Of a row without any token softmax makes NaN, and SGLang samples all rows of a batch together."""
-    logits = torch.tensor([[float("-inf")] * 4, [1.0, float("-inf"), 2.0, 0.5]])
+@pytest.mark.parametrize("row", [[-INF] * 4, [1.0, NAN, 2.0, -INF], [NAN] * 4, [0.0, INF, 0.0, -INF]])
+def test_a_row_without_a_distribution_leaves_its_neighbours_something_to_sample_from(row: list[float]) -> None:
+    """Of such a row softmax makes NaN, and SGLang samples all rows of a batch together."""
+    logits = torch.tensor([row, [1.0, -INF, 2.0, 0.5]])
     kept = logits[1].clone()
     leave_something_inplace(logits)
     assert torch.softmax(logits, dim=-1).isfinite().all()
@@ -260,3 +269,28 @@ def test_a_round_in_which_a_grammar_allows_nothing_harms_no_neighbour(how: str) 
     assert (verdict.tokens >= 0).all() and (verdict.tokens < VOCAB).all()
     length = int(verdict.accept_lens[1])
     assert torch.equal(verdict.tokens[1, : length - 1], block[1, 1:length])
+
+
+@pytest.mark.parametrize("how", SAMPLING)
+@pytest.mark.parametrize("broken", [NAN, INF])
+@pytest.mark.parametrize("is_constrained", [False, True])
+def test_a_round_in_which_a_model_gives_no_number_harms_no_neighbour(
+    how: str, broken: float, is_constrained: bool
+) -> None:
+    masks = _only(END, [0]) if is_constrained else None
+    verdict, block = _round(_batch([SAMPLING[how]] * 2), masks, broken)
+    assert (verdict.accept_lens >= 1).all()
+    assert (verdict.tokens >= 0).all() and (verdict.tokens < VOCAB).all()
+    length = int(verdict.accept_lens[1])
+    assert torch.equal(verdict.tokens[1, : length - 1], block[1, 1:length])
+
+
+def test_a_first_token_of_which_the_model_gives_no_number_harms_no_neighbour() -> None:
+    info: Any = Info()
+    info.is_all_greedy = False
+    logits = torch.tensor([[0.0, NAN, 1.0], [1.0, 5.0, 2.0]])
+    kept = logits[1].clone()
+    nobody: Any = SimpleNamespace()
+    logits = FirstTokenSampler._preprocess_logits(nobody, logits, info)
+    assert torch.softmax(logits, dim=-1).isfinite().all()
+    assert torch.equal(logits[1], kept)
