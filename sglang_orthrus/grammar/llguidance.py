@@ -17,6 +17,8 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import Match
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
+# Two rows are filled to tell how long one takes.
+_NUM_PROBED_ROWS = 2
 # A limit is no matter where a block of so many rows would keep it.
 _NUM_QUICK_ROWS = 8
 
@@ -101,7 +103,8 @@ def fill_blocks(
 ) -> int:
     """As `Cursor.fill_block` does, for several blocks by llguidance's own threads; the same rows of all are filled.
 
-    The engine can't be interrupted. So where a limit is set, two rows tell how many more it may be asked for.
+    The engine can't be interrupted. So where a limit is set, two rows tell how many more it may be asked for, if the
+    blocks have more.
 
     cursors: with their blocks' numbers; blocks: [B, Q]; masks: [B * Q, W].
     """
@@ -116,13 +119,13 @@ def fill_blocks(
         ]
         fill_token_bitmask_with_draft_tokens(entries, masks)
 
-    if isfinite(limit):
+    if isfinite(limit) and width > _NUM_PROBED_ROWS:
         started = time.perf_counter()
-        fill(2)
-        seconds = (time.perf_counter() - started) / 2
+        fill(_NUM_PROBED_ROWS)
+        seconds = (time.perf_counter() - started) / _NUM_PROBED_ROWS
         if seconds > limit / _NUM_QUICK_ROWS:
             num_rows = max(1, min(width, int(limit / seconds)))
-            if num_rows > 2:
+            if num_rows > _NUM_PROBED_ROWS:
                 fill(num_rows)
             return num_rows
     fill(width)
