@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from math import isfinite
 
 import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarRow
 from sglang.srt.constrained.llguidance_backend import (
     GrammarDraftRow,
     GuidanceGrammar,
+    fill_token_bitmask_batched,
     fill_token_bitmask_with_draft_tokens,
 )
 
@@ -98,6 +100,14 @@ class GuidanceCursor:
     why="it is SGLang's own call for drafts, but no method of the grammar object",
     until="SGLang's grammar objects fill the masks of a chain",
 )
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:fill_token_bitmask_batched",
+    "entries",
+    "vocab_mask",
+    what="called for the masks of several blocks without drafts",
+    why="the call for drafts refuses to be given none",
+    until="it takes a chain without drafts",
+)
 def fill_blocks(
     cursors: Sequence[tuple[int, GuidanceCursor]], blocks: torch.Tensor, masks: torch.Tensor, limit: float
 ) -> int:
@@ -111,6 +121,10 @@ def fill_blocks(
     width = blocks.shape[1]
     for _, cursor in cursors:
         cursor._catch_up()
+
+    if width == 1:
+        fill_token_bitmask_batched([GrammarRow(number, cursor._grammar) for number, cursor in cursors], masks)
+        return width
 
     def fill(num_rows: int) -> None:
         entries = [
