@@ -23,7 +23,17 @@ from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.output_history import History
 from sglang_orthrus.sampling.verification import best_tokens, requests_with_known_best, verify_drafts
 from tests.sampling import decode_batch
-from tests.unit.test_verification import VOCAB, Model, _alone, _hash_on_cpu, _tables
+from tests.unit.test_verification import (
+    FALSE_ALARM,
+    FILTERS,
+    VOCAB,
+    Model,
+    _alone,
+    _hash_on_cpu,
+    _misfit,
+    _tables,
+    _texts,
+)
 
 __all__ = ["_hash_on_cpu"]  # a fixture
 
@@ -194,3 +204,10 @@ def test_a_round_without_drafts_is_whole(options: dict[str, Any]) -> None:
             assert torch.equal(best_tokens(sampler, drafts, ar[drafts.block], [0, 1, 2]), verdict.tokens)
         unwanted = accept_nothing(drafts.block, batch.seq_lens)
         assert unwanted.accept_lens.tolist() == [1, 1, 1] and torch.equal(unwanted.tokens, drafts.block)
+
+
+@pytest.mark.parametrize("widths", [(1,), (2, 1, 3), (1, 8, 32, 16)], ids=str)
+@pytest.mark.parametrize("name", ["temperature", "min_p", "top_k and top_p"])
+def test_texts_follow_plain_sglangs_distribution_whatever_the_widths(name: str, widths: Sequence[int]) -> None:
+    torch.manual_seed(0)
+    assert _misfit(_texts(FILTERS[name], 6000, 3, widths=widths), FILTERS[name]) > FALSE_ALARM
