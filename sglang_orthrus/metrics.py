@@ -116,8 +116,7 @@ class GrammarMetrics:
     ) -> None:
         """Count one round: its drafts, the time to repair them and that to fill their masks.
 
-        changes: [R][Q-1] `DraftChange` of every draft.
-
+        changes: [R][Q-1] `DraftChange` of every draft; Q may differ between rounds, and is 1 where nothing is drafted.
         num_sparse: how many of the blocks have none but the masks that were needed, and all of those.
         num_cut: how many end before their last mask.
         """
@@ -140,12 +139,13 @@ class GrammarMetrics:
             self._choose_metric.observe(choose_seconds)
             self._seconds_metric.observe(seconds)
         if len(self._seconds) >= self._log_interval:
+            num_drafts = self._drafts.sum()
             logger.info(
                 "ORTHRUS grammar: %d drafts, %.1f %% repaired, %.1f %% forced; walks %.2f ms a round, at most %.2f ms; "
                 "of that before verification %.2f ms, at most %.2f ms",
-                self._drafts.sum(),
+                num_drafts,
                 *(
-                    100 * self._drafts[change] / self._drafts.sum()
+                    100 * self._drafts[change] / max(1, num_drafts)
                     for change in (DraftChange.REPAIRED, DraftChange.FORCED)
                 ),
                 *(

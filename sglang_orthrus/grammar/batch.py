@@ -1,6 +1,7 @@
 """The grammars of a batch: repair the drafts of its constrained requests before verify, and fill their masks during it.
 
-Letters: R constrained requests of a batch of bs, Q verify width, K candidates per position, W words of a mask row.
+Letters: R constrained requests of a batch of bs, Q verify width of the round, K candidates per position, W words of a
+mask row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sglang_orthrus.config import DraftMode
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.grammar.cursor import Cursor, Ids
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
-from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
+from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
@@ -38,6 +39,7 @@ class RepairedDrafts(NamedTuple):
         rows: the requests' rows in the batch, to index tensors on the model's device with.
         tokens: [R, Q-1] int64, on the model's device. Chosen by a rule, whatever their probability: for rejection
             sampling the proposal puts all its weight on each.
+        host: the same on the host, and room for their masks.
         blocks: [R], None where a grammar does not constrain the block.
         any_grammar: the object that applies the masks of all.
         seconds: that the repair took.
@@ -45,6 +47,7 @@ class RepairedDrafts(NamedTuple):
 
     rows: torch.Tensor | slice
     tokens: torch.Tensor
+    host: HostBlocks
     blocks: list[ConstrainedBlock | None]
     any_grammar: Any
     seconds: float
@@ -75,6 +78,11 @@ class CandidatesCopy:
         self._done = torch.get_device_module(candidates.device).Event()
         self._done.record()
 
+    @property
+    def width(self) -> int:
+        """Q."""
+        return self._host.shape[1] + 1
+
     def wait(self) -> Ids:
         """The candidates, once the draft pass has run."""
         if self._done is not None:
@@ -85,9 +93,11 @@ class CandidatesCopy:
 class BlockGrammars:
     """Drafts of all constrained requests, and their masks, in parallel, in one buffer.
 
+    Rounds may be of any width: that of their candidates. A round that drafts nothing has one mask per request.
+
     Args:
         mode: see `DraftMode`.
-        verify_width: Q.
+        max_width: the largest Q of any round.
         device: of the model.
         tokenizer: of the model, Hugging Face's.
         metrics: told of every round.
@@ -97,7 +107,7 @@ class BlockGrammars:
     def __init__(
         self,
         mode: DraftMode,
-        verify_width: int,
+        max_width: int,
         device: str | torch.device,
         tokenizer: Any,
         metrics: GrammarMetrics,
@@ -108,8 +118,8 @@ class BlockGrammars:
         self.text = TokenText(tokenizer)
         self._metrics = metrics
         self._slow_seconds = slow_seconds
-        self._buffers = BlockBuffers(verify_width, device)
-        self._filler = MaskFiller(self._buffers, verify_width, slow_seconds)
+        self._buffers = BlockBuffers(max_width, device)
+        self._filler = MaskFiller(slow_seconds)
 
     @property
     def num_candidates(self) -> int:
@@ -135,17 +145,17 @@ class BlockGrammars:
             vocab_size: of the logits.
         """
         grammars = [reqs[row].grammar for row in rows]
-        slots = self._buffers.take(len(rows), grammars[0], vocab_size)
-        cursors = [self._cursor(slot, grammar) for slot, grammar in zip(slots, grammars, strict=True)]
-        index, room = rows_index(rows, self._device), self._buffers.room_on_device(len(rows))
+        host = self._buffers.take(len(rows), candidates.width, grammars[0], vocab_size)
+        cursors = [self._cursor(slot, grammar) for slot, grammar in zip(host.slots, grammars, strict=True)]
+        index, room = rows_index(rows, self._device), self._buffers.room_on_device(host)
         ids = candidates.wait()
         started = time.perf_counter()
-        self._buffers.set_drafts(ids[:, :, 0])
+        host.set_drafts(ids[:, :, 0])
         # One by one: short calls, most of them under the interpreter's lock.
         seconds = max(MIN_REPAIR_SECONDS, self._slow_seconds / len(rows))
-        blocks = [self._repair(*own, seconds) for own in zip(slots, grammars, cursors, ids, strict=True)]
-        tokens = self._buffers.drafts_on_device(room)
-        return RepairedDrafts(index, tokens, blocks, grammars[0], time.perf_counter() - started)
+        blocks = [self._repair(*own, seconds) for own in zip(host.slots, grammars, cursors, ids, strict=True)]
+        tokens = self._buffers.drafts_on_device(host, room)
+        return RepairedDrafts(index, tokens, host, blocks, grammars[0], time.perf_counter() - started)
 
     def masks(
         self, drafts: RepairedDrafts, skippable: Collection[int] = (), best_of: BestOf | None = None
@@ -157,11 +167,11 @@ class BlockGrammars:
             skippable: see `MaskFiller.fill`.
             best_of: see there; not needed if none is skippable.
         """
-        filled = self._filler.fill(drafts.blocks, skippable, best_of or _nothing_skippable)
+        filled = self._filler.fill(drafts.host, drafts.blocks, skippable, best_of or _nothing_skippable)
         changes = [block.repair.changes for block in drafts.blocks if block is not None]
         num_cut = sum(limit < drafts.tokens.shape[1] for limit in filled.limits)
         self._metrics.count(changes, drafts.seconds, filled.seconds, filled.num_sparse, num_cut)
-        masks = self._buffers.masks_on_device(len(drafts.blocks))
+        masks = self._buffers.masks_on_device(drafts.host)
         return BlockMasks(GrammarMask(drafts.any_grammar, masks), filled.limits)
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:
@@ -177,7 +187,7 @@ class BlockGrammars:
         repair = repair_drafts(cursor, slot.drafts, candidates, slot.masks, self._max_repairs, Deadline(seconds))
         if repair.tokens is not slot.drafts:
             slot.drafts[:] = repair.tokens
-        slot.num_filled = len(slot.bits)
+        slot.are_filled[:] = True
         return ConstrainedBlock(cursor, repair)
 
 

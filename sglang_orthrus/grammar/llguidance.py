@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from math import isfinite
 
 import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarRow
 from sglang.srt.constrained.llguidance_backend import (
     GrammarDraftRow,
     GuidanceGrammar,
+    fill_token_bitmask_batched,
     fill_token_bitmask_with_draft_tokens,
 )
 
@@ -17,6 +19,8 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import Match
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
+# Two rows are filled to tell how long one takes.
+_NUM_PROBED_ROWS = 2
 # A limit is no matter where a block of so many rows would keep it.
 _NUM_QUICK_ROWS = 8
 
@@ -96,18 +100,31 @@ class GuidanceCursor:
     why="it is SGLang's own call for drafts, but no method of the grammar object",
     until="SGLang's grammar objects fill the masks of a chain",
 )
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:fill_token_bitmask_batched",
+    "entries",
+    "vocab_mask",
+    what="called for the masks of several blocks without drafts",
+    why="the call for drafts refuses to be given none",
+    until="it takes a chain without drafts",
+)
 def fill_blocks(
     cursors: Sequence[tuple[int, GuidanceCursor]], blocks: torch.Tensor, masks: torch.Tensor, limit: float
 ) -> int:
     """As `Cursor.fill_block` does, for several blocks by llguidance's own threads; the same rows of all are filled.
 
-    The engine can't be interrupted. So where a limit is set, two rows tell how many more it may be asked for.
+    The engine can't be interrupted. So where a limit is set, two rows tell how many more it may be asked for, if the
+    blocks have more.
 
     cursors: with their blocks' numbers; blocks: [B, Q]; masks: [B * Q, W].
     """
     width = blocks.shape[1]
     for _, cursor in cursors:
         cursor._catch_up()
+
+    if width == 1:
+        fill_token_bitmask_batched([GrammarRow(number, cursor._grammar) for number, cursor in cursors], masks)
+        return width
 
     def fill(num_rows: int) -> None:
         entries = [
@@ -116,13 +133,13 @@ def fill_blocks(
         ]
         fill_token_bitmask_with_draft_tokens(entries, masks)
 
-    if isfinite(limit):
+    if isfinite(limit) and width > _NUM_PROBED_ROWS:
         started = time.perf_counter()
-        fill(2)
-        seconds = (time.perf_counter() - started) / 2
+        fill(_NUM_PROBED_ROWS)
+        seconds = (time.perf_counter() - started) / _NUM_PROBED_ROWS
         if seconds > limit / _NUM_QUICK_ROWS:
             num_rows = max(1, min(width, int(limit / seconds)))
-            if num_rows > 2:
+            if num_rows > _NUM_PROBED_ROWS:
                 fill(num_rows)
             return num_rows
     fill(width)

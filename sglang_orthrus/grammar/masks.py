@@ -1,6 +1,6 @@
 """Fills the masks of a round's blocks, in parallel and within its time.
 
-Letters: R constrained requests, Q verify width, W words of a mask row.
+Letters: R constrained requests, Q verify width of the round, W words of a mask row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from sglang_orthrus.grammar.cursor import Cursor, Ids, Match, allow_only
 from sglang_orthrus.grammar.llguidance import GuidanceCursor, fill_blocks
-from sglang_orthrus.grammar.mask_buffers import BlockBuffers, Slot
+from sglang_orthrus.grammar.mask_buffers import HostBlocks, Slot
 from sglang_orthrus.grammar.repair import Repair
 from sglang_orthrus.grammar.slow_masks import SlowGrammars, TimeShares
 from sglang_orthrus.grammar.threads import Job, ThreadTeam, available_cores
@@ -65,24 +65,27 @@ class MaskFiller:
     the last one. And a grammar that is slow is asked for no mask that makes no difference, if that can be known.
 
     Args:
-        buffers: with the blocks.
-        width: Q.
         seconds: the time of a round.
     """
 
-    def __init__(self, buffers: BlockBuffers, width: int, seconds: float) -> None:
-        self._buffers = buffers
-        self._width = width
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._slow = SlowGrammars()
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, available_cores())
         self._team = ThreadTeam(self._num_threads, "orthrus-grammar")
 
-    def fill(self, blocks: Sequence[ConstrainedBlock | None], skippable: Collection[int], best_of: BestOf) -> Filled:
-        """Fill the masks of the first R blocks.
+    def fill(
+        self,
+        host: HostBlocks,
+        blocks: Sequence[ConstrainedBlock | None],
+        skippable: Collection[int],
+        best_of: BestOf,
+    ) -> Filled:
+        """Fill the masks of a round's blocks.
 
         Args:
+            host: the blocks, and room for their masks.
             blocks: [R], None where a grammar does not constrain the block.
             skippable: numbers of the requests where skipping a mask cannot change any visible output.
             best_of: waits for verification and gives the best token after every row of some of their blocks, any token
@@ -96,9 +99,10 @@ class MaskFiller:
             if block is not None and block.cursor.key is not None and number in skippable
         }
         sparse = {number for number, key in keys.items() if key in self._slow}
-        limits = [self._width - 1] * len(blocks)
-        for number, block in self._fill_blocks(blocks, sparse).items():
-            is_cut = block.num_rows < self._width
+        num_drafts = host.width - 1
+        limits = [num_drafts] * len(blocks)
+        for number, block in self._fill_blocks(host, blocks, sparse).items():
+            is_cut = block.num_rows < host.width
             if number not in keys:
                 limits[number] = block.num_rows - 1
                 continue
@@ -115,14 +119,16 @@ class MaskFiller:
             shares = TimeShares(max(self._seconds - seconds, MIN_NEEDED_SECONDS), len(numbers), self._num_threads)
             self._team.run(
                 [
-                    partial(self._fill_where_refused, blocks[number], number, own, shares, limits)
+                    partial(_fill_where_refused, host.slots[number], blocks[number], number, own, shares, limits)
                     for number, own in zip(numbers, best, strict=True)
                 ]
             )
             seconds += time.perf_counter() - started
-        return Filled(limits, sum(limits[number] == self._width - 1 for number in sparse), seconds)
+        return Filled(limits, sum(limits[number] == num_drafts for number in sparse), seconds)
 
-    def _fill_blocks(self, blocks: Sequence[ConstrainedBlock | None], but: Collection[int]) -> dict[int, _Block]:
+    def _fill_blocks(
+        self, host: HostBlocks, blocks: Sequence[ConstrainedBlock | None], but: Collection[int]
+    ) -> dict[int, _Block]:
         """Fill the masks of all blocks but some, side by side if there are several."""
         filled = dict[int, _Block]()
         wanted = [(number, block) for number, block in enumerate(blocks) if block is not None and number not in but]
@@ -135,39 +141,47 @@ class MaskFiller:
         shares = TimeShares(self._seconds, len(others) + bool(guided), self._num_threads)
         # The longest first, so that the threads end together.
         others.sort(key=lambda one: one[1].repair.match.length, reverse=True)
-        fills: list[Job] = [partial(self._fill, number, block, shares, filled) for number, block in others]
+        fills: list[Job] = [
+            partial(_fill, host.slots[number], block, number, shares, filled) for number, block in others
+        ]
         if guided:
-            fills.append(partial(self._fill_guided, guided, shares, filled))
+            fills.append(partial(_fill_guided, host, guided, shares, filled))
         self._team.run(fills)
         return filled
 
-    def _fill(self, number: int, block: ConstrainedBlock, shares: TimeShares, filled: dict[int, _Block]) -> None:
-        slot, limit = self._buffers.slots[number], shares.take()
-        started = time.thread_time()
-        num_rows = block.cursor.fill_block(slot.block, slot.masks, limit)
-        filled[number] = _Block(num_rows, limit, time.thread_time() - started)
-        _close_end(slot, block.repair.match)
 
-    def _fill_where_refused(
-        self, block: ConstrainedBlock | None, number: int, best: Ids, shares: TimeShares, limits: list[int]
-    ) -> None:
-        assert block is not None, "a block without a grammar is not slow"
-        slot = self._buffers.slots[number]
-        slot.allow_all()
-        slot.num_filled, num_right = fill_where_refused(block.cursor, slot.drafts, best, slot.masks, shares.take())
-        limits[number] = num_right - 1
-        _close_end(slot, block.repair.match)
+def _fill(slot: Slot, block: ConstrainedBlock, number: int, shares: TimeShares, filled: dict[int, _Block]) -> None:
+    limit = shares.take()
+    started = time.thread_time()
+    num_rows = block.cursor.fill_block(slot.block, slot.masks, limit)
+    filled[number] = _Block(num_rows, limit, time.thread_time() - started)
+    _close_end(slot, block.repair.match)
 
-    def _fill_guided(
-        self, guided: Sequence[tuple[int, GuidanceCursor, Match]], shares: TimeShares, filled: dict[int, _Block]
-    ) -> None:
-        cursors, limit = [(number, cursor) for number, cursor, _ in guided], shares.take()
-        started = time.thread_time()
-        num_rows = fill_blocks(cursors, self._buffers.blocks, self._buffers.masks, limit)
-        block = _Block(num_rows, limit, time.thread_time() - started)
-        for number, _, match in guided:
-            filled[number] = block
-            _close_end(self._buffers.slots[number], match)
+
+def _fill_where_refused(
+    slot: Slot, block: ConstrainedBlock | None, number: int, best: Ids, shares: TimeShares, limits: list[int]
+) -> None:
+    assert block is not None, "a block without a grammar is not slow"
+    slot.allow_all()
+    num_touched, num_right = fill_where_refused(block.cursor, slot.drafts, best, slot.masks, shares.take())
+    slot.are_filled[:num_touched] = True
+    limits[number] = num_right - 1
+    _close_end(slot, block.repair.match)
+
+
+def _fill_guided(
+    host: HostBlocks,
+    guided: Sequence[tuple[int, GuidanceCursor, Match]],
+    shares: TimeShares,
+    filled: dict[int, _Block],
+) -> None:
+    cursors, limit = [(number, cursor) for number, cursor, _ in guided], shares.take()
+    started = time.thread_time()
+    num_rows = fill_blocks(cursors, host.ids, host.masks, limit)
+    block = _Block(num_rows, limit, time.thread_time() - started)
+    for number, _, match in guided:
+        filled[number] = block
+        _close_end(host.slots[number], match)
 
 
 def _close_end(slot: Slot, match: Match) -> None:
@@ -178,7 +192,7 @@ def _close_end(slot: Slot, match: Match) -> None:
     """
     if match.ended:
         allow_only(slot.drafts.item(match.length - 1), slot.bits[match.length])
-        slot.num_filled = max(slot.num_filled, match.length + 1)
+        slot.are_filled[match.length] = True
 
 
 def fill_where_refused(

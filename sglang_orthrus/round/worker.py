@@ -133,7 +133,7 @@ class OrthrusWorker(BaseSpecWorker):
         """Take once what choosing tokens takes at most, and name it to SGLang, which may size the KV pool then."""
         result = super().prewarm_sampling()
         if self.device != "cpu":
-            result = reserve(self.model_runner, self.speculative_num_draft_tokens, get_exec().kernel.sampling_backend)
+            result = reserve(self.model_runner, [self.speculative_num_draft_tokens], get_exec().kernel.sampling_backend)
         return result
 
     @property

@@ -57,7 +57,7 @@ class BatchSampler:
         batch: in a decode round; its `spec_info` is not read.
         anchors: [bs] int64.
         adjustments: what the requests' options do to logits.
-        width: Q, tokens verified per request.
+        width: Q of the round, tokens verified per request; 1 if nothing is drafted.
         sampling_backend: SGLang's, which decides what filters leave.
 
     Attributes:
@@ -78,7 +78,6 @@ class BatchSampler:
         self.reqs = batch.reqs
         self.prefix_lens: torch.Tensor = batch.seq_lens
         self.anchors = anchors.long()
-        self.width = width
         self._model = model
         self._info = batch.sampling_info
         self._adjustments = adjustments
@@ -96,7 +95,7 @@ class BatchSampler:
 
     def verify_context(self, block: torch.Tensor) -> RowContext:
         """A verify row knows the block up to its own token. block: [bs, Q]"""
-        offsets = torch.arange(self.width, device=block.device)
+        offsets = torch.arange(block.shape[1], device=block.device)
         host = block.tolist() if self._adjustments.read_outputs else None
         return RowContext(block, offsets[:, None] >= offsets, offsets, host)
 

@@ -42,6 +42,24 @@ class Drafts:
     hidden_states: torch.Tensor | None = None
     supports: dict[tuple[int, ...], Support] = field(default_factory=dict)
 
+    @classmethod
+    def blank(cls, anchors: torch.Tensor, num_drafts: int, num_asked: int = 0, num_candidates: int = 1) -> Drafts:
+        """Blocks whose drafts are still to be chosen; whole if there are none.
+
+        Args:
+            anchors: [bs] int64.
+            num_drafts: Q-1.
+            num_asked: R.
+            num_candidates: K.
+        """
+        shape = (len(anchors), num_drafts)
+        return cls(
+            block=torch.cat((anchors[:, None], anchors.new_empty(shape)), dim=1),
+            q=torch.ones(shape, device=anchors.device),
+            is_certain=torch.ones(shape, dtype=torch.bool, device=anchors.device),
+            candidates=anchors.new_empty(num_asked, num_drafts, num_candidates),
+        )
+
     @property
     def tokens(self) -> torch.Tensor:
         """[bs, Q-1] int64, a view of the block."""
@@ -56,6 +74,8 @@ class Drafts:
         where: an index into [bs, Q-1], such as the rows of some requests, by `rows_index`; tokens: int64, of the
             shape that it selects.
         """
+        if not tokens.numel():
+            return self
         block = self.block.clone()
         block[:, 1:][where] = tokens
         q, is_certain = self.q, self.is_certain
@@ -73,19 +93,16 @@ def draft_tokens(
 
     Args:
         sampler: of the round.
-        hidden_states: [bs, Q-1, hidden], rows 0..Q-2 of the diffusion view.
+        hidden_states: [bs, Q-1, hidden], rows 0..Q-2 of the diffusion view; Q is 1 if nothing is drafted.
         candidates_of: [R] requests for which candidates are wanted, ascending.
         num_candidates: K.
     """
-    shape, anchors = hidden_states.shape[:2], sampler.anchors
-    drafts = Drafts(
-        block=torch.cat((anchors[:, None], anchors.new_empty(shape)), dim=1),
-        q=torch.ones(shape, device=anchors.device),
-        is_certain=torch.ones(shape, dtype=torch.bool, device=anchors.device),
-        candidates=anchors.new_empty(len(candidates_of), shape[1], num_candidates),
-    )
+    num_drafts, anchors = hidden_states.shape[1], sampler.anchors
+    drafts = Drafts.blank(anchors, num_drafts, len(candidates_of), num_candidates)
+    if not num_drafts:
+        return drafts
     slots = {request: slot for slot, request in enumerate(candidates_of)}
-    context = sampler.draft_context(torch.arange(shape[1], device=anchors.device))
+    context = sampler.draft_context(torch.arange(num_drafts, device=anchors.device))
     for group in sampler.groups:
         # The logits are gone before the next ones are made.
         _draft_group(sampler, drafts, group, sampler.logits(hidden_states, group, context), slots)

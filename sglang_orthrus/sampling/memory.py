@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,12 +160,12 @@ def choosing_bytes(
     why="a round samples between two replays, where the storage of graphs cannot be borrowed",
     until=SHARED_BY_WORKERS,
 )
-def reserve(model_runner: Any, width: int, sampling_backend: str) -> SamplingPrewarmResult:
+def reserve(model_runner: Any, widths: Sequence[int], sampling_backend: str) -> SamplingPrewarmResult:
     """Have SGLang leave what choosing takes when it sizes the KV pool after capture; else see that it is there.
 
     Args:
         model_runner: SGLang's, on a GPU; keeps the result.
-        width: Q.
+        widths: every Q that a round may have. A full group of narrow blocks has more requests, each with its penalties.
         sampling_backend: SGLang's.
 
     Raises:
@@ -174,8 +175,11 @@ def reserve(model_runner: Any, width: int, sampling_backend: str) -> SamplingPre
     vocab_size = model_runner.model.config.vocab_size
     are_seeded = get_exec().deterministic.enable_deterministic_inference
     try:
-        peak = choosing_bytes(
-            width, vocab_size, sampling_backend, model_runner.dtype, model_runner.device, are_seeded=are_seeded
+        peak = max(
+            choosing_bytes(
+                width, vocab_size, sampling_backend, model_runner.dtype, model_runner.device, are_seeded=are_seeded
+            )
+            for width in widths
         )
     except torch.OutOfMemoryError as error:
         raise RuntimeError(

@@ -90,9 +90,11 @@ def best_tokens(
 def _reject(
     sampler: BatchSampler, logits: torch.Tensor, group: RequestGroup, drafts: Drafts, limits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rejection sampling over a group's rows: accepted drafts and the token after them, both [r]."""
+    """Rejection sampling over a group's rows, [r, Q, V]: accepted drafts and the token after them, both [r]."""
     requests, width, vocab_size = logits.shape
     p = sampler.support(logits, group)
+    if width == 1:
+        return torch.zeros_like(limits[group.index]), p.draw()
     p_of_draft = p.probability_of(drafts.block[group.index].roll(-1, dims=1).flatten()).view(requests, width)[:, :-1]
     accepted = leading(is_accepted(p_of_draft, drafts.q[group.index], torch.rand_like(p_of_draft)))
     # The draft behind the limit does not count, whatever its coin: the token there is drawn from p.

@@ -44,20 +44,21 @@ def choose(
     device: str,
     backend: str,
     top_logprobs: list[int | None] | None = None,
+    width: int = WIDTH,
 ) -> Verdict:
     """One round of all requests. top_logprobs: how many each wants, None for no log probabilities."""
     generator = torch.Generator().manual_seed(1)
     requests = len(options)
-    states = torch.randn(requests, WIDTH, HIDDEN, generator=generator).to(device)
+    states = torch.randn(requests, width, HIDDEN, generator=generator).to(device)
     prefix_lens = torch.arange(requests, device=device)
     anchors = torch.zeros(requests, dtype=torch.int64, device=device)
     batch = decode_batch(options, prefix_lens, vocab_size=vocab_size, top_logprobs=top_logprobs)
     counts = TokenCounts(vocab_size, device)
     counts.start([req for req in batch.reqs if is_penalised(req)])
-    sampler = BatchSampler(head, batch, anchors, Adjustments(batch, counts, {}), WIDTH, backend)
+    sampler = BatchSampler(head, batch, anchors, Adjustments(batch, counts, {}), width, backend)
     # Row j of either view predicts the same token, so equal states accept every draft and others hardly any.
-    drafts = draft_tokens(sampler, torch.where(torch.arange(WIDTH - 1, device=device)[:, None] < 5, states[:, :-1], 0))
-    logprobs = RoundLogprobs(batch, WIDTH) if batch.return_logprob else None
+    drafts = draft_tokens(sampler, torch.where(torch.arange(width - 1, device=device)[:, None] < 5, states[:, :-1], 0))
+    logprobs = RoundLogprobs(batch, width) if batch.return_logprob else None
     return verify_drafts(sampler, drafts, states, None, logprobs)
 
 

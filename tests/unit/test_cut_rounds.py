@@ -57,6 +57,25 @@ def test_a_cut_round_under_a_grammar_is_exact_and_allowed(name: str) -> None:
     assert _misfit_of_chain(texts, chain) > FALSE_ALARM
 
 
+def test_rounds_of_any_width_under_a_grammar_are_exact_and_allowed() -> None:
+    """Nothing to propose where nothing is drafted; otherwise some rounds are cut."""
+    torch.manual_seed(0)
+    allowed = torch.tensor([True, False, True, True, False])
+
+    def propose(drafts: Drafts) -> Drafts:
+        width = drafts.block.shape[1]
+        best = _tables(width=width)[1].argmax(dim=-1)
+        return drafts.replaced(slice(None), best.expand(len(drafts.block), -1))
+
+    def limits(drafts: Drafts) -> torch.Tensor:
+        return (torch.arange(len(drafts.block)) % WIDTH).clamp(max=drafts.tokens.shape[1])
+
+    texts = _texts({"temperature": 0.9}, 3000, 3, propose, limits=limits, allowed=allowed, widths=(2, 1, 3, 32))
+    chain = torch.softmax(_tables()[0].masked_fill(~allowed, float("-inf")) / 0.9, dim=-1)
+    assert allowed[texts].all()
+    assert _misfit_of_chain(texts, chain) > FALSE_ALARM
+
+
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_changes_no_seeded_or_greedy_text_and_no_round_is_longer(name: str) -> None:
     options: list[dict[str, Any]] = [

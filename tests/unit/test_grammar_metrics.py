@@ -28,6 +28,17 @@ def test_a_log_line_sums_up_every_interval(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
+def test_rounds_without_drafts_have_times_and_no_shares(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = GrammarMetrics(log_interval=2, with_metrics=False)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            metrics.count([np.zeros(0, np.int8)] * 2, 0.001, 0.003)
+    assert [record.message for record in caplog.records] == [
+        "ORTHRUS grammar: 0 drafts, 0.0 % repaired, 0.0 % forced; walks 4.00 ms a round, at most 4.00 ms; "
+        "of that before verification 1.00 ms, at most 1.00 ms"
+    ]
+
+
 def test_the_metrics_count_drafts_and_time() -> None:
     from prometheus_client import REGISTRY
 

@@ -37,17 +37,18 @@ backend = cursors.backend  # the fixture
 class Judged:
     """Two blocks, what verification would choose in them, and all of their masks."""
 
-    def __init__(self, backend: BaseGrammarBackend) -> None:
+    def __init__(self, backend: BaseGrammarBackend, width: int = WIDTH) -> None:
+        self.width = width
         self.reqs = [request(backend.dispatch_json(SCHEMA)), request(backend.dispatch_regex("[a-c]{40}"))]
         rng = np.random.default_rng(2)
-        self.candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, WIDTH - 1, 16)))
+        self.candidates = torch.from_numpy(rng.integers(0, VOCABULARY, (2, width - 1, 16)))
         unlimited = block_grammars()
         repaired = self.repair(unlimited)
         self.drafts = repaired.tokens.numpy().copy()
         self.masks = unlimited.masks(repaired).mask.vocab_mask.clone()
-        self.scores = rng.random((2, WIDTH, VOCABULARY))
+        self.scores = rng.random((2, width, VOCABULARY))
         np.put_along_axis(self.scores[:, :-1], self.drafts[:, :, None], 2.0, axis=2)
-        wrong = rng.random((2, WIDTH)) < 0.2
+        wrong = rng.random((2, width)) < 0.2
         self.scores[wrong, rng.integers(0, VOCABULARY, wrong.sum())] = 3.0
 
     def repair(self, grammars: BlockGrammars) -> RepairedDrafts:
@@ -57,7 +58,7 @@ class Judged:
         return self.scores.argmax(axis=2)[list(numbers)]
 
     def emitted(self, masks: torch.Tensor) -> list[list[int]]:
-        rows = (slice(slot * WIDTH, (slot + 1) * WIDTH) for slot in (0, 1))
+        rows = (slice(slot * self.width, (slot + 1) * self.width) for slot in (0, 1))
         return [judged(self.drafts[slot], self.scores[slot], masks[own], END) for slot, own in enumerate(rows)]
 
 

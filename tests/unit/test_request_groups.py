@@ -35,16 +35,17 @@ def test_a_request_chooses_as_if_it_were_alone(given: dict[str, Any], kind: Samp
     assert kind_of(_params(**given)) == kind
 
 
-def test_every_request_is_in_one_piece_and_pieces_are_bounded() -> None:
+@pytest.mark.parametrize("width", [1, 8, 32])
+def test_every_request_is_in_one_piece_and_pieces_are_bounded(width: int) -> None:
     kinds: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.9}, {"top_k": 1}, {"top_k": 5}, {}]
     params = [_params(temperature=1.0, **kinds[row % len(kinds)]) for row in range(128)]
-    found = list(request_groups(params, 32, "cpu"))
+    found = list(request_groups(params, width, "cpu"))
     assert sorted(request for group in found for request in group.requests) == list(range(128))
     numbers = torch.arange(128)
     for group in found:
         assert numbers[group.index].tolist() == list(group.requests)
         assert {kind_of(params[request]) for request in group.requests} == {group.kind}
-        assert len(group.requests) * 32 <= (HEAD_ROWS if group.kind.is_greedy else SAMPLED_ROWS)
+        assert len(group.requests) * width <= (HEAD_ROWS if group.kind.is_greedy else SAMPLED_ROWS)
         assert group.max_top_k == (5 if group.kind.has_top_k else None)
 
 

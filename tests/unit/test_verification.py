@@ -6,8 +6,9 @@ one, by position. Chi-square tests have fixed seeds; a correct implementation fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,12 +55,12 @@ def _hash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang.srt.layers.sampler.murmur_hash32", kernels.murmur_hash32)
 
 
-def _tables(closeness: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the AR view by last token [V, V], and of the diffusion view by row [WIDTH-1, V], not unlike them."""
+def _tables(closeness: float = 1.0, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the AR view by last token [V, V], and of the diffusion view by row [width-1, V], not unlike them."""
     generator = torch.Generator().manual_seed(3)
     ar = 1.5 * torch.randn(VOCAB, VOCAB, generator=generator)
-    noise = torch.randn(WIDTH - 1, VOCAB, generator=generator)
-    diffusion = closeness * ar[:1].expand(WIDTH - 1, -1) + noise
+    noise = torch.randn(width - 1, VOCAB, generator=generator)
+    diffusion = closeness * ar[:1].expand(width - 1, -1) + noise
     return ar.bfloat16().float(), diffusion.bfloat16().float()
 
 
@@ -99,20 +100,22 @@ def _texts(
     *,
     seeds: torch.Tensor | None = None,
     closeness: float = 1.0,
+    widths: Sequence[int] = (WIDTH,),
     **how: Any,
 ) -> torch.Tensor:
     """`count` texts of `length` tokens after token 0, over as many rounds as it takes: [count, length]
 
-    With several options texts take them in turn.
+    With several options texts take them in turn, and so do rounds with several widths.
     """
     kinds = options if isinstance(options, list) else [options]
     params = [kinds[row % len(kinds)] for row in range(count)]
-    tables = _tables(closeness)
-    texts = torch.zeros(count, length + WIDTH, dtype=torch.int64)
+    tables = _tables(closeness, max(WIDTH, *widths))
+    texts = torch.zeros(count, length + max(widths), dtype=torch.int64)
     said = torch.zeros(count, dtype=torch.int64)
     anchors = torch.zeros(count, dtype=torch.int64)
+    following = cycle(widths)
     while (said < length).any():
-        verdict, _ = _round(_batch(params, said, seeds), anchors, tables, propose, **how)
+        verdict, _ = _round(_batch(params, said, seeds), anchors, tables, propose, width=next(following), **how)
         for row in range(count):
             emitted = int(verdict.accept_lens[row])
             if said[row] < length:
@@ -311,7 +314,7 @@ def test_seeded_and_greedy_requests_get_what_they_would_get_alone_whatever_their
             last = token
 
 
-def test_seeded_texts_depend_neither_on_the_verify_width_nor_on_drafts() -> None:
+def test_seeded_texts_depend_neither_on_the_widths_of_rounds_nor_on_drafts() -> None:
     options: list[dict[str, Any]] = [
         {"top_k": 1},
         {"temperature": 1.5},
@@ -327,9 +330,10 @@ def test_seeded_texts_depend_neither_on_the_verify_width_nor_on_drafts() -> None
         for position in range(length):
             text.append(_alone(options[row % len(options)], int(seeds[row]), position, ar[text[-1]]))
         wanted.append(text[1:])
-    for width, closeness in ((WIDTH, 1.0), (2, 1.0), (WIDTH, 0.0)):
-        texts = _texts(options, count, length, seeds=seeds, width=width, closeness=closeness)
-        assert texts.tolist() == wanted
+    for widths in ((WIDTH,), (2,), (1,), (8, 1, 32, 16), (1, 2)):
+        for closeness in (1.0, 0.0):
+            texts = _texts(options, count, length, seeds=seeds, widths=widths, closeness=closeness)
+            assert texts.tolist() == wanted, (widths, closeness)
 
 
 def test_greedy_and_drawn_requests_share_a_batch() -> None:
