@@ -10,6 +10,7 @@ from typing import Any
 ARCHITECTURES = ("OrthrusLM", "OrthrusForCausalLM")
 GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
 SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
+WIDTHS = "ORTHRUS_WIDTHS"
 
 
 def is_orthrus(hf_config: Any) -> bool:
@@ -75,6 +76,32 @@ class DraftMode(Enum):
         except ValueError:
             choices = ", ".join(mode.value for mode in cls)
             raise ValueError(f"{GRAMMAR_DRAFT}={value}: use one of {choices}, or unset it for repair.") from None
+
+
+def widths_from_env(largest: int) -> tuple[int, ...]:
+    """The widths that rounds may have, ascending, by `ORTHRUS_WIDTHS`: numbers with commas between them.
+
+    Args:
+        largest: `--speculative-num-draft-tokens`, the only width if the variable is unset.
+
+    Raises:
+        ValueError: naming the value and the fix.
+    """
+    value = os.environ.get(WIDTHS)
+    if value is None:
+        return (largest,)
+    try:
+        widths = sorted({int(part) for part in value.split(",")})
+    except ValueError:
+        widths = []
+    if not widths or widths[0] < 1:
+        raise ValueError(f"{WIDTHS}={value}: use numbers of tokens with commas between them, as in 1,8,16,{largest}.")
+    if widths[-1] != largest:
+        raise ValueError(
+            f"{WIDTHS}={value}: the largest width is {largest}, as --speculative-num-draft-tokens says; set that flag "
+            f"to {widths[-1]}, or add {largest}."
+        )
+    return tuple(widths)
 
 
 def slow_mask_seconds(is_cpu: bool = False) -> float:

@@ -1,6 +1,6 @@
 """The nouns that several rooms share: views and phases of a pass, blocks, verdicts, the state between rounds.
 
-Letters: bs requests, C committed tokens of one, F draft width, Q verify width.
+Letters: bs requests, C committed tokens of one, F trained block width, Q width of a round's blocks.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class DraftBlock(NamedTuple):
     """Inputs of the draft pass for a batch; all tensors are int64 on the model's device.
 
     Attributes:
-        ids: [bs, F] the anchor, then the mask token.
-        positions: [bs, F] absolute positions, from each request's C.
-        slots: [bs, F] KV slots of those positions.
+        ids: [bs, Q] the anchor, then the mask token.
+        positions: [bs, Q] absolute positions, from each request's C.
+        slots: [bs, Q] KV slots of those positions.
     """
 
     ids: torch.Tensor
@@ -177,6 +177,11 @@ class RoundBatch:
         self.scheduled = snapshot(batch)
         self.blocks = blocks
         self._lens_on_host: torch.Tensor | None = batch.seq_lens_cpu
+
+    @property
+    def width(self) -> int:
+        """Q, tokens of a block."""
+        return self.blocks.ids.shape[1]
 
     @property
     def anchors(self) -> torch.Tensor:

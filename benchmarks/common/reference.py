@@ -109,12 +109,12 @@ class Reference:
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         context_len: int | None = None,
-        verify_width: int | None = None,
+        width: int | None = None,
     ) -> Trace:
         """Greedy decoding in draft-verify rounds.
 
-        The prefill yields the first token. Every round drafts a whole block, keeps the first `verify_width - 1` drafts
-        (all of them by default), and commits those that the AR view agrees with and one more. The text ends with a
+        The prefill yields the first token. Every round drafts a block of `width` tokens (the trained width by default),
+        and commits the drafts that the AR view agrees with and one more. The text ends with a
         stop token (kept), after `max_new_tokens`, or where prompt and answer fill `context_len`.
         """
         if context_len is not None:
@@ -125,7 +125,7 @@ class Reference:
         trace.tokens.append(anchor)
         while len(trace.tokens) < max_new_tokens and trace.tokens[-1] not in stop_ids:
             committed = state.length
-            diffusion = self.draft_logits(state, anchor)[: (verify_width or self.block) - 1]
+            diffusion = self.draft_logits(state, anchor, width)[: (width or self.block) - 1]
             drafts = diffusion.argmax(-1)
             target = self.extend(state, [anchor, *drafts.tolist()]).argmax(-1)
             accepted = int((drafts == target[:-1]).cumprod(0).sum())

@@ -1,10 +1,10 @@
 """The draft block of one round, as pure tensor arithmetic.
 
-Letters: C committed tokens, the anchor (the last token) at position C and not in the cache; F block width.
+Letters: C committed tokens, the anchor (the last token) at position C and not in the cache; Q width of the round.
 
-    positions  C        C+1 ... C+F-1
-    input      anchor   MASK ... MASK          F tokens
-    slots      req_to_token[request, C : C+F]  draft writes diffusion KV, verify overwrites it with AR KV
+    positions  C        C+1 ... C+Q-1
+    input      anchor   MASK ... MASK          Q tokens
+    slots      req_to_token[request, C : C+Q]  draft writes diffusion KV, verify overwrites it with AR KV
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def draft_block(
         prefix_lens: [bs] committed lengths C.
         req_pool_indices: [bs] rows of `req_to_token`.
         req_to_token: [requests, columns] slot of every position; needs columns up to max(C) + width.
-        width: F.
-        mask_token_id: id at the F-1 positions to be drafted.
+        width: Q.
+        mask_token_id: id at the Q-1 positions to be drafted.
     """
     offsets = torch.arange(width, device=anchors.device)
     positions = prefix_lens.long()[:, None] + offsets

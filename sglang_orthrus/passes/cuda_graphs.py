@@ -29,12 +29,11 @@ Forward = Callable[..., LogitsProcessorOutput]
 class OrthrusGraphRunner(DecodeCudaGraphRunner):
     """SGLang's decode graph runner with a graph per phase and batch size, over one set of buffers and one plan.
 
-    A block of the trained width has all three phases. If fewer tokens are verified than drafted, two runners of unlike
-    widths hold one phase each, and no graph holds a round.
+    A block of one token drafts nothing, so its round is the verify pass alone.
 
     Attributes:
-        block: [max_bs, F] int64, after a replayed ROUND the anchors and drafts.
-        predictions: [max_bs, F] int64, after a replayed ROUND the AR view's next token after each of them.
+        block: [max_bs, Q] int64, after a replayed ROUND the anchors and drafts.
+        predictions: [max_bs, Q] int64, after a replayed ROUND the AR view's next token after each of them.
     """
 
     block: torch.Tensor
@@ -47,12 +46,7 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """What this runner's width can do."""
-        block_size: int = self.model_runner.model.dual_view.block_size
-        width = self.captured_req_width
-        if width < block_size:
-            return (Phase.VERIFY,)
-        verify_width = self.model_runner.decode_num_tokens_per_req()
-        return (Phase.ROUND, Phase.DRAFT, Phase.VERIFY) if width == verify_width else (Phase.DRAFT,)
+        return tuple(Phase) if self.captured_req_width > 1 else (Phase.ROUND, Phase.VERIFY)
 
     def capture(self) -> None:
         """Capture every batch size; what a round leaves behind lies outside the memory that graphs share."""
@@ -110,7 +104,8 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
                 return output.hidden_states.unflatten(0, (-1, width))
 
             block.copy_(input_ids.view_as(block))
-            block[:, 1:].copy_(best_tokens(hidden_states(Phase.DRAFT)[:, :-1]))
+            if width > 1:
+                block[:, 1:].copy_(best_tokens(hidden_states(Phase.DRAFT)[:, :-1]))
             # The replayed graph finds the mask tokens here again: every batch is copied in before its replay.
             input_ids.copy_(block.flatten())
             predictions.copy_(best_tokens(hidden_states(Phase.VERIFY)))

@@ -1,8 +1,8 @@
-"""The two forward passes of a round, over SGLang's target runner and its one KV pool."""
+"""The two forward passes of a round at any of a few widths, over SGLang's target runner and its one KV pool."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from sglang.srt.utils.common import get_available_gpu_memory
 
 from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.core import DraftBlock, OrthrusBlockInput, Phase, RoundBatch, snapshot
+from sglang_orthrus.core import OrthrusBlockInput, Phase, RoundBatch, snapshot
 from sglang_orthrus.passes.attention import plans_in_graphs, wait_only_for_verifying
 from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
@@ -37,6 +37,13 @@ class PreparedPass(NamedTuple):
 
     batch: RoundBatch
     forward_batch: ForwardBatch
+
+
+class _Profile(NamedTuple):
+    """What passes of one width run on: attention backends and graphs are made for one."""
+
+    backend: Any
+    graphs: OrthrusGraphRunner | None = None
 
 
 @depends_on(
@@ -68,68 +75,64 @@ class PreparedPass(NamedTuple):
     "device",
     "gpu_id",
     "empty_cache",
-    what="called before and after graphs of wider drafts are captured",
+    what="called before and after graphs of narrower widths are captured",
     why="SGLang reports the memory of all graphs (the UNO worker calls it, too)",
     until=SHARED_BY_WORKERS,
 )
 class DualViewRunner:
     """Runs draft and verify passes on a target worker, as CUDA graphs where they were captured.
 
+    Both passes of a round have its width: draft and verify share slots, plans and buffers.
+
     Args:
         target_worker: SGLang's `TpModelWorker`, whose model is an `OrthrusLM`.
         config: the trained block.
-        verify_width: Q, tokens verified per request and round; at most the block size.
+        widths: ascending, in 1..F; SGLang's own backend and graphs are for the largest.
     """
 
-    def __init__(self, target_worker: Any, config: DualViewConfig, verify_width: int) -> None:
+    def __init__(self, target_worker: Any, config: DualViewConfig, widths: Sequence[int]) -> None:
         self._target_worker = target_worker
         self._config = config
-        self._verify_width = verify_width
         self._model_runner = target_worker.model_runner
-        # Set if drafts are wider than verify, which then is all that SGLang's own backend and graphs are for.
-        self._draft_backend: Any = None
-        self._draft_graphs: OrthrusGraphRunner | None = None
+        *self._narrow_widths, self._largest = widths
+        self._narrow: dict[int, _Profile] = {}
 
     @property
     def attention_backends(self) -> tuple[Any, ...]:
-        """SGLang's own, and the one of wider drafts."""
-        return tuple(filter(None, (self._model_runner.attn_backend, self._draft_backend)))
+        """SGLang's own, and those of narrower widths."""
+        return (self._model_runner.attn_backend, *(profile.backend for profile in self._narrow.values()))
 
     def init_attention(self, make_backend: Callable[[], Any]) -> None:
-        """Make the backend of wider drafts. Needs the KV pool."""
-        if self._verify_width < self._config.block_size:
-            with get_spec().override(speculative_num_draft_tokens=self._config.block_size):
-                self._draft_backend = make_backend()
+        """Make the backends of narrower widths. Needs the KV pool."""
+        for width in self._narrow_widths:
+            with get_spec().override(speculative_num_draft_tokens=width):
+                self._narrow[width] = _Profile(make_backend())
         for backend in self.attention_backends:
             wait_only_for_verifying(backend)
 
-    def capture_wide_draft(self) -> dict[str, float]:
-        """Capture the draft pass apart if it is wider than verify and CUDA graphs are on.
+    def capture_narrow(self) -> dict[str, float]:
+        """Capture the graphs of narrower widths if CUDA graphs are on.
 
-        Returns the memory that it took in GB, by SGLang's name of the graphs' use; nothing if nothing was captured.
+        Returns the memory that they took in GB, by SGLang's name of the graphs' use; nothing if nothing was captured.
         """
-        if self._draft_backend is None or not isinstance(
-            self._model_runner.decode_cuda_graph_runner, OrthrusGraphRunner
-        ):
-            return {}
         runner = self._model_runner
+        if not self._narrow or not isinstance(runner.decode_cuda_graph_runner, OrthrusGraphRunner):
+            return {}
         before = get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)
-        with self._wide_draft():
-            self._draft_graphs = OrthrusGraphRunner(
-                runner,
-                attn_backend=self._draft_backend,
-                speculative_num_draft_tokens=self._config.block_size,
-            )
-        return {"draft_decode": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
+        for width, profile in self._narrow.items():
+            with self._at(width):
+                graphs = OrthrusGraphRunner(runner, attn_backend=profile.backend, speculative_num_draft_tokens=width)
+            self._narrow[width] = profile._replace(graphs=graphs)
+        return {"target_verify": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
 
-    def lay_out(self, batch: ScheduleBatch) -> RoundBatch:
+    def lay_out(self, batch: ScheduleBatch, width: int) -> RoundBatch:
         """A decode batch, whose anchors are in `batch.spec_info`, with blocks of mask tokens laid out."""
         blocks = draft_block(
             batch.spec_info.bonus_tokens,
             batch.seq_lens,
             batch.req_pool_indices,
             batch.req_to_token_pool.req_to_token,
-            width=self._config.block_size,
+            width=width,
             mask_token_id=self._config.mask_token_id,
         )
         return RoundBatch(batch, blocks)
@@ -137,15 +140,16 @@ class DualViewRunner:
     def fused(self, batch: RoundBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A greedy round in one CUDA graph, or None if none was captured for this batch.
 
-        Returns the verified block, to be used before the next round, and the AR view's next tokens, both [bs, F].
+        Returns the verified block, to be used before the next round, and the AR view's next tokens, both [bs, Q].
         """
-        graphs = self._model_runner.decode_cuda_graph_runner
-        if Phase.ROUND not in getattr(graphs, "phases", ()):
-            return None
-        prepared = self._prepare(batch, batch.blocks, Phase.ROUND)
-        if not graphs.can_run_graph(prepared.forward_batch):
-            return None
-        replayed = self._run(prepared).can_run_cuda_graph
+        with self._at(batch.width):
+            graphs = self._model_runner.decode_cuda_graph_runner
+            if Phase.ROUND not in getattr(graphs, "phases", ()):
+                return None
+            prepared = self._prepare(batch, Phase.ROUND)
+            if not graphs.can_run_graph(prepared.forward_batch):
+                return None
+            replayed = self._run(prepared).can_run_cuda_graph
         assert replayed, "run eagerly, a round would be one verify pass over mask tokens"
         bs = prepared.forward_batch.batch_size
         # The next round overwrites both while the overlap scheduler may still copy the output to the host.
@@ -154,30 +158,30 @@ class DualViewRunner:
     def draft(self, batch: RoundBatch) -> Pass:
         """Diffusion view over the whole block; row j predicts position C+j+1, so the last row is of no use.
 
-        Writes the block's diffusion K/V to its slots; the block always has its trained width.
+        Writes the block's diffusion K/V to its slots.
         """
-        with self._wide_draft():
-            return self._forward(self._prepare(batch, batch.blocks, Phase.DRAFT))
+        with self._at(batch.width):
+            return self._forward(self._prepare(batch, Phase.DRAFT))
 
-    def prepare_verify(self, batch: RoundBatch, draft: Pass) -> PreparedPass:
+    def prepare_verify(self, batch: RoundBatch, draft: Pass | None) -> PreparedPass:
         """All of a verify pass that does not depend on the drafts; the host may do this while a GPU drafts.
 
-        draft: the pass on the same batch.
+        draft: the pass on the same batch; None if nothing is drafted.
         """
-        width = self._verify_width
         # The mask tokens stand for the drafts.
-        block = DraftBlock(*(part[:, :width] for part in batch.blocks))
-        prepared = self._prepare(batch, block, Phase.VERIFY)
+        with self._at(batch.width):
+            prepared = self._prepare(batch, Phase.VERIFY)
         # A plan knows nothing of causality: the draft's graph left buffers and plan as verify's graph wants them.
-        if draft.replayed and self._draft_backend is None:
+        if draft is not None and draft.replayed:
             prepared.forward_batch.mark_forward_metadata_ready()
         return prepared
 
     def verify(self, prepared: PreparedPass, block: torch.Tensor) -> Pass:
-        """AR view over the anchor and the drafts, block: [bs, Q] int64. Overwrites the first Q slots with AR K/V."""
+        """AR view over the anchor and the drafts, block: [bs, Q] int64. Overwrites the slots with AR K/V."""
         ids = block.flatten()
         prepared.forward_batch.input_ids = prepared.forward_batch.spec_info.draft_token = ids
-        return self._forward(prepared)
+        with self._at(block.shape[1]):
+            return self._forward(prepared)
 
     def _forward(self, prepared: PreparedPass) -> Pass:
         result = self._run(prepared)
@@ -185,8 +189,8 @@ class DualViewRunner:
         hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, width))
         return Pass(hidden_states, result.can_run_cuda_graph)
 
-    def _prepare(self, batch: RoundBatch, block: DraftBlock, phase: Phase) -> PreparedPass:
-        own = snapshot(batch.scheduled)
+    def _prepare(self, batch: RoundBatch, phase: Phase) -> PreparedPass:
+        own, block = snapshot(batch.scheduled), batch.blocks
         own.forward_mode = ForwardMode.TARGET_VERIFY
         own.input_ids = block.ids.flatten()
         own.out_cache_loc = block.slots.flatten()
@@ -194,7 +198,7 @@ class DualViewRunner:
         own.spec_info = OrthrusBlockInput(
             draft_token=own.input_ids,
             positions=block.positions.flatten(),
-            draft_token_num=block.ids.shape[1],
+            draft_token_num=batch.width,
             phase=phase,
         )
         forward_batch = ForwardBatch.init_new(
@@ -206,14 +210,14 @@ class DualViewRunner:
         return PreparedPass(batch, forward_batch)
 
     @contextmanager
-    def _wide_draft(self) -> Iterator[None]:
-        """Have SGLang's runner use the backend and graphs of wider drafts, if there are any."""
-        if self._draft_backend is None:
+    def _at(self, width: int) -> Iterator[None]:
+        """Have SGLang's runner use the backend and graphs of a width (as its `SpecRuntimeState` does)."""
+        if width == self._largest:
             yield
             return
-        runner = self._model_runner
+        runner, profile = self._model_runner, self._narrow[width]
         backend, graphs = runner.attn_backend, runner.decode_cuda_graph_runner
-        runner.attn_backend, runner.decode_cuda_graph_runner = self._draft_backend, self._draft_graphs
+        runner.attn_backend, runner.decode_cuda_graph_runner = profile.backend, profile.graphs
         try:
             yield
         finally:

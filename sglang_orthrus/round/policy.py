@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -13,7 +14,7 @@ class RoundPlan(NamedTuple):
     """How a round is to run.
 
     Attributes:
-        width: Q, tokens verified per request.
+        width: Q, tokens drafted and verified per request, the anchor included; 1 drafts nothing.
         may_fuse: whether one CUDA graph may draft and verify, if there is one for this batch size.
         is_deferred: whether the scheduler takes in the former round's result between draft and verify.
     """
@@ -24,19 +25,19 @@ class RoundPlan(NamedTuple):
 
 
 class Policy:
-    """Plans rounds of one width.
+    """Plans rounds, today all of the largest width.
 
     Args:
-        width: Q.
+        widths: ascending.
     """
 
-    def __init__(self, width: int) -> None:
-        self._width = width
+    def __init__(self, widths: Sequence[int]) -> None:
+        self._widths = tuple(widths)
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         return RoundPlan(
-            self._width,
+            self._widths[-1],
             may_fuse=_is_greedy_without_options(batch),
             is_deferred=bool(batch.has_grammar) and can_defer,
         )

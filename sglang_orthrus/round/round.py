@@ -1,9 +1,9 @@
 """One round: draft, repair, verify, accept. Each step reads only what the one before returned.
 
-For a request with C committed tokens and block width F:
+For a request with C committed tokens and a block of Q:
 
     slots [0, C)        AR-view K/V, shared with the radix tree
-    slots [C, C+F)      draft writes diffusion K/V here, verify overwrites the same slots with AR K/V
+    slots [C, C+Q)      draft writes diffusion K/V here, verify overwrites the same slots with AR K/V
     after n commits     [C, C+n) stays; the rest is overwritten next round and never reaches the radix tree
 """
 
@@ -114,13 +114,16 @@ class Round:
         )
         constrained = self._grammars.rows_of(scheduled.reqs) if scheduled.has_grammar else []
 
-        draft = self._passes.draft(batch)
-        rows = draft.hidden_states[:, : plan.width - 1]
-        drafts = draft_tokens(sampler, rows, constrained, self._grammars.num_candidates)
+        draft = self._passes.draft(batch) if plan.width > 1 else None
+        if draft is None:
+            drafts = Drafts.blank(batch.anchors, 0, len(constrained), self._grammars.num_candidates)
+        else:
+            rows = draft.hidden_states[:, :-1]
+            drafts = draft_tokens(sampler, rows, constrained, self._grammars.num_candidates)
         candidates = CandidatesCopy(drafts.candidates) if constrained else None
 
         prepared = self._passes.prepare_verify(batch, draft)
-        path = RoundPath.SPLIT if draft.replayed else RoundPath.EAGER
+        path = RoundPath.SPLIT if draft is None or draft.replayed else RoundPath.EAGER
         return BegunRound(batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, path)
 
     def finish(self, begun: BegunRound) -> RoundEnd:

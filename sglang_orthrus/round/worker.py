@@ -18,7 +18,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.compat.memory import use_graph_runner
 from sglang_orthrus.compat.model import replace_sampler
-from sglang_orthrus.config import DraftMode, DualViewConfig, slow_mask_seconds
+from sglang_orthrus.config import WIDTHS, DraftMode, DualViewConfig, slow_mask_seconds, widths_from_env
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath
@@ -71,7 +71,8 @@ class OrthrusWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens = int(get_spec().speculative_num_draft_tokens)
 
         config = DualViewConfig.from_hf(self.model_runner.model_config.hf_config)
-        self._passes = DualViewRunner(target_worker, config, self.speculative_num_draft_tokens)
+        self._widths = widths_from_env(self.speculative_num_draft_tokens)
+        self._passes = DualViewRunner(target_worker, config, self._widths)
         self._history = History(self.device)
         sampling_backend = get_exec().kernel.sampling_backend
         replace_sampler(self.model_runner, FirstTokenSampler())
@@ -85,7 +86,7 @@ class OrthrusWorker(BaseSpecWorker):
             GrammarMetrics(*reporting),
             slow_mask_seconds(is_cpu=self.device == "cpu"),
         )
-        self._policy = Policy(self.speculative_num_draft_tokens)
+        self._policy = Policy(self._widths)
         self._round = Round(self._passes, self._history, grammars, self.model_runner, sampling_backend)
         # The pools and graphs are made after this, and requests arrive later still.
         use_graph_runner(self.model_runner, OrthrusGraphRunner)
@@ -101,15 +102,15 @@ class OrthrusWorker(BaseSpecWorker):
             set_workspace_size(size)
             register_flashinfer()
         logger.info(
-            "ORTHRUS drafts blocks of %d tokens and verifies %d of them per round.",
-            config.block_size,
-            self.speculative_num_draft_tokens,
+            "ORTHRUS drafts and verifies blocks of %s tokens (%s).",
+            " or ".join(map(str, self._widths)),
+            WIDTHS,
         )
 
     @depends_on(
         "sglang.srt.model_executor.model_runner:ModelRunner._get_attention_backend",
         "init_new_workspace",
-        what="called for a second backend if drafts are wider than verify",
+        what="called for a backend of every narrower width",
         why="an attention backend's graphs have one width (the UNO worker calls it, too)",
         until=SHARED_BY_WORKERS,
     )
@@ -126,14 +127,14 @@ class OrthrusWorker(BaseSpecWorker):
         self._passes.init_attention(make_backend)
 
     def init_cuda_graphs(self) -> None:
-        """SGLang has captured the graphs of the verify width; capture drafts here if they are wider."""
-        self._additional_graph_memory_usage |= self._passes.capture_wide_draft()
+        """SGLang has captured the graphs of the largest width; capture those of the others."""
+        self._additional_graph_memory_usage |= self._passes.capture_narrow()
 
     def prewarm_sampling(self) -> SamplingPrewarmResult:
         """Take once what choosing tokens takes at most, and name it to SGLang, which may size the KV pool then."""
         result = super().prewarm_sampling()
         if self.device != "cpu":
-            result = reserve(self.model_runner, [self.speculative_num_draft_tokens], get_exec().kernel.sampling_backend)
+            result = reserve(self.model_runner, self._widths, get_exec().kernel.sampling_backend)
         return result
 
     @property
@@ -184,11 +185,11 @@ class OrthrusWorker(BaseSpecWorker):
             # Prefill leaves its mask there, and SGLang's sampler would apply it again.
             batch.sampling_info.grammar_mask = None
         plan = self._policy.plan(batch, can_defer=on_publish is not None)
-        round_batch = self._passes.lay_out(batch)
+        round_batch = self._passes.lay_out(batch, plan.width)
         # The state is the former round's until this one ends.
         result = GenerationBatchResult(
             next_draft_input=OrthrusState(round_batch.anchors, round_batch.prefix_lens),
-            speculative_num_draft_tokens=self.speculative_num_draft_tokens,
+            speculative_num_draft_tokens=plan.width,
         )
         if plan.is_deferred:
             begun = self._round.begin(round_batch, plan)

@@ -96,7 +96,7 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         block_size = dual_view(server_args).block_size
         if server_args.speculative_num_draft_tokens is None:
             server_args.speculative_num_draft_tokens = block_size
-        # The KV reservation is the larger of steps * topk and the verify width; a draft always writes a whole block.
+        # The KV reservation is the larger of steps * topk and the largest width.
         server_args.speculative_num_steps = block_size
         server_args.speculative_eagle_topk = 1
         if server_args.max_running_requests is None:

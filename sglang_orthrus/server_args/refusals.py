@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.versions import require_supported_sglang
-from sglang_orthrus.config import ARCHITECTURES, DraftMode, DualViewConfig, is_orthrus, slow_mask_seconds
+from sglang_orthrus.config import (
+    ARCHITECTURES,
+    DraftMode,
+    DualViewConfig,
+    is_orthrus,
+    slow_mask_seconds,
+    widths_from_env,
+)
 
 ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
@@ -153,14 +160,14 @@ def _checkpoint_refusals(args: Any) -> Iterator[str]:
     width = args.speculative_num_draft_tokens
     if width is not None and not 2 <= width <= block_size:
         yield (
-            f"--speculative-num-draft-tokens {width}: ORTHRUS verifies 2 to {block_size} tokens per round, the "
-            "checkpoint's block_size at most; leave the flag out for the whole block."
+            f"--speculative-num-draft-tokens {width}: ORTHRUS drafts and verifies 2 to {block_size} tokens per round, "
+            "the checkpoint's block_size at most; leave the flag out for the whole block."
         )
-    elif width not in (None, block_size) and "fa3" in attention_backends(args).values():
-        yield (
-            f"--speculative-num-draft-tokens {width}: fa3 runs blocks of one width only, and drafts are {block_size} "
-            "wide; leave the flag out or use --attention-backend flashinfer."
-        )
+        return
+    try:
+        widths_from_env(width or block_size)
+    except ValueError as error:
+        yield str(error)
 
 
 def _attention_refusals(args: Any) -> Iterator[str]:

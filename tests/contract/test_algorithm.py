@@ -86,7 +86,7 @@ def test_the_checkpoint_decides_the_widths(checkpoint: Path) -> None:
     assert _resolved(args, "max_running_requests") == 48
 
 
-def test_a_narrower_verify_width_still_reserves_a_whole_block(checkpoint: Path) -> None:
+def test_a_narrower_width_still_reserves_a_whole_block(checkpoint: Path) -> None:
     args = _resolve(checkpoint, "--speculative-num-draft-tokens", "4")
     assert _resolved(args, "speculative_num_draft_tokens") == 4
     assert _resolved(args, "speculative_num_steps") == 8
@@ -271,11 +271,11 @@ def test_unlike_attention_backends_are_served(checkpoint: Path, flags: str) -> N
     _resolve(checkpoint, "--device", "cuda", *flags.split())
 
 
-def test_fa3_verifies_whole_blocks_only(checkpoint: Path) -> None:
-    on_fa3 = ("--device", "cuda", "--attention-backend", "fa3")
-    _resolve(checkpoint, *on_fa3, "--speculative-num-draft-tokens", "8")
-    with pytest.raises(Refused, match=r"--speculative-num-draft-tokens 4: fa3 .* use --attention-backend flashinfer"):
-        _resolve(checkpoint, *on_fa3, "--speculative-num-draft-tokens", "4")
+def test_widths_end_with_the_largest(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORTHRUS_WIDTHS", "1,4")
+    _resolve(checkpoint, "--speculative-num-draft-tokens", "4")
+    with pytest.raises(Refused, match=r"ORTHRUS_WIDTHS=1,4: the largest width is 8, .* set that flag to 4, or add 8"):
+        _resolve(checkpoint)
 
 
 def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None:
@@ -330,7 +330,7 @@ def test_what_works_is_not_refused(checkpoint: Path, flags: str) -> None:
 def test_an_overridden_block_size_counts(checkpoint: Path) -> None:
     override = ("--json-model-override-args", '{"block_size": 4}')
     assert _resolved(_resolve(checkpoint, *override), "speculative_num_draft_tokens") == 4
-    with pytest.raises(Refused, match="--speculative-num-draft-tokens 5: ORTHRUS verifies 2 to 4 tokens"):
+    with pytest.raises(Refused, match="--speculative-num-draft-tokens 5: ORTHRUS drafts and verifies 2 to 4 tokens"):
         _resolve(checkpoint, *override, "--speculative-num-draft-tokens", "5")
 
 

@@ -37,10 +37,7 @@ def start_round(batch: ScheduleBatch, anchors: torch.Tensor, width: int) -> None
 @contextmanager
 def eagerly(worker: OrthrusWorker) -> Iterator[None]:
     """No graph is used, though there are some."""
-    with (
-        mock.patch.object(worker.model_runner, "decode_cuda_graph_runner", None),
-        mock.patch.object(worker._passes, "_draft_graphs", None),
-    ):
+    with mock.patch.object(worker.model_runner, "decode_cuda_graph_runner", None):
         yield
 
 
@@ -56,7 +53,7 @@ def two_passes(worker: OrthrusWorker, batch: RoundBatch) -> tuple[list[Any], str
     """A greedy round without a graph for all of it: block and predictions, and how it ran."""
     model = worker.model_runner.model
     draft = worker._passes.draft(batch)
-    drafts = model.best_tokens(draft.hidden_states[:, : worker.speculative_num_draft_tokens - 1])
+    drafts = model.best_tokens(draft.hidden_states[:, :-1])
     block = torch.cat((batch.blocks.ids[:, :1], drafts), dim=1)
     verify = worker._passes.verify(worker._passes.prepare_verify(batch, draft), block)
     predictions = model.best_tokens(verify.hidden_states)
@@ -66,7 +63,7 @@ def two_passes(worker: OrthrusWorker, batch: RoundBatch) -> tuple[list[Any], str
 
 def rounds(worker: OrthrusWorker, scheduled: ScheduleBatch) -> dict[str, Any]:
     """The same round in each way: block and predictions, [bs, Q]; and how undecided the eager one was."""
-    batch = worker._passes.lay_out(scheduled)
+    batch = worker._passes.lay_out(scheduled, worker.speculative_num_draft_tokens)
     found: dict[str, Any] = {}
     fused = worker._passes.fused(batch)
     found["graph"] = None if fused is None else [part.tolist() for part in fused]
@@ -76,7 +73,7 @@ def rounds(worker: OrthrusWorker, scheduled: ScheduleBatch) -> dict[str, Any]:
         draft = worker._passes.draft(batch)
         block = batch.blocks.ids.new_tensor(found["eager"][0])
         prepared = worker._passes.prepare_verify(batch, draft)
-        found["draft gaps"] = gaps(worker, draft.hidden_states[:, : block.shape[1] - 1])
+        found["draft gaps"] = gaps(worker, draft.hidden_states[:, :-1])
         found["gaps"] = gaps(worker, worker._passes.verify(prepared, block).hidden_states)
     return found
 

@@ -89,11 +89,11 @@ def test_sampled_rounds_take_a_graph_for_each_pass(served: Server) -> None:
 
 
 @pytest.mark.slow
-def test_a_narrow_verify_has_graphs_of_its_own(narrow: Server, plain: Server, reference: Reference) -> None:
+def test_narrow_blocks_are_one_graph_a_round(narrow: Server, plain: Server, reference: Reference) -> None:
     before = rounds_by_path(narrow)
     requests = [(prompt.ids, 48) for prompt in prompts()[2::6]]
     replies = generate_together(narrow, requests, 2)
     for (ids, limit), reply in zip(requests, replies, strict=True):
         assert_same_output(reference, ids, generate(plain, ids, limit), reply)
         assert 1.5 < tokens_per_cycle(reply) <= 12
-    assert paths_since(narrow, before) == {"split"}
+    assert paths_since(narrow, before) == {"graph"}

@@ -41,7 +41,7 @@ def server(request: pytest.FixtureRequest) -> Server:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Server]:
-    """A verify width below the block size."""
+    """A width below the block size."""
     with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--speculative-num-draft-tokens", "8") as server:
         yield server
 
@@ -163,17 +163,16 @@ def test_the_first_of_several_stops_in_one_round_wins(server: Server, plain: Ser
     assert ours["meta_info"]["finish_reason"] == theirs["meta_info"]["finish_reason"]
 
 
-def test_a_narrow_verify_width_checks_the_first_drafts_of_a_whole_block(
+def test_narrow_blocks_take_as_many_rounds_as_in_the_reference_loop(
     narrow: Server, plain: Server, reference: Reference
 ) -> None:
-    """As many rounds as in the reference loop, whose blocks have the trained width."""
     width = int(narrow.get("/server_info").json()["speculative_num_draft_tokens"])
     speed = {}
     for family in ("json", "tools", "arith", "prose"):
         ids = prompt_of(family)
         reply = generate(narrow, ids, 64)
         assert_same_output(reference, ids, generate(plain, ids, 64), reply)
-        trace = reference.generate(ids, 64, stop_ids(NANO), verify_width=width)
+        trace = reference.generate(ids, 64, stop_ids(NANO), width=width)
         answer = Answer(tuple(reply["output_ids"]), reply["meta_info"]["spec_verify_ct"])
         rounds = compare_rounds(trace.tokens, trace.rounds, trace.draft_gaps, answer)
         assert rounds in (Rounds.EQUAL, Rounds.NEAR_TIE), (family, trace.rounds, answer.rounds)
@@ -182,7 +181,7 @@ def test_a_narrow_verify_width_checks_the_first_drafts_of_a_whole_block(
     assert speed["json"] > 0.8 * width
 
 
-def test_a_batch_at_a_narrow_verify_width(narrow: Server, plain: Server, reference: Reference) -> None:
+def test_a_batch_of_narrow_blocks(narrow: Server, plain: Server, reference: Reference) -> None:
     requests_ = [(prompt.ids, 3 + 5 * number) for number, prompt in enumerate(prompts()[::5])]
     replies = generate_together(narrow, requests_, in_flight=4)
     for (ids, length), reply in zip(requests_, replies, strict=True):

@@ -71,7 +71,7 @@ def run_round(worker: OrthrusWorker, batch: ScheduleBatch, blocks: torch.Tensor)
     for row, length in enumerate(batch.seq_lens.tolist()):
         batch.req_to_token_pool.req_to_token[batch.req_pool_indices[row], length : length + width] = slots[row]
     batch.spec_info = OrthrusState(blocks[:, 0], batch.seq_lens)
-    begun = worker._passes.lay_out(batch)
+    begun = worker._passes.lay_out(batch, width)
     model = worker.model_runner.model
     drafted = worker._passes.draft(begun)
     draft = model.logits(drafted.hidden_states[:, :-1])
