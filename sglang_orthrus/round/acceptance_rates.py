@@ -150,9 +150,9 @@ class AcceptanceRates:
         return self._requests.expected(rows, self._ratios[classes], prior, weights)
 
     def rounds_seen(self, keys: Sequence[Hashable]) -> FloatArray:
-        """Rounds of these requests at every width, the older ones counting less: [K]."""
+        """Rounds of every request at every width, the older ones counting less: [R, K]."""
         rows = [self._rows.get(key, 0) for key in keys]
-        return self._requests.counts[rows, :, _SEEN].sum(0)
+        return self._requests.counts[rows, :, _SEEN]
 
     def _observe_ratios(self, rows: IntArray, column: int, lens: IntArray, members: FloatArray) -> None:
         """Compare what a width commits with what the other widths had said of it.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sglang_orthrus.round.costs import FloatArray
+from sglang_orthrus.round.widths import likely_tokens
 
 # Rounds between two probes, and until a width that may well be better is tried again.
 INTERVAL = 16
@@ -48,7 +49,8 @@ class Probes:
         self._widths = tuple(widths)
         self._most = np.array(widths, np.float64)
         self._share = share
-        self._allowance = 0.0
+        # In seconds; None before the first round.
+        self._allowance: float | None = None
         self._round = 0
         self._last_probe = 0
         self._last_round_of = [0] * len(widths)
@@ -71,14 +73,14 @@ class Probes:
         """
         self._round += 1
         self._last_round_of[current] = self._round
-        # What is saved up is spent within one interval, so that probes never come in bursts.
-        most = self._share * LONGEST_INTERVAL * float(seconds[current])
-        self._allowance = min(most, self._allowance + self._share * float(seconds[current]))
+        # What is saved up has a limit, so that probes never come in bursts. A new server, which knows nothing, has it.
+        new = self._share * float(seconds[current])
+        most = new * LONGEST_INTERVAL
+        self._allowance = most if self._allowance is None else min(most, self._allowance + new)
         if self._round - self._last_probe < INTERVAL:
             return None
         token_seconds = float(seconds[current] / tokens[current])
-        # Lengths vary about as much as they are long, so that is how wrong a mean of one round may be.
-        likely = np.minimum(tokens * (1.0 + 1.0 / np.sqrt(rounds_seen + 0.25)), num_requests * self._most)
+        likely = np.minimum(likely_tokens(tokens, rounds_seen, 1.0), num_requests * self._most)
         for width in sorted(self._candidates(current), key=lambda width: -likely[width] / seconds[width]):
             may_be_better = likely[width] * token_seconds > seconds[width]
             lost = max(0.0, float(seconds[width] - tokens[width] * token_seconds))
@@ -96,9 +98,7 @@ class Probes:
         if pending is None or pending.width != width:
             return
         self._pending = None
-        lost = (pending.tokens - tokens) * pending.token_seconds
-        self._allowance -= lost
-        self.lost_seconds += lost
+        self._lose((pending.tokens - tokens) * pending.token_seconds)
 
     def width_changed(self) -> None:
         """The other rounds have another width now: what was learnt about the rest may no longer hold."""
@@ -122,8 +122,11 @@ class Probes:
 
     def _begin(self, width: int, lost: float, tokens: float, token_seconds: float) -> None:
         self._pending = _Pending(width, tokens, token_seconds)
-        self._allowance -= lost
-        self.lost_seconds += lost
+        self._lose(lost)
         self.count += 1
         self._last_probe = self._last_round_of[width] = self._round
         self._failures[width] += 1
+
+    def _lose(self, seconds: float) -> None:
+        self._allowance = (self._allowance or 0.0) - seconds
+        self.lost_seconds += seconds

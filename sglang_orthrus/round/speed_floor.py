@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-# A request that fell below its share is protected until it is so many tokens ahead of it.
+# A request that fell behind its share is protected until it is so many tokens ahead of it.
 SLACK = 8.0
+# One that is so many tokens behind was not just unlucky.
+SHORTFALL = 32.0
+# Until then, its tokens per cycle may be higher than they look by so many standard errors.
+STANDARD_ERRORS = 2.0
 
 
 class SpeedFloor:
@@ -24,7 +28,8 @@ class SpeedFloor:
         self._max_requests = max_requests
         # Tokens ahead of the share.
         self._credits: dict[Hashable, float] = {}
-        self._protected: set[Hashable] = set()
+        # Standard errors by which a protected request may have been unlucky.
+        self._protected: dict[Hashable, float] = {}
 
     def start(self, key: Hashable) -> None:
         """Keep account of a request from now on; nothing changes if it is known."""
@@ -37,7 +42,7 @@ class SpeedFloor:
     def forget(self, key: Hashable) -> None:
         """Of a request that is over; one that is not known is ignored."""
         self._credits.pop(key, None)
-        self._protected.discard(key)
+        self._protected.pop(key, None)
 
     def observe(self, keys: Sequence[Hashable], accept_lens: Sequence[int], plain_steps: float) -> None:
         """Account for a round.
@@ -55,13 +60,16 @@ class SpeedFloor:
                 continue
             # What was gained long ago is no reason to be slow for long.
             ahead = credits[key] = min(SLACK, before + accept_len - share)
-            if ahead < 0.0:
-                protected.add(key)
+            if ahead < -SHORTFALL:
+                protected[key] = 0.0
+            elif ahead < 0.0:
+                protected.setdefault(key, STANDARD_ERRORS)
             elif ahead >= SLACK:
-                protected.discard(key)
+                protected.pop(key, None)
 
-    def protected(self, keys: Sequence[Hashable]) -> list[int]:
-        """The protected ones among requests, by their index."""
+    def protected(self, keys: Sequence[Hashable]) -> tuple[list[int], list[float]]:
+        """The protected ones among requests: their indexes, and standard errors that they may have been unlucky by."""
         if not self._protected:
-            return []
-        return [index for index, key in enumerate(keys) if key in self._protected]
+            return [], []
+        indexes = [index for index, key in enumerate(keys) if key in self._protected]
+        return indexes, [self._protected[keys[index]] for index in indexes]

@@ -18,7 +18,7 @@ from sglang_orthrus.round.acceptance_rates import AcceptanceRates
 from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.speed_floor import SpeedFloor
-from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, with_forced
+from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, likely_tokens, with_forced
 
 # No kind of request falls below this share of plain decoding's speed for long.
 DEFAULT_FLOOR = 0.8
@@ -142,13 +142,14 @@ class WidthController:
         tokens = self._rates.expected(keys)
         if forced:
             tokens = with_forced(tokens, self.widths, keys, forced)
-        allowed = self._allowed(keys, tokens, seconds, float(row[0]))
+        rounds_seen = self._rates.rounds_seen(keys)
+        allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
         totals = tokens.sum(0)
         current = self._choose(totals, seconds, allowed)
         probe = None
         # A width that the floor leaves out is better for the batch: there is nothing to learn.
         if self._probes is not None and allowed is None:
-            probe = self._probes.next(current, len(keys), totals, seconds, self._rates.rounds_seen(keys))
+            probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen.sum(0))
         width = self.widths[current if probe is None else probe]
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
@@ -204,13 +205,19 @@ class WidthController:
         return chosen
 
     def _allowed(
-        self, keys: Sequence[Hashable], tokens: FloatArray, seconds: FloatArray, plain_seconds: float
+        self,
+        keys: Sequence[Hashable],
+        tokens: FloatArray,
+        rounds_seen: FloatArray,
+        seconds: FloatArray,
+        plain_seconds: float,
     ) -> BoolArray | None:
         """Which widths the floor allows: [K]; None for all."""
-        protected = self._floor.protected(keys)
+        protected, errors = self._floor.protected(keys)
         if not protected:
             return None
-        allowed = fast_enough(tokens[protected], seconds, plain_seconds, self._floor.floor)
+        likely = likely_tokens(tokens[protected], rounds_seen[protected].sum(1)[:, None], np.array(errors)[:, None])
+        allowed = fast_enough(likely, seconds, plain_seconds, self._floor.floor)
         if not allowed.any():
             allowed[0] = True
         return None if allowed.all() else allowed

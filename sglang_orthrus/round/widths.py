@@ -74,3 +74,16 @@ def with_forced(
     """
     ahead = np.array([forced.get(key, 0) for key in keys], np.float64)
     return np.minimum(tokens + ahead[:, None], np.asarray(widths, np.float64))
+
+
+def likely_tokens(tokens: FloatArray, rounds_seen: FloatArray, standard_errors: FloatArray | float) -> FloatArray:
+    """The most tokens per round that a mean over some rounds may stand for.
+
+    Lengths of rounds vary about as much as they are long.
+
+    Args:
+        tokens: the mean.
+        rounds_seen: rounds that it rests on.
+        standard_errors: by how many it may be too low.
+    """
+    return tokens * (1.0 + standard_errors / np.sqrt(rounds_seen + 0.25))
