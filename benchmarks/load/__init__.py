@@ -1,0 +1,1 @@
+"""Widths of rounds under load."""

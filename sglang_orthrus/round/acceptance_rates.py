@@ -1,0 +1,273 @@
+"""How many tokens a round will commit per request, learnt from the rounds before.
+
+A round of width W commits between 1 and W tokens of a request: the drafts that were accepted, and one more. One that
+commits W says only "at least W". So the rounds at a width say how many a narrower one would have committed, and leave
+open what a wider one would.
+
+Letters: R requests, K widths, A rows of the counts: one per request, and one per class of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_orthrus.round.costs import FloatArray
+
+IntArray = npt.NDArray[np.int64]
+
+# A request's rounds lose half of their weight in so many more of its rounds.
+HALF_LIFE = 16.0
+# The same for the rounds of a class.
+CLASS_HALF_LIFE = 256.0
+# A new request is expected to be like its class, as if so many rounds of it had been seen ...
+PRIOR_ROUNDS = 2.0
+# ... and this expectation loses half of its weight in so many rounds.
+PRIOR_HALF_LIFE = 4.0
+# The same for a new class. Nine of ten drafts accepted: with few requests, a new server begins at its widest.
+NEUTRAL_RATE = 0.9
+NEUTRAL_ROUNDS = 4.0
+NEUTRAL_HALF_LIFE = 32.0
+# What rounds at other widths say is worth at most so many rounds at the width itself ...
+OTHER_WIDTHS_ROUNDS = 4.0
+# ... and what a narrower width says half as much as what a wider one says.
+NARROWER_TRUST = 0.5
+# A width's ratio to what other widths said of it is 1 until so many drafts were expected of it ...
+RATIO_DRAFTS = 32.0
+# ... and forgets half in so many rounds of one request.
+RATIO_HALF_LIFE = 512.0
+# Classes beyond share the last one's row. There are four: with and without a grammar, sampled and greedy.
+MAX_CLASSES = 8
+
+_TINY = 1e-6
+# Columns of the counts, before those of tokens.
+_SEEN, _FULL, _FAILED, _TOKENS = range(4)
+
+
+class AcceptanceRates:
+    """What is expected of requests at every width.
+
+    Args:
+        widths: every width that rounds may have.
+        max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
+    """
+
+    def __init__(self, widths: Sequence[int], max_requests: int = 1024) -> None:
+        self.widths = tuple(sorted(widths))
+        self._columns = {width: column for column, width in enumerate(self.widths)}
+        # Row 0 stays empty: a request that is not known.
+        self._requests = _Counts(self.widths, max_requests + 1)
+        self._classes = _Counts(self.widths, MAX_CLASSES)
+        self._rows: dict[Hashable, int] = {}
+        self._free = list(range(max_requests, 0, -1))
+        self._class_rows: dict[Hashable, int] = {}
+        self._class_of = np.zeros(max_requests + 1, np.int64)
+        num_widths = len(self.widths)
+        # [classes, K, K] drafts accepted at the last width, and what the middle one had said of it.
+        self._accepted = np.zeros((MAX_CLASSES, num_widths, num_widths))
+        self._predicted = np.zeros_like(self._accepted)
+        self._ratios = np.ones_like(self._accepted)
+        self._neutral = np.array([_geometric(NEUTRAL_RATE, width) for width in self.widths])
+        self._class_tokens = np.tile(self._neutral, (MAX_CLASSES, 1))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._rows
+
+    def start(self, key: Hashable, request_class: Hashable) -> None:
+        """Remember a request from now on; nothing changes if it is remembered already."""
+        if key in self._rows:
+            return
+        if not self._free:
+            self.forget(next(iter(self._rows)))
+        row = self._free.pop()
+        self._rows[key] = row
+        self._requests.clear(row)
+        new = min(len(self._class_rows), MAX_CLASSES - 1)
+        if request_class not in self._class_rows and len(self._class_rows) < MAX_CLASSES:
+            self._class_rows[request_class] = new
+        self._class_of[row] = self._class_rows.get(request_class, new)
+
+    def forget(self, key: Hashable) -> None:
+        """Of a request that is over; one that is not remembered is ignored."""
+        row = self._rows.pop(key, None)
+        if row is not None:
+            self._free.append(row)
+
+    def observe(self, key: Hashable, width: int, accept_len: int) -> None:
+        """Of one request; see `observe_round`."""
+        self.observe_round([key], width, [accept_len])
+
+    def observe_round(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int]) -> None:
+        """Count a round. Requests that are not remembered, and those that committed nothing, are left out.
+
+        Args:
+            keys: [R] its requests, each once.
+            width: its width, one of `widths`. Nothing is learnt from a round that drafts nothing.
+            accept_lens: [R] tokens that it committed, the last one included.
+
+        Raises:
+            KeyError: it has another width.
+        """
+        column = self._columns[width]
+        if width == 1:
+            return
+        rows, lens = _known(np.array([self._rows.get(key, 0) for key in keys], np.int64), accept_lens)
+        if not len(rows):
+            return
+        lens = np.minimum(lens, width)
+        classes = self._class_of[rows]
+        members = (classes[:, None] == np.arange(MAX_CLASSES)).astype(np.float64)
+        self._observe_ratios(rows, column, lens, members)
+
+        counts = self._requests.counts_of(column, lens)
+        self._requests.add(rows, column, counts, HALF_LIFE)
+        present = np.flatnonzero(members.any(0))
+        self._classes.add(present, column, members[:, present].T @ counts, CLASS_HALF_LIFE)
+        everything = np.arange(MAX_CLASSES)
+        weights = NEUTRAL_ROUNDS * np.exp2(-self._classes.rounds / NEUTRAL_HALF_LIFE)
+        self._class_tokens = self._classes.expected(everything, self._ratios, self._neutral, weights)
+
+    def expected_tokens(self, key: Hashable, width: int) -> float:
+        """Tokens that a round of this width commits of the request, in [1, width].
+
+        Raises:
+            KeyError: rounds have no such width.
+        """
+        return float(self.expected([key])[0, self._columns[width]])
+
+    def expected(self, keys: Sequence[Hashable]) -> FloatArray:
+        """Tokens that a round commits of every request at every width: [R, K]."""
+        rows = np.array([self._rows.get(key, 0) for key in keys], np.int64)
+        classes = self._class_of[rows]
+        # A request that is not known belongs to no class.
+        prior = np.where(rows[:, None] > 0, self._class_tokens[classes], self._neutral)
+        weights = PRIOR_ROUNDS * np.exp2(-self._requests.rounds[rows] / PRIOR_HALF_LIFE)
+        return self._requests.expected(rows, self._ratios[classes], prior, weights)
+
+    def rounds_seen(self, keys: Sequence[Hashable]) -> FloatArray:
+        """Rounds of every request at every width, the older ones counting less: [R, K]."""
+        rows = [self._rows.get(key, 0) for key in keys]
+        return self._requests.counts[rows, :, _SEEN]
+
+    def _observe_ratios(self, rows: IntArray, column: int, lens: IntArray, members: FloatArray) -> None:
+        """Compare what a width commits with what the other widths had said of it.
+
+        A block narrower than the trained one drafts worse, by how much depends on the text and the checkpoint.
+        """
+        seen = self._requests.counts[rows, :, _SEEN]
+        weights = seen / (seen + 1.0)
+        weights[:, column] = 0.0
+        by_class = members.T @ np.stack(
+            [weights * (lens - 1)[:, None], weights * (self._requests.tokens[rows, :, column] - 1.0), weights], axis=1
+        ).reshape(len(rows), -1)
+        accepted, predicted, rounds = by_class.reshape(MAX_CLASSES, 3, -1).swapaxes(0, 1)
+        decay = np.exp2(-rounds / RATIO_HALF_LIFE)
+        for total, new in ((self._accepted, accepted), (self._predicted, predicted)):
+            total[:, :, column] = total[:, :, column] * decay + new
+        self._ratios[:, :, column] = (self._accepted[:, :, column] + RATIO_DRAFTS) / (
+            self._predicted[:, :, column] + RATIO_DRAFTS
+        )
+
+
+class _Counts:
+    """Decayed counts of rounds, in rows.
+
+    Args:
+        widths: [K].
+        num_rows: A.
+
+    Attributes:
+        counts: [A, K, 3 + K] of the rounds at each width: how many there were, how many committed the whole width, how
+            many less but more than the next narrower width, and what they would have committed at every width.
+        tokens: [A, K, K] what a round of the last width is expected to commit, by the rounds at the middle one.
+        rounds: [A] how many rounds, not decayed.
+    """
+
+    def __init__(self, widths: Sequence[int], num_rows: int) -> None:
+        num_widths = len(widths)
+        self._widths = np.array(widths, np.int64)
+        self._narrower = np.array([1, *widths[:-1]], np.int64)
+        self.counts = np.zeros((num_rows, num_widths, _TOKENS + num_widths))
+        self.tokens = np.ones((num_rows, num_widths, num_widths))
+        self.rounds = np.zeros(num_rows)
+        order = np.sign(np.arange(num_widths)[:, None] - np.arange(num_widths))
+        self._trust = np.choose(order + 1, [NARROWER_TRUST, 0.0, 1.0])
+        self._diagonal = np.arange(num_widths)
+
+    def clear(self, row: int) -> None:
+        """For another request."""
+        self.counts[row] = 0.0
+        self.tokens[row] = 1.0
+        self.rounds[row] = 0.0
+
+    def counts_of(self, column: int, lens: IntArray) -> FloatArray:
+        """Counts of one round each: [R, 3 + K]. lens: [R] tokens committed."""
+        counts = np.empty((len(lens), self.counts.shape[2]))
+        counts[:, _SEEN] = 1.0
+        counts[:, _FULL] = lens == self._widths[column]
+        counts[:, _FAILED] = (lens >= self._narrower[column]) & (lens < self._widths[column])
+        np.minimum(lens[:, None], self._widths, out=counts[:, _TOKENS:])
+        return counts
+
+    def add(self, rows: IntArray, column: int, counts: FloatArray, half_life: float) -> None:
+        """Count rounds at one width. rows: [R], each once; counts: [R, 3 + K]."""
+        decay = np.exp2(-counts[:, _SEEN] / half_life)
+        total = self.counts[rows] * decay[:, None, None]
+        total[:, column] += counts
+        self.counts[rows] = total
+        self.rounds[rows] += counts[:, _SEEN]
+        self.tokens[rows, column] = self._tokens_of(column, total[:, column])
+
+    def expected(self, rows: IntArray, ratios: FloatArray, prior: FloatArray, prior_weights: FloatArray) -> FloatArray:
+        """Tokens that a round commits at every width: [R, K].
+
+        What was seen at a width counts fully; what others say of it, and the prior, fill up to a few rounds.
+
+        Args:
+            rows: [R].
+            ratios: [R, K, K] what the last width commits, relative to what the middle one says of it.
+            prior: [R, K] or [K] tokens.
+            prior_weights: [R] rounds that the prior is worth.
+        """
+        tokens = self.tokens[rows]
+        seen = self.counts[rows, :, _SEEN]
+        weights = seen[:, :, None] * self._trust
+        said = ((tokens - 1.0) * ratios + 1.0) * weights
+        prior_weights = prior_weights[:, None] + _TINY
+        others = weights.sum(1) + prior_weights
+        fallback = (said.sum(1) + prior_weights * prior) / others
+        others = np.minimum(others, OTHER_WIDTHS_ROUNDS)
+        own = tokens[:, self._diagonal, self._diagonal]
+        return np.clip((seen * own + others * fallback) / (seen + others), 1.0, self._widths)
+
+    def _tokens_of(self, column: int, counts: FloatArray) -> FloatArray:
+        """What rounds at one width say of all: [R, K]. Behind it, drafts are accepted as often as the last were."""
+        seen = counts[:, _SEEN, None]
+        tokens = counts[:, _TOKENS:] / seen
+        further = self._widths[column + 1 :] - self._widths[column]
+        if not len(further):
+            return tokens
+        shorter = counts[:, _TOKENS + column - 1] if column else counts[:, _SEEN]
+        survived = counts[:, _TOKENS + column] - shorter
+        # One more draft as in a new class keeps the rate away from 0 and 1.
+        rate = ((survived + NEUTRAL_RATE) / (survived + counts[:, _FAILED] + 1.0))[:, None]
+        more = rate * (1.0 - rate**further) / (1.0 - rate)
+        tokens[:, column + 1 :] = tokens[:, column, None] + counts[:, _FULL, None] / seen * more
+        return tokens
+
+
+def _known(rows: IntArray, accept_lens: Sequence[int]) -> tuple[IntArray, IntArray]:
+    """Rows and lengths of the requests that count."""
+    lens = np.asarray(accept_lens, np.int64)
+    counted = (rows > 0) & (lens > 0)
+    return rows[counted], lens[counted]
+
+
+def _geometric(rate: float, width: int) -> float:
+    """Tokens that a round commits if every draft is accepted at this rate."""
+    return (1.0 - rate**width) / (1.0 - rate)

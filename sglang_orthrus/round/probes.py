@@ -1,0 +1,132 @@
+"""When to try another width for one round, to learn what it would bring.
+
+Letters: K widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_orthrus.round.costs import FloatArray
+from sglang_orthrus.round.widths import likely_tokens
+
+# Rounds between two probes, and until a width that may well be better is tried again.
+INTERVAL = 16
+# The same from plain decoding, where nothing is learnt otherwise: tokens of each request.
+PLAIN_INTERVAL = 64
+# The same for a width that is surely worse, and the longest after probes that changed nothing.
+LONGEST_INTERVAL = 256
+
+
+class _Pending(NamedTuple):
+    """A probe whose result is not known.
+
+    Attributes:
+        width: index of its width.
+        tokens: expected of it.
+        token_seconds: seconds of a token at the width of the other rounds.
+    """
+
+    width: int
+    tokens: float
+    token_seconds: float
+
+
+class Probes:
+    """Chooses probes, within a share of the time.
+
+    A probe costs what its round takes longer than other rounds would for as many tokens.
+
+    Args:
+        widths: [K], the narrowest first.
+        share: of all rounds' time, the most that probes may cost.
+    """
+
+    def __init__(self, widths: Sequence[int], share: float) -> None:
+        self._widths = tuple(widths)
+        self._most = np.array(widths, np.float64)
+        self._share = share
+        # In seconds; None before the first round.
+        self._allowance: float | None = None
+        self._round = 0
+        self._last_probe = 0
+        self._last_round_of = [0] * len(widths)
+        self._failures = [0] * len(widths)
+        self._pending: _Pending | None = None
+        self.count = 0
+        self.lost_seconds = 0.0
+
+    def next(
+        self, current: int, num_requests: int, tokens: FloatArray, seconds: FloatArray, rounds_seen: FloatArray
+    ) -> int | None:
+        """The width to try in this round, by its index; None for no probe. Called once before each round.
+
+        Args:
+            current: index of the width that the round would have.
+            num_requests: in the batch.
+            tokens: [K] expected of the batch at every width.
+            seconds: [K] of a round.
+            rounds_seen: [K] how many rounds of its requests at every width the expectation rests on.
+        """
+        self._round += 1
+        self._last_round_of[current] = self._round
+        # What is saved up has a limit, so that probes never come in bursts. A new server, which knows nothing, has it.
+        new = self._share * float(seconds[current])
+        most = new * LONGEST_INTERVAL
+        self._allowance = most if self._allowance is None else min(most, self._allowance + new)
+        if self._round - self._last_probe < INTERVAL:
+            return None
+        token_seconds = float(seconds[current] / tokens[current])
+        likely = np.minimum(likely_tokens(tokens, rounds_seen, 1.0), num_requests * self._most)
+        for width in sorted(self._candidates(current), key=lambda width: -likely[width] / seconds[width]):
+            may_be_better = likely[width] * token_seconds > seconds[width]
+            lost = max(0.0, float(seconds[width] - tokens[width] * token_seconds))
+            if self._round - self._last_round_of[width] < self._wait(current, width, may_be_better):
+                continue
+            if lost > self._allowance:
+                continue
+            self._begin(width, lost, float(tokens[width]), token_seconds)
+            return width
+        return None
+
+    def observe(self, width: int, tokens: float) -> None:
+        """Of a round of this width, by its index, and of the tokens that it committed: the probe's, or any other."""
+        pending = self._pending
+        if pending is None or pending.width != width:
+            return
+        self._pending = None
+        self._lose((pending.tokens - tokens) * pending.token_seconds)
+
+    def width_changed(self) -> None:
+        """The other rounds have another width now: what was learnt about the rest may no longer hold."""
+        self._failures = [0] * len(self._widths)
+
+    def _candidates(self, current: int) -> set[int]:
+        widest = len(self._widths) - 1
+        if self._widths[current] == 1:
+            return set(range(len(self._widths))) - {current}
+        # Of plain decoding everything is known.
+        near = {current - 1, current + 1, widest} - {current}
+        return {width for width in near if 0 <= width <= widest and self._widths[width] > 1}
+
+    def _wait(self, current: int, width: int, may_be_better: bool) -> int:
+        backoff = 1 << min(self._failures[width], 4)
+        if may_be_better:
+            return min(INTERVAL * backoff, PLAIN_INTERVAL)
+        if self._widths[current] == 1:
+            return min(PLAIN_INTERVAL * backoff, LONGEST_INTERVAL)
+        return LONGEST_INTERVAL
+
+    def _begin(self, width: int, lost: float, tokens: float, token_seconds: float) -> None:
+        self._pending = _Pending(width, tokens, token_seconds)
+        self._lose(lost)
+        self.count += 1
+        self._last_probe = self._last_round_of[width] = self._round
+        self._failures[width] += 1
+
+    def _lose(self, seconds: float) -> None:
+        self._allowance = (self._allowance or 0.0) - seconds
+        self.lost_seconds += seconds

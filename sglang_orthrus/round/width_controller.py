@@ -1,0 +1,223 @@
+"""Chooses every round's width: what follows traffic, from acceptance and costs.
+
+Any width is exact. A width follows from earlier rounds only, never from tokens drawn in the round that is planned:
+rejection sampling would be biased otherwise.
+
+Letters: R requests, K widths.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_orthrus.round.acceptance_rates import AcceptanceRates
+from sglang_orthrus.round.costs import FloatArray, RoundCosts
+from sglang_orthrus.round.probes import Probes
+from sglang_orthrus.round.speed_floor import SpeedFloor
+from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, likely_tokens, with_forced
+
+# No kind of request falls below this share of plain decoding's speed for long.
+DEFAULT_FLOOR = 0.8
+# Of all rounds' time, what probes may cost. Single results vary; this keeps them within 3 %.
+DEFAULT_PROBE_SHARE = 0.02
+
+
+class RoundWidth(NamedTuple):
+    """A round's width.
+
+    Attributes:
+        width: W.
+        is_probe: whether the round is to learn about a width rather than because it is the best.
+    """
+
+    width: int
+    is_probe: bool
+
+
+class WidthReport(NamedTuple):
+    """What rounds were, since the start. Seconds are what the cost model says.
+
+    Attributes:
+        width: of the rounds now, probes apart.
+        rounds: by width, as planned.
+        requests: requests in observed rounds, by width.
+        tokens: tokens that these committed, by width.
+        num_probes: rounds that were probes.
+        probe_seconds: that they cost, compared with rounds of the other width.
+        seconds: of all observed rounds.
+        plain_seconds: that plain decoding would have taken for the same tokens in the same batches; 0 if width 1 was
+            not measured.
+        num_limited: rounds whose width the floor chose.
+    """
+
+    width: int | None
+    rounds: Mapping[int, int]
+    requests: Mapping[int, int]
+    tokens: Mapping[int, int]
+    num_probes: int
+    probe_seconds: float
+    seconds: float
+    plain_seconds: float
+    num_limited: int
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        widths = ", ".join(
+            f"{width}: {self.rounds[width]} rounds of {self.tokens.get(width, 0) / max(1, self.requests.get(width, 0)):.1f}"
+            for width in sorted(self.rounds)
+        )
+        seconds = max(self.seconds, 1e-9)
+        return (
+            f"width {self.width}; tokens per cycle by width: {widths}; {self.plain_seconds / seconds:.2f} times plain "
+            f"decoding's speed; {self.num_probes} probes, {100 * self.probe_seconds / seconds:.1f} % of the time; "
+            f"{self.num_limited} rounds limited by the floor"
+        )
+
+
+class WidthController:
+    """Chooses widths and learns from their rounds. Results may come rounds later, and without some of the requests.
+
+    Args:
+        costs: of rounds of every width. With width 1 measured, the floor holds, be the width in use or not.
+        widths: that rounds may have; None for all that were measured.
+        floor: share of plain decoding's speed below which no request is kept for long; 0 for none.
+        probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
+        max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
+
+    Raises:
+        ValueError: a width was not measured.
+    """
+
+    def __init__(
+        self,
+        costs: RoundCosts,
+        widths: Sequence[int] | None = None,
+        floor: float = DEFAULT_FLOOR,
+        probe_share: float = DEFAULT_PROBE_SHARE,
+        max_requests: int = 1024,
+    ) -> None:
+        self.widths = tuple(sorted(widths or costs.widths))
+        if not set(self.widths) <= set(costs.widths):
+            raise ValueError(f"widths {self.widths} are not all measured: {costs.widths}")
+        self._costs = costs
+        self._columns = [costs.widths.index(width) for width in self.widths]
+        self._knows_plain = costs.widths[0] == 1
+        self._rates = AcceptanceRates(self.widths, max_requests)
+        self._floor = SpeedFloor(floor if self._knows_plain else 0.0, max_requests)
+        self._probes = Probes(self.widths, probe_share) if probe_share and len(self.widths) > 1 else None
+        self._current: int | None = None
+        self._patience = 0
+        self._rounds: Counter[int] = Counter()
+        self._requests: Counter[int] = Counter()
+        self._tokens: Counter[int] = Counter()
+        self._seconds = self._plain_seconds = 0.0
+        self._num_limited = 0
+
+    def start(self, key: Hashable, request_class: Hashable) -> None:
+        """Of a request that joins the batch; nothing changes if it is known.
+
+        request_class: what new requests of its like have in common, such as (has a grammar, is sampled).
+        """
+        self._rates.start(key, request_class)
+        self._floor.start(key)
+
+    def forget(self, key: Hashable) -> None:
+        """Of a request that is over."""
+        self._rates.forget(key)
+        self._floor.forget(key)
+
+    def plan(self, keys: Sequence[Hashable], forced: Mapping[object, int] | None = None) -> RoundWidth:
+        """The width of the next round.
+
+        Args:
+            keys: [R] its requests, at least one.
+            forced: for some of them, how many of their next tokens a grammar leaves no alternative to.
+        """
+        row = self._costs.row(len(keys))
+        seconds = row[self._columns]
+        tokens = self._rates.expected(keys)
+        if forced:
+            tokens = with_forced(tokens, self.widths, keys, forced)
+        rounds_seen = self._rates.rounds_seen(keys)
+        allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
+        totals = tokens.sum(0)
+        current = self._choose(totals, seconds, allowed)
+        probe = None
+        # A width that the floor leaves out is better for the batch: there is nothing to learn.
+        if self._probes is not None and allowed is None:
+            probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen.sum(0))
+        width = self.widths[current if probe is None else probe]
+        self._rounds[width] += 1
+        return RoundWidth(width, probe is not None)
+
+    def observe(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int]) -> None:
+        """Of a round that `plan` chose the width of, when its result is known.
+
+        Args:
+            keys: [R] its requests, those included that are over meanwhile.
+            width: its width.
+            accept_lens: [R] tokens that it committed of each; 0 where it did not count.
+        """
+        row = self._costs.row(len(keys))
+        index = self.widths.index(width)
+        seconds = float(row[self._columns[index]])
+        total = int(sum(accept_lens))
+        self._requests[width] += sum(accept_len > 0 for accept_len in accept_lens)
+        self._tokens[width] += total
+        self._seconds += seconds
+        self._rates.observe_round(keys, width, accept_lens)
+        if self._probes is not None:
+            self._probes.observe(index, total)
+        if self._knows_plain:
+            plain = float(row[0])
+            self._plain_seconds += plain * total / len(keys)
+            self._floor.observe(keys, accept_lens, seconds / plain)
+
+    def report(self) -> WidthReport:
+        """What rounds were, since the start."""
+        return WidthReport(
+            width=None if self._current is None else self.widths[self._current],
+            rounds=dict(self._rounds),
+            requests=dict(self._requests),
+            tokens=dict(self._tokens),
+            num_probes=self._probes.count if self._probes is not None else 0,
+            probe_seconds=self._probes.lost_seconds if self._probes is not None else 0.0,
+            seconds=self._seconds,
+            plain_seconds=self._plain_seconds,
+            num_limited=self._num_limited,
+        )
+
+    def _choose(self, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None) -> int:
+        """The next width by its index, which is the current one from then on."""
+        chosen = choose_width(totals, seconds, self._current, allowed, self._patience)
+        best = int(np.argmax(totals / seconds))
+        self._patience = 0 if best == chosen else self._patience + 1
+        if allowed is not None:
+            self._num_limited += not allowed[best]
+        if chosen != self._current:
+            self._current = chosen
+            if self._probes is not None:
+                self._probes.width_changed()
+        return chosen
+
+    def _allowed(
+        self,
+        keys: Sequence[Hashable],
+        tokens: FloatArray,
+        rounds_seen: FloatArray,
+        seconds: FloatArray,
+        plain_seconds: float,
+    ) -> BoolArray | None:
+        """Which widths the floor allows: [K]; None for all."""
+        protected, errors = self._floor.protected(keys)
+        if not protected:
+            return None
+        likely = likely_tokens(tokens[protected], rounds_seen[protected].sum(1)[:, None], np.array(errors)[:, None])
+        allowed = fast_enough(likely, seconds, plain_seconds, self._floor.floor)
+        if not allowed.any():
+            allowed[0] = True
+        return None if allowed.all() else allowed
