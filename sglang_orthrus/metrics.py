@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -57,6 +57,39 @@ class RoundMetrics:
             counts = (self._since_log[path] for path in RoundPath)
             logger.info("ORTHRUS rounds: %d in one CUDA graph, %d in two, %d eager", *counts)
             self._since_log.clear()
+
+
+class WidthMetrics:
+    """Counts rounds and their tokens by width.
+
+    Args:
+        log_interval: a log line every so many rounds.
+        with_metrics: whether to export `sglang_orthrus:width_rounds_total{width=...}` and
+            `sglang_orthrus:width_tokens_total{width=...}` beside SGLang's metrics.
+    """
+
+    def __init__(self, log_interval: int, with_metrics: bool) -> None:
+        self._log_interval = log_interval
+        self._since_log = 0
+        self._rounds: Any = None
+        self._tokens: Any = None
+        if with_metrics:
+            # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
+            from prometheus_client import Counter as PrometheusCounter
+
+            label = ("width",)
+            self._rounds = PrometheusCounter("sglang_orthrus:width_rounds", "Rounds by their width.", label)
+            self._tokens = PrometheusCounter("sglang_orthrus:width_tokens", "Tokens by their round's width.", label)
+
+    def count(self, width: int, num_tokens: int, report: Callable[[], object]) -> None:
+        """Count one round. report: what the log line says, asked for only then."""
+        self._since_log += 1
+        if self._rounds is not None:
+            self._rounds.labels(width=str(width)).inc()
+            self._tokens.labels(width=str(width)).inc(num_tokens)
+        if self._since_log >= self._log_interval:
+            logger.info("ORTHRUS widths: %s", report())
+            self._since_log = 0
 
 
 # A round of one request takes tenths of a millisecond; a batch on few cores may take tens of them.

@@ -125,6 +125,11 @@ class DualViewRunner:
             self._narrow[width] = profile._replace(graphs=graphs)
         return {"target_verify": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
 
+    @property
+    def graph_sizes(self) -> list[int]:
+        """The batch sizes that have graphs."""
+        return list(getattr(self._model_runner.decode_cuda_graph_runner, "capture_bs", ()))
+
     def lay_out(self, batch: ScheduleBatch, width: int) -> RoundBatch:
         """A decode batch, whose anchors are in `batch.spec_info`, with blocks of mask tokens laid out."""
         blocks = draft_block(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
+from sglang_orthrus.metrics import WidthMetrics
+from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.logit_adjustments import are_adjusted
 
 
@@ -24,23 +27,68 @@ class RoundPlan(NamedTuple):
     is_deferred: bool
 
 
+class _Planned(NamedTuple):
+    """A round whose result is not known yet."""
+
+    reqs: Sequence[Any]
+    width: int
+
+
 class Policy:
-    """Plans rounds, today all of the largest width.
+    """Plans rounds. Their width follows traffic if there are several to choose from.
 
     Args:
-        widths: ascending.
+        widths: that rounds may have, ascending.
+        controller: chooses among them; None for the largest always.
+        metrics: of widths.
     """
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        controller: WidthController | None = None,
+        metrics: WidthMetrics | None = None,
+    ) -> None:
         self._widths = tuple(widths)
+        self._controller = controller
+        self._metrics = metrics
+        self._planned: deque[_Planned] = deque()
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         return RoundPlan(
-            self._widths[-1],
+            self._width(batch.reqs),
             may_fuse=_is_greedy_without_options(batch),
             is_deferred=bool(batch.has_grammar) and can_defer,
         )
+
+    def observe(self, num_accepted: Sequence[int]) -> None:
+        """The result of the oldest round that has none: accepted drafts of each of its requests."""
+        if self._controller is None:
+            return
+        reqs, width = self._planned.popleft()
+        # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
+        lens = [
+            0 if req.finished() or req.is_retracted else accepted + 1
+            for req, accepted in zip(reqs, num_accepted, strict=True)
+        ]
+        self._controller.observe([req.rid for req in reqs], width, lens)
+        if self._metrics is not None:
+            self._metrics.count(width, sum(lens), self._controller.report)
+
+    def forget(self, rid: str) -> None:
+        """A request is over."""
+        if self._controller is not None:
+            self._controller.forget(rid)
+
+    def _width(self, reqs: Sequence[Any]) -> int:
+        if self._controller is None:
+            return self._widths[-1]
+        for req in reqs:
+            self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
+        width = self._controller.plan([req.rid for req in reqs]).width
+        self._planned.append(_Planned(list(reqs), width))
+        return width
 
 
 def _is_greedy_without_options(batch: ScheduleBatch) -> bool:

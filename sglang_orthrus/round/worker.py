@@ -21,17 +21,24 @@ from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.config import WIDTHS, DraftMode, DualViewConfig, slow_mask_seconds, widths_from_env
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.batch import BlockGrammars
-from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath
+from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath, WidthMetrics
 from sglang_orthrus.passes.attention import register_flashinfer, set_workspace_size, workspace_bytes
 from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner
+from sglang_orthrus.passes.timing import batch_sizes, time_rounds
+from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
+from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.first_token import FirstTokenSampler
 from sglang_orthrus.sampling.memory import reserve
 from sglang_orthrus.sampling.output_history import History
 
 logger = logging.getLogger(__name__)
+
+# Larger batches that no graph covers are extrapolated.
+_EAGER_BATCH = 8
+_TIMING_SECONDS = 5.0
 
 Publish = Callable[[torch.Tensor], None]
 
@@ -39,7 +46,7 @@ Publish = Callable[[torch.Tensor], None]
 @depends_on(
     "sglang.srt.speculative.base_spec_worker:BaseSpecWorker",
     what="subclassed; overrides init_attention_backends, init_cuda_graphs, prewarm_sampling, spec_v2_attn_backends, "
-    "forward_batch_generation",
+    "forward_batch_generation, on_verify_complete_cpu, note_request_finished",
     why="the scheduler expects its interface of every worker",
     until=EXTENSION_POINT,
 )
@@ -129,6 +136,31 @@ class OrthrusWorker(BaseSpecWorker):
     def init_cuda_graphs(self) -> None:
         """SGLang has captured the graphs of the largest width; capture those of the others."""
         self._additional_graph_memory_usage |= self._passes.capture_narrow()
+        if len(self._widths) > 1:
+            self._policy = self._adaptive_policy()
+
+    def _adaptive_policy(self) -> Policy:
+        """Widths that follow traffic, by what rounds cost on this machine."""
+        graph_sizes = self._passes.graph_sizes
+        largest = min(get_schedule().max_running_requests, max(graph_sizes, default=_EAGER_BATCH))
+        sizes = batch_sizes(largest)
+        with torch.inference_mode():
+            seconds = time_rounds(self._passes, self.model_runner, self._widths, sizes, _TIMING_SECONDS)
+        costs = RoundCosts(seconds, dict.fromkeys(self._widths, graph_sizes))
+        for row in costs.as_rows():
+            pairs = zip(costs.widths, row.seconds, strict=True)
+            times = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
+            logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, times)
+        metrics = WidthMetrics(get_observability().decode_log_interval, get_observability().enable_metrics)
+        return Policy(self._widths, WidthController(costs), metrics)
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """The oldest round's result is on the host."""
+        self._policy.observe(num_correct_drafts_per_req)
+
+    def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
+        """A request is over."""
+        self._policy.forget(rid)
 
     def prewarm_sampling(self) -> SamplingPrewarmResult:
         """Take once what choosing tokens takes at most, and name it to SGLang, which may size the KV pool then."""
