@@ -156,6 +156,27 @@ def assert_same_log_probabilities(reply: Reply, expected: Reply) -> None:
         assert token == other_token or "top_" in place
 
 
+def test_neighbours_ask_for_different_numbers_of_log_probabilities(served: Server, plain: Server) -> None:
+    """In one prefill batch; large numbers are selected for each request by itself."""
+    for server in (served, plain):
+        server.get("/flush_cache?timeout=30")
+    numbers = [3, 200, 0, 4096]
+    ids = [prompt_of("prose"), prompt_of("json"), prompt_of("chat"), prompt_of("arith")]
+    body = {
+        "input_ids": [list(own) for own in ids],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 3},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": numbers,
+    }
+    for own, number, reply, expected in zip(
+        ids, numbers, served.post("/generate", body), plain.post("/generate", body), strict=True
+    ):
+        assert_same_log_probabilities(reply, expected)
+        top = reply["meta_info"].get("input_top_logprobs") or ()
+        assert [len(place or ()) for place in top[1:]] == [number] * (len(own) - 1 if number else 0)
+
+
 @pytest.mark.parametrize("name", ["output", "top", "ids"])
 def test_log_probabilities_under_a_grammar(served: Server, plain: Server, name: str) -> None:
     """Alone, so that the last of the batch's requests ends behind a round that has begun."""
