@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_orthrus.compat.accounting import count_tokens_of_texts
 from sglang_orthrus.compat.grammars import begin_llguidance_behind_a_reasoning, keep_allowed_logits
+from sglang_orthrus.compat.logprobs import select_top_logprobs_per_request
 from sglang_orthrus.compat.memory import widen_req_to_token_rows
 from sglang_orthrus.compat.requests import (
     RequestChecks,
@@ -46,6 +47,7 @@ def install_in_scheduler(
     refuse_requests(refusal)
     check_weight_updates(weights_problem)
     keep_allowed_logits()
+    select_top_logprobs_per_request()
     drop_processors_of_aborted()
     begin_llguidance_behind_a_reasoning()
     stop_at_first_match()

@@ -26,13 +26,13 @@ class RequestChecks(NamedTuple):
         samples: given how many prompts a request has, and `n`.
         raw: given SGLang's request as it came.
         types: given the tokenized request; what the scheduler can decode.
-        values: given the tokenized request, the vocabulary size and the hidden size.
+        values: given the tokenized request, and the model's vocabulary size, hidden size and context length.
     """
 
     samples: Callable[[int, int], str | None]
     raw: Callable[[Any], str | None]
     types: Callable[[Any], str | None]
-    values: Callable[[Any, int, int], str | None]
+    values: Callable[[Any, int, int, int], str | None]
 
 
 class BadRequest(ValueError, HTTPException):
@@ -67,7 +67,8 @@ def check_requests(checks: RequestChecks) -> None:
                 raise ValueError(f"{type(error).__name__}: {error}") from error
             # Types first: checks of values compare numbers.
             _raise(checks.types(tokenized))
-            _raise(checks.values(tokenized, self.model_config.vocab_size, self.model_config.hidden_size))
+            model = self.model_config
+            _raise(checks.values(tokenized, model.vocab_size, model.hidden_size, model.context_len))
             return tokenized
 
         return create_tokenized_object

@@ -87,15 +87,18 @@ def raw_problem(request: Any) -> str | None:
     return computed_fields(request.sampling_params)
 
 
-def tokenized_problem(request: Any, vocab_size: int, hidden_size: int | None = None) -> str | None:
+def tokenized_problem(
+    request: Any, vocab_size: int, hidden_size: int | None = None, context_length: int = 0
+) -> str | None:
     """Why a request may not be sent to the scheduler; None if it may. Drops what the scheduler can't use.
 
     Args:
         request: SGLang's `TokenizedGenerateReqInput` or `TokenizedEmbeddingReqInput`.
         vocab_size: of the model.
         hidden_size: of the model, for embeddings given instead of tokens.
+        context_length: of the model; a session's history, which only the scheduler knows, is not longer.
     """
-    problem = value_problem(_numbers(request), request.sampling_params, vocab_size, hidden_size)
+    problem = value_problem(_numbers(request, context_length), request.sampling_params, vocab_size, hidden_size)
     if problem is None:
         without_pitfalls(request.sampling_params, vocab_size)
         if hasattr(request, "top_logprobs_num") and not getattr(request, "return_logprob", False):
@@ -137,17 +140,19 @@ def unreadable(request: Any) -> str | None:
     return None
 
 
-def _numbers(request: Any) -> Numbers:
+def _numbers(request: Any, context_length: int) -> Numbers:
     def given(field: str, default: Any) -> Any:
         value = getattr(request, field, None)
         return default if value is None else value
 
     wants_logprobs = given("return_logprob", False)
+    ids = given("input_ids", ())
     return Numbers(
-        given("input_ids", ()),
+        ids,
         given("top_logprobs_num", 0) if wants_logprobs else 0,
         given("logprob_start_len", -1) if wants_logprobs else -1,
         given("token_ids_logprob", ()),
         tuple((field, given(field, ())) for field in ("multi_item_delimiter_indices", "token_indices_to_pool")),
         tuple(len(row) for row in given("input_embeds", ())),
+        max(context_length - len(ids), 0) if given("session_params", None) else 0,
     )

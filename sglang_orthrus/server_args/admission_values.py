@@ -19,6 +19,8 @@ MIN_REPETITION_PENALTY = 1e-30
 MAX_BIAS = 1e30
 # Texts that one request may ask for with `n`. More prompts than that may come in one request, whose size they pay for.
 MAX_SAMPLES = 4096
+# Log probabilities of the prompts of all its texts. The scheduler makes Python numbers of them, and serves nobody else.
+MAX_PROMPT_LOGPROBS = 2**22
 # Fields of SGLang's `SamplingParams` that a request can set, although SGLang computes them.
 _COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
 
@@ -33,6 +35,7 @@ class Numbers(NamedTuple):
         token_ids_logprob: ids.
         positions: indices into the input, by the field that names them.
         embed_widths: of every embedding that is given instead of a token.
+        max_history: at most as many tokens come before `input_ids`, of a session's former turns.
     """
 
     input_ids: Sequence[int]
@@ -41,6 +44,7 @@ class Numbers(NamedTuple):
     token_ids_logprob: Sequence[int] = ()
     positions: tuple[tuple[str, Sequence[int]], ...] = ()
     embed_widths: Sequence[int] = ()
+    max_history: int = 0
 
 
 class _Check(NamedTuple):
@@ -83,7 +87,23 @@ def value_problem(numbers: Numbers, params: Any, vocab_size: int, hidden_size: i
         for value in values:
             if not ((low is None or value >= low) and (high is None or value <= high)):
                 return f"{field}: {value} is out of range, {_range(low, high)}."
-    return None
+    return _prompt_logprobs_problem(numbers, max(params.n, 1))
+
+
+def _prompt_logprobs_problem(numbers: Numbers, n: int) -> str | None:
+    per_token = max(numbers.top_logprobs_num, 0) + len(numbers.token_ids_logprob)
+    if numbers.logprob_start_len < 0 or per_token == 0:
+        return None
+    length = numbers.max_history + max(len(numbers.input_ids), len(numbers.embed_widths))
+    num_tokens = max(length - numbers.logprob_start_len, 0)
+    values = n * num_tokens * per_token
+    if values <= MAX_PROMPT_LOGPROBS:
+        return None
+    field = "top_logprobs_num" if numbers.top_logprobs_num > 0 else "number of token_ids_logprob"
+    return (
+        f"{field}: {per_token} log probabilities of each of {num_tokens} prompt tokens from logprob_start_len "
+        f"{numbers.logprob_start_len} on, for n = {n}, are {values} values, at most {MAX_PROMPT_LOGPROBS}."
+    )
 
 
 def samples_problem(num_prompts: int, n: int) -> str | None:

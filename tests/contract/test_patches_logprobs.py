@@ -1,4 +1,4 @@
-"""What the patch for log probabilities does."""
+"""What the patch for log probabilities does, and what `compat/logprobs.py` does without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sglang.srt.managers import schedule_batch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.patching import patched_module
+from sglang_orthrus.compat.logprobs import select_top_logprobs_per_request
+from tests.patching import load, patched_module
 
 pytestmark = pytest.mark.contract
 
@@ -34,9 +35,14 @@ class _Selected(TorchDispatchMode):
         return result
 
 
-@pytest.fixture(name="patched")
-def _patched(tmp_path: Path) -> ModuleType:
-    return patched_module("0020", tmp_path, "logprob_processor")
+@pytest.fixture(name="patched", params=["patch", "compat"])
+def _patched(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param == "patch":
+        return patched_module("0020", tmp_path, "logprob_processor")
+    wrapped = load("wrapped_logprob_processor", Path(str(stock.__file__)))
+    monkeypatch.setattr("sglang.srt.layers.logprob_processor", wrapped)
+    select_top_logprobs_per_request()
+    return wrapped
 
 
 def _rows(num: int) -> torch.Tensor:
@@ -57,8 +63,11 @@ def test_outputs_get_the_same_top_logprobs(patched: ModuleType, nums: list[int],
             assert row == wanted
 
 
-def _chunks(module: ModuleType, size: int, normalised: bool) -> tuple[list[Any], list[Any]]:
-    """The prompts' top log probabilities, in chunks of `size` rows as SGLang's `InputLogprobProcessor` makes them."""
+def _chunks(module: ModuleType, size: int, normalised: bool, as_spans: bool = False) -> tuple[list[Any], list[Any]]:
+    """The prompts' top log probabilities, in chunks of `size` rows as SGLang's `InputLogprobProcessor` makes them.
+
+    as_spans: as for a copy to pinned memory, finished as SGLang's `finalize_input_logprobs` does.
+    """
     owners = [n for n, length in enumerate(LENS) for _ in range(length)]
     rows = _rows(len(owners))
     values: list[Any] = []
@@ -69,14 +78,19 @@ def _chunks(module: ModuleType, size: int, normalised: bool) -> tuple[list[Any],
         first, last = owners[start], owners[min(start + size, len(owners)) - 1]
         norm = stock.compute_row_log_normalizer(chunk) if normalised else None
         nums, lens = NUMS[first : last + 1], LENS[first : last + 1]
-        split = module.get_top_logprobs_chunk(chunk, nums, lens, values, indices, split, log_normalizer=norm)
+        split = module.get_top_logprobs_chunk(
+            chunk, nums, lens, values, indices, split, log_normalizer=norm, copy_to_pinned_cpu=as_spans
+        )
+    if as_spans:
+        values, indices = ([[row for span in x for row in span.tolist()] for x in table] for table in (values, indices))
     return values, indices
 
 
+@pytest.mark.parametrize("as_spans", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("size", [100, 12, 5, 2, 1])
-def test_prompts_get_the_same_top_logprobs(patched: ModuleType, size: int, normalised: bool) -> None:
-    assert _chunks(patched, size, normalised) == _chunks(stock, size, normalised)
+def test_prompts_get_the_same_top_logprobs(patched: ModuleType, size: int, normalised: bool, as_spans: bool) -> None:
+    assert _chunks(patched, size, normalised, as_spans) == _chunks(stock, size, normalised)
     whole = [
         module.get_top_logprobs_raw(_rows(sum(LENS)), NUMS, stock.LogprobStage.PREFILL, LENS)
         for module in (stock, patched)

@@ -232,3 +232,25 @@ def test_a_row_without_a_distribution_harms_no_other(
     assert second == 2
     likely = [_sampled(patched, [0.0, 0.0, 0.0, 50.0], monkeypatch) for _ in range(5)]
     assert likely == [[3, 2]] * 5, "another row is left alone"
+
+
+@pytest.mark.parametrize(("texts", "n"), [("a", 4097), (["a", "b"], 2049)])
+def test_a_request_asks_for_so_many_texts(texts: str | list[str], n: int, tmp_path: Path) -> None:
+    """As shipped, it is copied n times, whatever n is."""
+    from sglang.srt.managers import io_struct
+
+    def normalised(module: ModuleType, n: int) -> Any:
+        request = module.GenerateReqInput(text=texts, sampling_params={"n": n})
+        request.normalize_batch_and_arguments()
+        return request
+
+    assert len(normalised(io_struct, n).text) > 4096, CLOSED
+    patched = patched_module("0024", tmp_path, "io_struct")
+    with pytest.raises(ValueError, match="n must be at most 4096"):
+        normalised(patched, n)
+    with pytest.raises(ValueError, match="n must be at most 4096"):
+        normalised(patched, 2**32)
+    assert len(normalised(patched, n - 1).text) == 4096
+    many = patched.GenerateReqInput(text=["a"] * 5000, sampling_params={"n": 1})
+    many.normalize_batch_and_arguments()
+    assert len(many.text) == 5000, "a request pays for its inputs by its size"

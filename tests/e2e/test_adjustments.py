@@ -156,6 +156,27 @@ def assert_same_log_probabilities(reply: Reply, expected: Reply) -> None:
         assert token == other_token or "top_" in place
 
 
+def test_neighbours_ask_for_different_numbers_of_log_probabilities(served: Server, plain: Server) -> None:
+    """In one prefill batch; large numbers are selected for each request by itself."""
+    for server in (served, plain):
+        server.get("/flush_cache?timeout=30")
+    numbers = [3, 200, 0, 4096]
+    ids = [prompt_of("prose"), prompt_of("json"), prompt_of("chat"), prompt_of("arith")]
+    body = {
+        "input_ids": [list(own) for own in ids],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 3},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": numbers,
+    }
+    for own, number, reply, expected in zip(
+        ids, numbers, served.post("/generate", body), plain.post("/generate", body), strict=True
+    ):
+        assert_same_log_probabilities(reply, expected)
+        top = reply["meta_info"].get("input_top_logprobs") or ()
+        assert [len(place or ()) for place in top[1:]] == [number] * (len(own) - 1 if number else 0)
+
+
 @pytest.mark.parametrize("name", ["output", "top", "ids"])
 def test_log_probabilities_under_a_grammar(served: Server, plain: Server, name: str) -> None:
     """Alone, so that the last of the batch's requests ends behind a round that has begun."""
@@ -258,16 +279,28 @@ def test_stops_are_plain_sglangs(orthrus: Server, plain: Server, name: str) -> N
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("overlap", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no overlap"])
 def test_adjustments_against_plain_sglang(tmp_path: Path, overlap: tuple[str, ...]) -> None:
-    """100 prompts, every option alone and all together, batch sizes 1 and 8."""
-    asked = [(prompt.ids, options) for prompt in load_prompts(NANO, 100)[:100] for options in PENALTIES.values()]
+    """100 prompts, every option alone and all together, batch sizes 1 and 8.
+
+    Without overlap, plain SGLang leaves the order of different penalties to the addresses of classes, so that a patched
+    one answers to all options together (patches/0023).
+    """
+    chosen = [prompt.ids for prompt in load_prompts(NANO, 100)[:100]]
+    alone = [(ids, options) for name, options in PENALTIES.items() if name != "all" for ids in chosen]
+    together = [(ids, PENALTIES["all"]) for ids in chosen]
+    asked = alone + together
     exported = export_ar(NANO, tmp_path / "nano-ar")
+    patched = patched_sglang("0023-penalties-in-one-order", tmp_path / "overlay")
 
-    def collect(model: Path, args: Sequence[str], env: dict[str, str], sizes: Sequence[int]) -> list[list[Reply]]:
+    def collect(
+        model: Path, args: Sequence[str], env: dict[str, str], requests: Sequence[Any], sizes: Sequence[int]
+    ) -> list[list[Reply]]:
         with Server(model, *TEST_ARGS, *args, env={**SETUP.env, **env}) as server:
-            return [_all(lambda request: ask(server, *request), asked, size) for size in sizes]
+            return [_all(lambda request: ask(server, *request), requests, size) for size in sizes]
 
-    (expected,) = collect(exported, ("--disable-overlap-schedule",), plain_env(), (1,))
-    ours = collect(NANO, ("--speculative-algorithm", "ORTHRUS", *overlap), {}, (1, 8))
+    plain_args = ("--disable-overlap-schedule",)
+    (expected,) = collect(exported, plain_args, plain_env(), alone, (1,))
+    expected += collect(exported, plain_args, {**plain_env(), **patched}, together, (1,))[0]
+    ours = collect(NANO, ("--speculative-algorithm", "ORTHRUS", *overlap), {}, asked, (1, 8))
     reference = Reference(NANO)
     for replies in ours:
         near_ties = 0

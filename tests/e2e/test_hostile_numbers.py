@@ -90,6 +90,13 @@ def _an_ordinary_request_is_answered_afterwards(orthrus: Server) -> Iterator[Non
         (("/api/generate", OLLAMA | {"options": {"num_predict": False}}), "can't be passed on"),
         (("/api/generate", OLLAMA | {"options": {"num_predict": 10**6}}), "maximum context length"),
         (_native(return_logprob=True, logprob_start_len=-2), "logprob_start_len: -2"),
+        (
+            _native(input_ids=[5] * 1025, return_logprob=True, logprob_start_len=0, top_logprobs_num=VOCAB),
+            "top_logprobs_num: 4096 log probabilities of each of 1025 prompt tokens from logprob_start_len 0 on, for "
+            "n = 1, are 4198400 values, at most 4194304",
+        ),
+        (_native({"n": 500}, return_logprob=True, logprob_start_len=0, top_logprobs_num=VOCAB), "are 6144000 values"),
+        (_text(prompt=[5] * 1025, logprobs=VOCAB, echo=True), "are 4198400 values"),
         (_native({"stop_token_ids": [VOCAB], "min_new_tokens": 2}), "stop_token_ids (with min_new_tokens): 4096"),
         (_chat(stop_token_ids=[-1], min_tokens=2), "stop_token_ids (with min_new_tokens): -1"),
         (_native({"top_k": 2**31, "temperature": 1}), "top_k: 2147483648"),
@@ -119,6 +126,8 @@ def test_it_is_refused_by_name(orthrus: Server, request_: tuple[str, dict[str, A
         _native(input_ids=[0, VOCAB - 1]),
         _native(return_logprob=True, top_logprobs_num=-1),
         _native(return_logprob=True, top_logprobs_num=VOCAB),
+        _native(input_ids=[5] * 1025, return_logprob=True, top_logprobs_num=VOCAB),
+        _native(input_ids=[5] * 1025, return_logprob=True, logprob_start_len=1000, top_logprobs_num=VOCAB),
         _chat(logprobs=True, top_logprobs=-1),
         _text(logprobs=-1),
         _native({"stop_token_ids": [-1, VOCAB, 2**40]}),

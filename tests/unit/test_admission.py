@@ -139,6 +139,48 @@ def test_numbers_at_the_ends_of_their_ranges_are_served(sampling: dict[str, Any]
     assert tokenized_problem(_sent(sampling, **fields), VOCAB) is None
 
 
+@pytest.mark.parametrize(
+    ("n", "fields", "values"),
+    [
+        # Tokens of the prompt, log probabilities of each, texts.
+        (1, {"input_ids": array("q", [1] * 41944), "top_logprobs_num": VOCAB}, 41944 * 100),
+        (1, {"input_ids": array("q", [1] * 41954), "top_logprobs_num": VOCAB, "logprob_start_len": 10}, 41944 * 100),
+        (3, {"input_ids": array("q", [1] * 14000), "top_logprobs_num": VOCAB}, 3 * 14000 * 100),
+        (1, {"input_ids": array("q", [1] * 42000), "token_ids_logprob": [5] * VOCAB}, 42000 * 100),
+        (1, {"input_ids": array("q", [1] * 30000), "top_logprobs_num": VOCAB, "token_ids_logprob": [5] * 90}, 5700000),
+        (1, {"input_ids": None, "input_embeds": [[0.0]] * 42000, "top_logprobs_num": VOCAB}, 42000 * 100),
+        # Of a session's history the scheduler alone knows how long it is.
+        (1, {"session_params": {"id": "s"}, "top_logprobs_num": VOCAB}, 50000 * 100),
+        (1, {"session_params": {"id": "s"}, "top_logprobs_num": VOCAB, "logprob_start_len": 7}, 49993 * 100),
+    ],
+)
+def test_a_prompt_has_so_many_log_probabilities(n: int, fields: dict[str, Any], values: int) -> None:
+    """The scheduler makes Python numbers of them, and serves nobody meanwhile."""
+    asked = {"return_logprob": True, "logprob_start_len": 0} | fields
+    message = tokenized_problem(_sent({"n": n}, **asked), VOCAB, context_length=50000)
+    assert message is not None and f"are {values} values, at most 4194304." in message
+    assert "top_logprobs_num: " in message or "number of token_ids_logprob: " in message
+    for of_the_output_alone in ({"logprob_start_len": -1}, {"return_logprob": False}):
+        sent = _sent({"n": n}, **asked | of_the_output_alone)
+        assert tokenized_problem(sent, VOCAB, context_length=50000) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "fields"),
+    [
+        (1, {"input_ids": array("q", [1] * 41943), "top_logprobs_num": VOCAB}),
+        (1, {"input_ids": array("q", [1] * 90000), "top_logprobs_num": VOCAB, "logprob_start_len": 48057}),
+        (1, {"input_ids": array("q", [1] * 90000), "top_logprobs_num": VOCAB, "logprob_start_len": 10**9}),
+        (1, {"input_ids": array("q", [1] * 200000), "top_logprobs_num": 20}),
+        (4096, {"input_ids": array("q", [1] * 200000)}),
+        (1, {"session_params": {"id": "s"}, "top_logprobs_num": 83}),
+    ],
+)
+def test_log_probabilities_of_a_prompt_are_served_up_to_the_bound(n: int, fields: dict[str, Any]) -> None:
+    asked = {"return_logprob": True, "logprob_start_len": 0} | fields
+    assert tokenized_problem(_sent({"n": n}, **asked), VOCAB, context_length=50000) is None
+
+
 def test_log_probabilities_that_nobody_asked_for_are_not_looked_up() -> None:
     """The scheduler takes the largest number in a batch, also of a request that wants none."""
     sent = _sent({}, top_logprobs_num=10**9)
