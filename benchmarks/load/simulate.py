@@ -139,7 +139,9 @@ class Simulation:
         self._kinds = kinds
         self._controller = controller
         self._width = width
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng([seed, 0])
+        # The same requests come in the same order, whatever the widths.
+        self._arrivals = np.random.default_rng([seed, 1])
         self._delay = delay
         self._costs = measured_costs()
         self._next_key = 0
@@ -160,8 +162,8 @@ class Simulation:
         while len(self._requests) > num_requests:
             self._end(self._requests.pop())
         while len(self._requests) < num_requests:
-            kind = self._kinds[self._random.integers(len(self._kinds))]
-            request = Request(self._next_key, kind, int(self._random.integers(*LENGTHS)))
+            kind = self._kinds[self._arrivals.integers(len(self._kinds))]
+            request = Request(self._next_key, kind, int(self._arrivals.integers(*LENGTHS)))
             self._next_key += 1
             self._requests.append(request)
             if self._controller is not None:

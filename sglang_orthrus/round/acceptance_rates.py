@@ -31,17 +31,19 @@ NEUTRAL_RATE = 0.9
 NEUTRAL_ROUNDS = 4.0
 NEUTRAL_HALF_LIFE = 32.0
 # What rounds at other widths say is worth at most so many rounds at the width itself ...
-OTHER_WIDTHS_ROUNDS = 4.0
+OTHER_WIDTHS_ROUNDS = 16.0
 # ... and what a narrower width says half as much as what a wider one says.
 NARROWER_TRUST = 0.5
-# A width's ratio to what other widths said of it is 1 until so many drafts were expected of it ...
-RATIO_DRAFTS = 32.0
+# A width's ratio to what other widths say of it is 1 at first, as if so many rounds had said so ...
+RATIO_ROUNDS = 32.0
 # ... and forgets half in so many rounds of one request.
 RATIO_HALF_LIFE = 512.0
 # Classes beyond share the last one's row. There are four: with and without a grammar, sampled and greedy.
 MAX_CLASSES = 8
 
 _TINY = 1e-6
+# Rounds that are worth less than this are not compared.
+_NEGLIGIBLE = 0.01
 # Columns of the counts, before those of tokens.
 _SEEN, _FULL, _FAILED, _TOKENS = range(4)
 
@@ -128,9 +130,8 @@ class AcceptanceRates:
         self._requests.add(rows, column, counts, HALF_LIFE)
         present = np.flatnonzero(members.any(0))
         self._classes.add(present, column, members[:, present].T @ counts, CLASS_HALF_LIFE)
-        everything = np.arange(MAX_CLASSES)
-        weights = NEUTRAL_ROUNDS * np.exp2(-self._classes.rounds / NEUTRAL_HALF_LIFE)
-        self._class_tokens = self._classes.expected(everything, self._ratios, self._neutral, weights)
+        weights = NEUTRAL_ROUNDS * np.exp2(-self._classes.rounds[present] / NEUTRAL_HALF_LIFE)
+        self._class_tokens[present] = self._classes.expected(present, self._ratios[present], self._neutral, weights)
 
     def expected_tokens(self, key: Hashable, width: int) -> float:
         """Tokens that a round of this width commits of the request, in [1, width].
@@ -162,6 +163,8 @@ class AcceptanceRates:
         seen = self._requests.counts[rows, :, _SEEN]
         weights = seen / (seen + 1.0)
         weights[:, column] = 0.0
+        if weights.max() < _NEGLIGIBLE:
+            return
         by_class = members.T @ np.stack(
             [weights * (lens - 1)[:, None], weights * (self._requests.tokens[rows, :, column] - 1.0), weights], axis=1
         ).reshape(len(rows), -1)
@@ -169,8 +172,9 @@ class AcceptanceRates:
         decay = np.exp2(-rounds / RATIO_HALF_LIFE)
         for total, new in ((self._accepted, accepted), (self._predicted, predicted)):
             total[:, :, column] = total[:, :, column] * decay + new
-        self._ratios[:, :, column] = (self._accepted[:, :, column] + RATIO_DRAFTS) / (
-            self._predicted[:, :, column] + RATIO_DRAFTS
+        at_first = RATIO_ROUNDS * (self._neutral[column] - 1.0)
+        self._ratios[:, :, column] = (self._accepted[:, :, column] + at_first) / (
+            self._predicted[:, :, column] + at_first
         )
 
 

@@ -83,13 +83,12 @@ class Probes:
         likely = np.minimum(likely_tokens(tokens, rounds_seen, 1.0), num_requests * self._most)
         for width in sorted(self._candidates(current), key=lambda width: -likely[width] / seconds[width]):
             may_be_better = likely[width] * token_seconds > seconds[width]
-            lost = max(0.0, float(seconds[width] - tokens[width] * token_seconds))
             if self._round - self._last_round_of[width] < self._wait(current, width, may_be_better):
                 continue
-            if lost > self._allowance:
-                continue
-            self._begin(width, lost, float(tokens[width]), token_seconds)
-            return width
+            lost = max(0.0, float(seconds[width] - tokens[width] * token_seconds))
+            if lost <= self._allowance:
+                self._begin(width, lost, float(tokens[width]), token_seconds)
+                return width
         return None
 
     def observe(self, width: int, tokens: float) -> None:
@@ -113,12 +112,14 @@ class Probes:
         return {width for width in near if 0 <= width <= widest and self._widths[width] > 1}
 
     def _wait(self, current: int, width: int, may_be_better: bool) -> int:
-        backoff = 1 << min(self._failures[width], 4)
+        """Rounds since the last one of this width until it is tried."""
+        if self._widths[current] > 1:
+            return min(INTERVAL << min(self._failures[width], 4), PLAIN_INTERVAL) if may_be_better else LONGEST_INTERVAL
+        # Text that drafts badly does so at any width.
+        failures = min(sum(self._failures), 4)
         if may_be_better:
-            return min(INTERVAL * backoff, PLAIN_INTERVAL)
-        if self._widths[current] == 1:
-            return min(PLAIN_INTERVAL * backoff, LONGEST_INTERVAL)
-        return LONGEST_INTERVAL
+            return min(INTERVAL << failures, PLAIN_INTERVAL)
+        return min(PLAIN_INTERVAL << failures, LONGEST_INTERVAL)
 
     def _begin(self, width: int, lost: float, tokens: float, token_seconds: float) -> None:
         self._pending = _Pending(width, tokens, token_seconds)

@@ -56,7 +56,7 @@ class SpeedFloor:
         credits, protected = self._credits, self._protected
         for key, accept_len in zip(keys, accept_lens, strict=True):
             before = credits.get(key)
-            if before is None or accept_len < 1:
+            if before is None or accept_len < 1 or (before >= SLACK and accept_len >= share):
                 continue
             # What was gained long ago is no reason to be slow for long.
             ahead = credits[key] = min(SLACK, before + accept_len - share)

@@ -67,8 +67,8 @@ class WidthReport(NamedTuple):
     def __str__(self) -> str:
         """One line for the log."""
         widths = ", ".join(
-            f"{width}: {self.rounds[width]} rounds of {self.tokens.get(width, 0) / max(1, self.requests.get(width, 0)):.1f}"
-            for width in sorted(self.rounds)
+            f"{width}: {self.tokens.get(width, 0) / max(1, self.requests.get(width, 0)):.1f} in {rounds} rounds"
+            for width, rounds in sorted(self.rounds.items())
         )
         seconds = max(self.seconds, 1e-9)
         return (
