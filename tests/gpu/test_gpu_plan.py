@@ -12,7 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus.passes.flashinfer import _leave_output_empty
 from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, GraphPlanner, PlanLayout, max_split_work, write_plan
-from tests.unit.interpreted_plans import read_plan
+from tests.unit.interpreted import read_plan
 
 pytestmark = pytest.mark.gpu
 
