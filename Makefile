@@ -6,7 +6,7 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
-# Without servers, files of tests run beside each other, as many as there are cores.
+# Tests that share no servers run in as many processes as there are cores.
 PYTEST := $(BIN)/python -m pytest
 BESIDE := -n logical --maxprocesses 4 --dist loadfile tests/unit tests/contract
 # OpenMP threads that spin for long stall when servers and tests share few cores.

@@ -71,7 +71,7 @@ class Launch:
     def server(self) -> Server:
         """The server, not started."""
         # All of them start at once, on as few as two cores.
-        return Server(self.model, *self.args, env={**SETUP.env, **self.env}, timeout=900)
+        return Server(self.model, *self.args, env={**SETUP.env, **self.env}, timeout=600)
 
 
 def launches(folder: Path) -> dict[str, Launch]:
