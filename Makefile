@@ -6,6 +6,9 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+# Tests that share no servers run in as many processes as there are cores.
+PYTEST := $(BIN)/python -m pytest
+BESIDE := -n logical --maxprocesses 4 --dist loadfile tests/unit tests/contract
 # OpenMP threads that spin for long stall when servers and tests share few cores.
 export GOMP_SPINCOUNT ?= 10000
 
@@ -20,13 +23,14 @@ serve: .venv/.installed
 	$(BIN)/python -m sglang_orthrus serve
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow" tests/unit tests/contract
+	$(PYTEST) -m "not slow" $(BESIDE)
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow"
+test: check
+	$(PYTEST) -m "not slow" tests/e2e tests/gpu
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) $(BESIDE)
+	$(PYTEST) tests/e2e tests/gpu
 
 parity: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity
@@ -35,15 +39,15 @@ seeded: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity.seeded
 
 adjustments: .venv/.test-extra
-	$(BIN)/python -m pytest tests/e2e/test_adjustments.py
+	$(PYTEST) tests/e2e/test_adjustments.py
 
 kits: .venv/.test-extra
-	$(BIN)/python -m pytest tests/e2e/test_kits.py
+	$(PYTEST) tests/e2e/test_kits.py
 
 structured: .venv/.test-extra
 	$(BIN)/python -m benchmarks.structured cpu
 	$(BIN)/python -m benchmarks.structured.walk benchmarks/results/walk-cpu.json
-	$(BIN)/python -m pytest tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
+	$(PYTEST) tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
 
 soak: .venv/.test-extra
 	$(BIN)/python -m benchmarks.volume.soak

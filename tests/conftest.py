@@ -1,28 +1,16 @@
-"""Servers that the end-to-end tests share, and the rule for tests that need a GPU."""
+"""Fixtures of the servers that the end-to-end tests share, and the rule for tests that need a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from benchmarks.common.reference import Reference
-from benchmarks.common.setups import SETUPS
-from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
-from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.models.checkpoint import export_ar
-
-CONTEXT_LENGTH = 2048
-# fp32 on either device, so that outputs can be compared token by token.
-SETUP = SETUPS["triton-fp32" if torch.cuda.is_available() else "cpu"]
-TEST_ARGS = (
-    *(*SERVER_ARGS, *SETUP.args, "--context-length", str(CONTEXT_LENGTH)),
-    *("--enable-metrics", "--enable-custom-logit-processor"),
-)
+from sglang_orthrus.cli.demo import NANO
+from sglang_orthrus.cli.server import Server
+from tests.servers import Servers, launches, names_used_by
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,72 +28,17 @@ def reference() -> Reference:
     return Reference(NANO)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How to start one of the shared servers."""
-
-    model: Path
-    args: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
-
-    def start(self) -> Server:
-        server = Server(self.model, *self.args, env={**SETUP.env, **self.env})
-        server.start()
-        return server
-
-
-class Servers:
-    """Shared servers by the names of their fixtures; those that the collected tests need start together.
-
-    NOTE: the kernel ends a server with the thread that started it, so the threads stay until the servers have stopped.
-    """
-
-    def __init__(self, launches: Mapping[str, Launch], needed: Collection[str]) -> None:
-        self._launches = launches
-        self._threads = ThreadPoolExecutor(len(launches))
-        self._started = {
-            name: self._threads.submit(launch.start) for name, launch in launches.items() if name in needed
-        }
-
-    def __getitem__(self, name: str) -> Server:
-        if name not in self._started:
-            self._started[name] = self._threads.submit(self._launches[name].start)
-        return self._started[name].result()
-
-    def stop(self) -> None:
-        for started in self._started.values():
-            if started.exception() is None:
-                started.result().stop()
-        self._threads.shutdown()
-
-
-def names_used_by(items: Iterable[pytest.Item]) -> set[str]:
-    """Fixtures of these tests, those included that a parameter names."""
-    names: set[str] = set()
-    for item in items:
-        names.update(getattr(item, "fixturenames", ()))
-        callspec = getattr(item, "callspec", None)
-        names.update(value for value in (callspec.params.values() if callspec else ()) if isinstance(value, str))
-    return names
-
-
 @pytest.fixture(scope="session")
 def shared_servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    ours = (*ORTHRUS_ARGS, *TEST_ARGS)
-    exported = export_ar(NANO, tmp_path_factory.mktemp("plain") / "nano-ar")
-    launches = {
-        "orthrus": Launch(NANO, (*ours, "--decode-log-interval", "2")),
-        "orthrus_without_overlap": Launch(NANO, (*ours, "--disable-overlap-schedule")),
-        "plain": Launch(exported, TEST_ARGS, plain_env()),
-    }
-    running = Servers(launches, names_used_by(request.session.items))
+    """All of the following. A test must leave them alive and as they were."""
+    running = Servers(launches(tmp_path_factory.mktemp("servers")), names_used_by(request.session.items))
     yield running
     running.stop()
 
 
 @pytest.fixture(scope="session")
 def orthrus(shared_servers: Servers) -> Server:
-    """The bundled checkpoint served by ORTHRUS, overlap scheduling on. Shared: a test must leave it alive."""
+    """The bundled checkpoint served by ORTHRUS with SGLang's defaults: overlap scheduling, pages of one token."""
     return shared_servers["orthrus"]
 
 
@@ -119,3 +52,25 @@ def orthrus_without_overlap(shared_servers: Servers) -> Server:
 def plain(shared_servers: Servers) -> Server:
     """The truth: the AR-only export served by SGLang without the plugin."""
     return shared_servers["plain"]
+
+
+@pytest.fixture(scope="session")
+def small(shared_servers: Servers) -> Server:
+    """ORTHRUS where all is tight: a small pool that is checked after every step, pages, prefill chunks of half a block.
+
+    Rounds of up to four requests are (the stand-in's) CUDA graphs. A reasoning parser, a template that thinks by
+    default, JSON without white space, no time for masks. Requests that do not give `top_k` are greedy.
+    """
+    return shared_servers["small"]
+
+
+@pytest.fixture(scope="session")
+def narrow(shared_servers: Servers) -> Server:
+    """ORTHRUS with a verify width below the block's, llguidance, and seeds that count."""
+    return shared_servers["narrow"]
+
+
+@pytest.fixture(scope="session")
+def tiny(shared_servers: Servers) -> Server:
+    """ORTHRUS on random weights with a vocabulary small enough to count texts."""
+    return shared_servers["tiny"]

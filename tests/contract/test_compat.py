@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -28,26 +26,9 @@ def test_another_sglang_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch)
         versions.require_supported_sglang()
 
 
-INSTALLED = """
-import pkgutil
-from sglang_orthrus.compat import ledger
-from sglang_orthrus.compat.install import install_in_http_server, install_in_scheduler
-from sglang_orthrus.compat.requests import RequestChecks
-
-install_in_http_server(RequestChecks(*[lambda *args: None] * 4))
-install_in_scheduler(32, lambda req: None, lambda folder: None)
-for entry in ledger.entries():
-    if entry.what.startswith("wrapped"):
-        print(entry.target, getattr(pkgutil.resolve_name(entry.target), "_sglang_orthrus", False))
-"""
-
-
-def test_every_wrapper_of_the_ledger_is_installed() -> None:
-    """In a fresh process, as other tests install some here."""
-    run = subprocess.run([sys.executable, "-c", INSTALLED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    is_wrapped = dict(line.split() for line in run.stdout.splitlines() if line.startswith("sglang."))
-    assert len(is_wrapped) > 10 and set(is_wrapped.values()) == {"True"}, is_wrapped
+def test_every_wrapper_of_the_ledger_is_installed(installed: dict[str, Any]) -> None:
+    is_wrapped = installed["wrapped"]
+    assert len(is_wrapped) > 10 and set(is_wrapped.values()) == {True}, is_wrapped
 
 
 def test_wrapping_twice_wraps_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pkgutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,63 +12,25 @@ import torch
 from sglang_orthrus.compat.ledger import all_entries
 from sglang_orthrus.cpu.platform import OrthrusCpuPlatform, activate
 from sglang_orthrus.cpu.replacements import REPLACEMENTS
+from tests.contract.processes import output_of
 
 pytestmark = pytest.mark.contract
 
 without_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="the CPU platform steps aside on a machine with an accelerator"
 )
-
-# A fresh process, since this one may have replaced SGLang's functions already.
-REPLACING = """
-import inspect, json, pkgutil
-from sglang.srt.mem_cache import allocation
-from sglang.srt.speculative import spec_utils
-from sglang_orthrus.cpu.replacements import REPLACEMENTS, install_cpu_kernels
-
-def parameters(function):
-    return [[p.name, str(p.kind), repr(p.default)] for p in inspect.signature(function).parameters.values()]
-
-stock = {target: parameters(pkgutil.resolve_name(target)) for target in REPLACEMENTS}
-ours = {target: parameters(function) for target, function in REPLACEMENTS.items()}
-assert spec_utils.assign_req_to_token_pool_func is allocation.assign_req_to_token_pool_func
-for _ in range(2):
-    install_cpu_kernels()
-installed = all(pkgutil.resolve_name(target) is function for target, function in REPLACEMENTS.items())
-by_name = spec_utils.assign_req_to_token_pool_func is allocation.assign_req_to_token_pool_func
-print(json.dumps({"stock": stock, "ours": ours, "installed": installed, "by_name": by_name}))
-"""
-
-RESOLVING = """
-import json, os, sys
-from sglang.srt.platforms import current_platform
-from sglang.srt.arg_groups.overrides import resolved_view
-from sglang.srt.server_args import prepare_server_args
-
-FIELDS = ["device", "dtype", "attention_backend", "sampling_backend", "max_total_tokens", "max_running_requests",
-    "sleep_on_idle", "disable_overlap_schedule"]
-results = []
-for flags in json.loads(sys.argv[1]):
-    args = prepare_server_args(flags)
-    args.resolve_once()
-    view = resolved_view(args)
-    results.append({name: getattr(view, name) for name in FIELDS})
-print(json.dumps({"platform": type(current_platform).__name__, "dynamo": os.environ.get("TORCHDYNAMO_DISABLE"),
-    "args": results}))
-"""
+LAUNCHES = {
+    "plain": "",
+    "device": "--device cpu",
+    "explicit": "--device cpu --dtype bfloat16 --max-total-tokens 4096 --max-running-requests 3",
+    "seeded": "--device cpu --enable-deterministic-inference",
+}
 
 
-def _python(code: str, *arguments: str, **environment: str) -> Any:
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.strip().splitlines()[-1])
-
-
-@pytest.fixture
-def qwen3(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the configuration of a small float32 Qwen3 and nothing else."""
+    folder = tmp_path_factory.mktemp("qwen3")
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -86,8 +44,19 @@ def qwen3(tmp_path: Path) -> str:
         "max_position_embeddings": 4096,
         "dtype": "float32",
     }
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return str(tmp_path)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["found", "named"])
+def resolved(request: pytest.FixtureRequest, qwen3: str) -> dict[str, dict[str, Any]]:
+    """What SGLang makes of `LAUNCHES` where it finds the platform by itself, and where the platform is named."""
+    launches = [["--model-path", qwen3, "--skip-tokenizer-init", *flags.split()] for flags in LAUNCHES.values()]
+    selection = {"SGLANG_PLATFORM": "orthrus_cpu"} if request.param == "named" else {}
+    found = output_of("tests.contract.resolving", json.dumps(launches), **selection)
+    assert found["platform"] == "OrthrusCpuPlatform"
+    assert found["dynamo"] == "1"
+    return dict(zip(LAUNCHES, found["args"], strict=True))
 
 
 def test_replacements_are_in_the_ledger() -> None:
@@ -95,10 +64,9 @@ def test_replacements_are_in_the_ledger() -> None:
     assert set(REPLACEMENTS.items()) <= recorded
 
 
-def test_replacements_have_the_originals_signatures_and_reach_imports_by_name() -> None:
-    found = _python(REPLACING)
-    assert found["stock"] == found["ours"]
-    assert found["installed"] and found["by_name"]
+def test_replacements_have_the_originals_signatures_and_reach_imports_by_name(installed: dict[str, Any]) -> None:
+    assert installed["stock"] == installed["ours"]
+    assert installed["installed"] and installed["by_name"]
 
 
 def test_the_platform_is_named_only_where_no_accelerator_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,32 +85,22 @@ def test_sglang_s_own_cpu_engine_has_precedence(monkeypatch: pytest.MonkeyPatch)
 
 
 @without_accelerator
-def test_a_plain_launch_resolves_to_the_cpu(qwen3: str) -> None:
-    """With and without --device, and with the platform selected by name."""
-    base = ["--model-path", qwen3, "--skip-tokenizer-init"]
-    launches = json.dumps([base, [*base, "--device", "cpu"]])
-    for selection in ({}, {"SGLANG_PLATFORM": "orthrus_cpu"}):
-        found = _python(RESOLVING, launches, **selection)
-        assert found["platform"] == "OrthrusCpuPlatform"
-        assert found["dynamo"] == "1"
-        for args in found["args"]:
-            assert args == {
-                "device": "cpu",
-                "dtype": "float32",
-                "attention_backend": "torch_native",
-                "sampling_backend": "pytorch",
-                "max_total_tokens": 65536,
-                "max_running_requests": 48,
-                "sleep_on_idle": True,
-                "disable_overlap_schedule": False,
-            }
+@pytest.mark.parametrize("launch", ["plain", "device"])
+def test_a_plain_launch_resolves_to_the_cpu(resolved: dict[str, dict[str, Any]], launch: str) -> None:
+    assert resolved[launch] == {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "max_total_tokens": 65536,
+        "max_running_requests": 48,
+        "sleep_on_idle": True,
+        "disable_overlap_schedule": False,
+    }
 
 
 @without_accelerator
-def test_flags_that_the_user_gave_stay(qwen3: str) -> None:
-    flags = "--device cpu --dtype bfloat16 --max-total-tokens 4096 --max-running-requests 3"
-    deterministic = "--device cpu --enable-deterministic-inference"
-    base = ["--model-path", qwen3, "--skip-tokenizer-init"]
-    explicit, seeded = _python(RESOLVING, json.dumps([base + flags.split(), base + deterministic.split()]))["args"]
+def test_flags_that_the_user_gave_stay(resolved: dict[str, dict[str, Any]]) -> None:
+    explicit, seeded = resolved["explicit"], resolved["seeded"]
     assert (explicit["dtype"], explicit["max_total_tokens"], explicit["max_running_requests"]) == ("bfloat16", 4096, 3)
     assert seeded["attention_backend"] == "torch_native"

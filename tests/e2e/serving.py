@@ -16,15 +16,6 @@ from benchmarks.common import pool as common_pool
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, generate, prompt_of
 
-# The scheduler asserts the accounting of the pool after every step, and that no slot has two owners.
-STRICT = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-    "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
-}
-# Gauges are written after every step, and therefore also when the last request has left.
-GAUGES = ("--decode-log-interval", "1")
 PATIENCE_SECONDS = 120.0
 
 

@@ -24,9 +24,9 @@ from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, prompt_of
 from tests.patching import patched_sglang
+from tests.servers import SETUP, TEST_ARGS
 
 pytestmark = pytest.mark.e2e
 

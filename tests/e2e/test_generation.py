@@ -12,7 +12,6 @@ from openai import OpenAI
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import CONTEXT_LENGTH
 from tests.e2e.helpers import (
     assert_same_output,
     generate,
@@ -21,6 +20,7 @@ from tests.e2e.helpers import (
     prompts,
     tokens_per_cycle,
 )
+from tests.servers import CONTEXT_LENGTH
 
 pytestmark = pytest.mark.e2e
 

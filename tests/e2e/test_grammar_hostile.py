@@ -13,8 +13,8 @@ import pytest
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import SLOW_MASK_MS
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import generate, prompt_of
+from tests.servers import NO_WHITE_SPACE, SETUP, TEST_ARGS
 
 pytestmark = pytest.mark.e2e
 
@@ -68,8 +68,7 @@ def test_they_are_answered_as_by_plain_sglang(orthrus: Server, plain: Server, na
 @pytest.fixture(scope="module")
 def cut() -> Iterator[Server]:
     """Without white space, and with no time for masks: rounds of sampled requests are cut at their first row."""
-    strict = "--constrained-json-disable-any-whitespace"
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, strict, env={**SETUP.env, SLOW_MASK_MS: "0"}) as server:
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, NO_WHITE_SPACE, env={**SETUP.env, SLOW_MASK_MS: "0"}) as server:
         yield server
 
 

@@ -30,37 +30,25 @@ from benchmarks.structured.cases import END, Case, foreign_cases, own_cases, too
 from benchmarks.structured.run import metrics
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
-from sglang_orthrus.config import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming
 from tests.patching import patched_sglang
+from tests.servers import LLGUIDANCE, NO_WHITE_SPACE, REASONING, SETUP, TEST_ARGS, WITHOUT_OVERLAP
 
 pytestmark = pytest.mark.e2e
 
 MAX_NEW_TOKENS = 96
 VOCABULARY = 4096
-STRICT = "--constrained-json-disable-any-whitespace"
 TOKENIZER = get_tokenizer(str(NANO))
 END_ID = TOKENIZER.convert_tokens_to_ids(END)
 THINK_END = TOKENIZER.convert_tokens_to_ids("</think>")
-REASONING = ("--reasoning-parser", "qwen3")
-LLGUIDANCE = ("--grammar-backend", "llguidance")
-
-
-@pytest.fixture(scope="module")
-def strict() -> Iterator[Server]:
-    """XGrammar without white space, with a reasoning parser, and with every grammar taken for slow once it was used."""
-    env = {**SETUP.env, SLOW_MASK_MS: "0"}
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *REASONING, STRICT, env=env) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
 def llguidance() -> Iterator[Server]:
     """The other engine, white space anywhere; synchronous scheduling."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *LLGUIDANCE, "--disable-overlap-schedule", env=SETUP.env) as server:
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *LLGUIDANCE, WITHOUT_OVERLAP, env=SETUP.env) as server:
         yield server
 
 
@@ -140,30 +128,30 @@ def num_sparse_blocks(server: Server) -> float:
     return sum(number for name, number in metrics(server).items() if "blocks_total" in name and "needed" in name)
 
 
-def test_schemas_without_white_space(strict: Server, reference: Reference) -> None:
+def test_schemas_without_white_space(small: Server, reference: Reference) -> None:
     """Of kinds that nano was not trained on. With the drafts left alone they come to 1.3 tokens per cycle."""
-    replies = assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases()[::10])
+    replies = assert_as_the_reference(small, reference, xgrammar_backend(), foreign_cases()[::10])
     assert mean_tokens_per_cycle(replies) > 2
 
 
-def test_own_prompts_without_white_space(strict: Server, reference: Reference) -> None:
+def test_own_prompts_without_white_space(small: Server, reference: Reference) -> None:
     cases = [*own_cases(4), *tool_cases(4)]
-    replies = assert_as_the_reference(strict, reference, xgrammar_backend(), cases)
+    replies = assert_as_the_reference(small, reference, xgrammar_backend(), cases)
     assert mean_tokens_per_cycle(replies) > 10
-    before = num_sparse_blocks(strict)
-    assert [reply["output_ids"] for reply in ask_all(strict, cases)] == [reply["output_ids"] for reply in replies]
+    before = num_sparse_blocks(small)
+    assert [reply["output_ids"] for reply in ask_all(small, cases)] == [reply["output_ids"] for reply in replies]
     rounds = sum(reply["meta_info"]["spec_verify_ct"] for reply in replies)
-    assert num_sparse_blocks(strict) - before >= rounds / 2, "their grammars are slow now"
+    assert num_sparse_blocks(small) - before >= rounds / 2, "their grammars are slow now"
 
 
 @pytest.mark.slow
-def test_every_schema_without_white_space(strict: Server, reference: Reference) -> None:
-    assert_as_the_reference(strict, reference, xgrammar_backend(), foreign_cases())
+def test_every_schema_without_white_space(small: Server, reference: Reference) -> None:
+    assert_as_the_reference(small, reference, xgrammar_backend(), foreign_cases())
 
 
-def test_schemas_under_llguidance(llguidance: Server, reference: Reference) -> None:
+def test_schemas_under_llguidance(narrow: Server, reference: Reference) -> None:
     cases = [*foreign_cases()[3::22], *own_cases(3)]
-    assert_as_the_reference(llguidance, reference, llguidance_backend(), cases)
+    assert_as_the_reference(narrow, reference, llguidance_backend(), cases)
 
 
 @pytest.mark.slow
@@ -173,7 +161,7 @@ def test_every_schema_under_llguidance(llguidance: Server, reference: Reference)
 
 # A server with a reasoning parser, the grammar objects that it makes, and the flag that makes it use this engine.
 ENGINES = [
-    pytest.param("strict", xgrammar_backend, (STRICT,), id="xgrammar"),
+    pytest.param("small", xgrammar_backend, (NO_WHITE_SPACE,), id="xgrammar"),
     pytest.param("reasoning_llguidance", llguidance_backend, LLGUIDANCE, id="llguidance", marks=pytest.mark.slow),
 ]
 
@@ -211,7 +199,7 @@ def test_a_grammar_begins_behind_the_reasoning(
     answer = reply["text"].rpartition("</think>")[2]
     jsonschema.validate(json.loads(answer), case.schema)
     assert tokens_per_cycle(reply) > 5
-    if thinking and name != "strict":  # that one has no time for masks, so a grammar that waits ends its round
+    if thinking and name != "small":  # that one has no time for masks, so a grammar that waits ends its round
         run = next(chunk["output_ids"] for chunk in rounds if THINK_END in chunk["output_ids"])
         assert run[-1] != THINK_END, "the grammar should begin in the round that ends the reasoning"
 

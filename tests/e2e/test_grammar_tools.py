@@ -16,14 +16,13 @@ from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.chats import CHAT, assembled, content, events
+from tests.servers import LLGUIDANCE, SETUP, TEST_ARGS
 
 pytestmark = pytest.mark.e2e
 
 # Users who want two calls, in nano's own words.
 SAMPLES = [sample for sample in held_out("tools", 200) if sample.answer.count("<tool_call>") == 2][:3]
-LLGUIDANCE = ("--grammar-backend", "llguidance")
 Outcome = tuple[int, list[dict[str, Any]]]
 
 

@@ -29,6 +29,7 @@ from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.e2e import kits
 from tests.e2e.kits import NOT_RUN, RUN, WITHOUT_TESTS, Kit
+from tests.servers import KIT_ARGS, NO_WHITE_SPACE, REASONING, change, thinking_by_default
 
 # The longest kit takes ten minutes on two cores.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -36,7 +37,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 THINKING_CONTEXT_LENGTH = 16384
 MASK_TOKEN = 4095, "<|mask|>"
-STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+CHECKED = {"SGLANG_ENABLE_CHECKED_MEM_CHECK_DURING_BUSY": "1"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,8 @@ class Launch:
 
 
 def think(folder: Path) -> None:
-    """Let it think unless asked not to, as the kits expect of Qwen3, and give it room for their prompts."""
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8")
-    template.write_text(text.replace("set enable_thinking = false", "set enable_thinking = true"), encoding="utf-8")
-    assert template.read_text(encoding="utf-8") != text
+    """Let it think unless asked not to, and give it room for the kits' prompts."""
+    thinking_by_default(folder)
     change(folder / "config.json", max_position_embeddings=THINKING_CONTEXT_LENGTH)
 
 
@@ -64,34 +62,31 @@ def never_end(folder: Path) -> None:
     change(folder / "tokenizer_config.json", eos_token=MASK_TOKEN[1])
 
 
-def change(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-
 LAUNCHES = {
-    # The regex and EBNF kits ask for temperature 0.5 and say nothing of top_k; with 1 as its default they are greedy.
-    # Where a JSON grammar allows white space, nano writes little else.
+    # The shared server `small` with room for long prompts. Where a JSON grammar allows white space, nano writes little
+    # else.
     "common": Launch(
         (
             *("--dtype", "float32", "--chunked-prefill-size", "256", "--tool-call-parser", "qwen25"),
-            *("--reasoning-parser", "qwen3", "--preferred-sampling-params", '{"top_k": 1}'),
-            *("--allow-auto-truncate", "--constrained-json-disable-any-whitespace"),
+            *(*REASONING, *KIT_ARGS, NO_WHITE_SPACE),
         ),
-        STRICT,
+        CHECKED,
         think,
     ),
     # Requests are drawn at random here unless they say otherwise.
-    "hot": Launch(("--dtype", "float32", "--chunked-prefill-size", "256"), STRICT, think),
+    "hot": Launch(("--dtype", "float32", "--chunked-prefill-size", "256"), CHECKED, think),
     "narrow": Launch(
         ("--dtype", "float32", "--max-running-requests", "1"), {"SGLANG_REQ_WAITING_TIMEOUT": "0.2"}, never_end
     ),
-    "endless": Launch(("--dtype", "float32", "--enable-streaming-session", "--allow-auto-truncate"), STRICT, never_end),
+    "endless": Launch(
+        ("--dtype", "float32", "--enable-streaming-session", "--allow-auto-truncate"), CHECKED, never_end
+    ),
     # Of the kit's own sizes; a prompt beyond this context has to be refused.
     "short": Launch(
-        ("--dtype", "float32", "--enable-streaming-session", "--context-length", "512", "--page-size", "256"), STRICT
+        ("--dtype", "float32", "--enable-streaming-session", "--context-length", "512", "--page-size", "256"), CHECKED
     ),
     # Without the warm-up, which the timeout would hit on a busy machine.
-    "hasty": Launch(("--dtype", "float32", "--skip-server-warmup"), STRICT | {"SGLANG_REQ_RUNNING_TIMEOUT": "2"}),
+    "hasty": Launch(("--dtype", "float32", "--skip-server-warmup"), CHECKED | {"SGLANG_REQ_RUNNING_TIMEOUT": "2"}),
 }
 
 
@@ -185,6 +180,11 @@ def connected(request: pytest.FixtureRequest, servers: Servers) -> None:
     request.cls.connect(servers.get(request.cls.server))
 
 
+@pytest.fixture(scope="class")
+def connected_to_small(request: pytest.FixtureRequest, small: Server) -> None:
+    request.cls.connect(small)
+
+
 class Vocabulary(random.Random):
     """The radix kit draws token ids up to 31999, beyond nano's vocabulary: they are folded into it."""
 
@@ -206,15 +206,19 @@ def make_case(name: str, kit: Kit, **attributes: Any) -> type[KitCase]:
     return type(mixin, (base, KitCase), {"server": kit.server, **kit.overrides, **attributes})
 
 
-def make_collected_case(name: str, kit: Kit) -> type[KitCase]:
-    """The same without the tests that are not for nano or ORTHRUS."""
-    case = make_case(name, kit, **dict.fromkeys([*kit.refused, *kit.fails_alike]))
-    # Another server takes as long to start as most kits to run.
-    is_left_out = kit.slow is None or kit.server != "common"
+def make_collected_cases(name: str, kit: Kit) -> dict[str, type[KitCase]]:
+    """The tests that are for nano and ORTHRUS: quick ones on the shared server, slow ones on a server of the kit's."""
     rest = kits.installed_kits()[name] - {*kit.refused, *kit.fails_alike}
-    for test in rest if is_left_out else kit.slow or ():
-        setattr(case, test, pytest.mark.slow(getattr(case, test)))
-    return pytest.mark.usefixtures("connected")(case)
+    # Another server takes as long to start as most kits to run.
+    slow = rest if kit.slow is None or kit.server != "common" else kit.slow
+    left_out = [*kit.refused, *kit.fails_alike]
+    quick_case = make_case(name, kit, **dict.fromkeys([*left_out, *slow]))
+    slow_case = make_case(name, kit, **dict.fromkeys([*left_out, *(rest - slow)]))
+    title = name.rpartition(".")[2]
+    return {
+        title: pytest.mark.usefixtures("connected_to_small")(quick_case),
+        f"{title}Slow": pytest.mark.slow(pytest.mark.usefixtures("connected")(slow_case)),
+    }
 
 
 @pytest.mark.slow
@@ -229,12 +233,8 @@ def test_a_conversation_finds_its_former_turns_in_the_cache(servers: Servers, tm
 
 
 # In the order of their servers, so that each is started once.
-globals().update(
-    {
-        name.rpartition(".")[2]: make_collected_case(name, kit)
-        for name, kit in sorted(RUN.items(), key=lambda item: item[1].server)
-    }
-)
+for name, kit in sorted(RUN.items(), key=lambda item: item[1].server):
+    globals().update(make_collected_cases(name, kit))
 
 
 def test_no_installed_kit_is_missing_from_the_tables() -> None:

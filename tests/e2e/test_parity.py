@@ -13,7 +13,7 @@ from benchmarks.common.setups import SETUPS
 from benchmarks.parity.greedy import judge, judge_prefill, prefill, rounding, tokens_per_cycle, trace_all
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from tests.conftest import CONTEXT_LENGTH
+from tests.servers import CONTEXT_LENGTH
 
 pytestmark = pytest.mark.e2e
 

@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import torch
-from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from tokenizers import Tokenizer, pre_tokenizers
@@ -28,9 +26,9 @@ from benchmarks.parity.seeded_rules import margin, noise
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.sampling.distributions import sorted_support
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
-from tests.fixtures import Shape, write_checkpoint
+from tests.fixtures import write_alike_views
+from tests.servers import LLGUIDANCE, SETUP
 
 pytestmark = pytest.mark.e2e
 
@@ -53,27 +51,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, blocks of four, and views so much alike that drafts are sometimes right."""
-    shape = Shape(block=4)
-    folder = write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", shape)
-    weights = load_file(folder / "model.safetensors")
-    for name in [name for name in weights if "_diff." in name]:
-        weights[name] = 0.2 * weights[name] + 0.8 * weights[name.replace("_diff.", ".")]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module", params=["xgrammar", pytest.param("llguidance", marks=pytest.mark.slow)])
-def tiny_server(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    with Server(tiny, *ORTHRUS_ARGS, *SETUP.args, "--grammar-backend", request.param, env=SETUP.env) as server:
+def tiny_with_llguidance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = write_alike_views(tmp_path_factory.mktemp("tiny") / "model")
+    with Server(model, *ORTHRUS_ARGS, *SETUP.args, *LLGUIDANCE, env=SETUP.env) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def seeded() -> Iterator[Server]:
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--enable-deterministic-inference", env=SETUP.env) as server:
-        yield server
+def tiny_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The checkpoint of both tiny servers."""
+    return Reference(write_alike_views(tmp_path_factory.mktemp("reference") / "model"))
 
 
 @cache
@@ -123,13 +110,14 @@ def misfit(texts: Sequence[tuple[int, ...]], expected: dict[tuple[int, ...], flo
     return float(chi2.sf(statistic, len(wanted) - 1))
 
 
-@pytest.fixture(scope="module")
-def sampled(tiny_server: Server) -> dict[str, list[Reply]]:
+@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny_with_llguidance", marks=pytest.mark.slow)])
+def sampled(request: pytest.FixtureRequest) -> dict[str, list[Reply]]:
     """Requests with every kind of option, mixed in every batch, greedy ones among them."""
+    server: Server = request.getfixturevalue(request.param)
 
     def ask(options: dict[str, Any]) -> list[Reply]:
         sampling = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE, **options}
-        return tiny_server.post("/generate", {"input_ids": list(PROMPT), "sampling_params": sampling})
+        return server.post("/generate", {"input_ids": list(PROMPT), "sampling_params": sampling})
 
     kinds = [{"temperature": 0}, *OPTIONS.values()]
     with ThreadPoolExecutor(2 * len(kinds)) as pool:
@@ -140,10 +128,12 @@ def sampled(tiny_server: Server) -> dict[str, list[Reply]]:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_served_texts_follow_the_distribution(sampled: dict[str, list[Reply]], tiny: Path, name: str) -> None:
+def test_served_texts_follow_the_distribution(
+    sampled: dict[str, list[Reply]], tiny_reference: Reference, name: str
+) -> None:
     """A correct server fails one of these with probability 1e-6."""
     texts = [tuple(reply["output_ids"]) for reply in sampled[name]]
-    expected = expected_texts(Reference(tiny), OPTIONS[name])
+    expected = expected_texts(tiny_reference, OPTIONS[name])
     assert len(texts) == SAMPLES and len(set(texts)) > 10
     assert misfit(texts, expected) > FALSE_ALARM
 
@@ -168,7 +158,7 @@ def expected_token(logits: torch.Tensor, options: dict[str, Any], position: int)
     return int(support.ids[0, (support.weights[0].double().log() + perturbation).argmax()])
 
 
-def test_seeded_answers_do_not_depend_on_the_batch(seeded: Server, reference: Reference) -> None:
+def test_seeded_answers_do_not_depend_on_the_batch(narrow: Server, reference: Reference) -> None:
     """Hot enough that most answers are nobody's greedy ones; eight requests of different kinds in flight."""
     chosen = [prompt for prompt in prompts() if prompt.name in ("prose/0", "chat/1")]
     requests_ = [
@@ -177,7 +167,7 @@ def test_seeded_answers_do_not_depend_on_the_batch(seeded: Server, reference: Re
     ]
 
     def ask(case: Case) -> Reply:
-        return generate(seeded, case.prompt.ids, 24, **case.options)
+        return generate(narrow, case.prompt.ids, 24, **case.options)
 
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(ask, requests_))
@@ -212,7 +202,7 @@ ADJUSTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-def test_seeds_act_on_adjusted_logits(seeded: Server, reference: Reference) -> None:
+def test_seeds_act_on_adjusted_logits(narrow: Server, reference: Reference) -> None:
     """Penalties, scaling, grammar mask, bias, custom processors, temperature, filters, noise; all in one batch."""
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
     texts = [tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())]
@@ -223,7 +213,7 @@ def test_seeds_act_on_adjusted_logits(seeded: Server, reference: Reference) -> N
         body = {"input_ids": list(ids), "sampling_params": {"max_new_tokens": 32, **options}}
         if "custom_params" in options:
             body["custom_logit_processor"] = DisallowedTokensLogitsProcessor().to_str()
-        return seeded.post("/generate", body)
+        return narrow.post("/generate", body)
 
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(ask, requests_.values()))
@@ -247,17 +237,17 @@ def test_seeds_act_on_adjusted_logits(seeded: Server, reference: Reference) -> N
         assert len(tokens) > 4, name
 
 
-def test_common_noise_keeps_drafts_alike(seeded: Server) -> None:
+def test_common_noise_keeps_drafts_alike(narrow: Server) -> None:
     """A drafter with noise of its own would still give the right text, only slower."""
     ids = next(prompt.ids for prompt in prompts() if prompt.family == "chat")
-    reply = generate(seeded, ids, temperature=1.0, sampling_seed=5)
+    reply = generate(narrow, ids, temperature=1.0, sampling_seed=5)
     assert tokens_per_cycle(reply) > 1.5
 
 
-def test_min_p_with_a_seed_is_refused(seeded: Server) -> None:
+def test_min_p_with_a_seed_is_refused(narrow: Server) -> None:
     body = {"text": "Hello", "sampling_params": {"temperature": 1.0, "min_p": 0.1}}
-    response = requests.post(f"{seeded.url}/generate", json=body, timeout=60)
+    response = requests.post(f"{narrow.url}/generate", json=body, timeout=60)
     assert response.status_code == 400
     assert "min_p" in response.text
-    post = partial(generate, seeded, (5, 6, 7), 4)
+    post = partial(generate, narrow, (5, 6, 7), 4)
     assert post(min_p=0.1)["output_ids"] == post()["output_ids"], "greedy requests may have it"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import requests
 
 from benchmarks.common.reference import Reference
-from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, REQUESTS
+from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.chats import CHAT, assembled, chat, content, events
 from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
 
@@ -23,13 +22,6 @@ COMPLETIONS = "/v1/completions"
 STEPS = "Step 1: 3 + 4 = 7\nStep 2:"
 FAMILIES = ("json", "arith", "tools")
 GREEDY = {"temperature": 0, "max_new_tokens": 100}
-
-
-@pytest.fixture(scope="module")
-def thinking() -> Iterator[Server]:
-    """ORTHRUS with a reasoning parser, which the shared servers lack."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--reasoning-parser", "qwen3", env=SETUP.env) as server:
-        yield server
 
 
 def tokens(answer: dict[str, Any]) -> tuple[int, ...]:
@@ -194,7 +186,7 @@ def test_tool_calls_come_out_of_a_block(orthrus: Server) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
-def test_reasoning_is_told_from_the_answer(thinking: Server, plain: Server, streamed: bool) -> None:
+def test_reasoning_is_told_from_the_answer(small: Server, plain: Server, streamed: bool) -> None:
     raw = chat(plain, CHAT_REQUESTS["thinking"])
     text = raw["choices"][0]["message"]["content"]
     parts = plain.post("/separate_reasoning", {"text": text, "reasoning_parser": "qwen3"})
@@ -202,11 +194,11 @@ def test_reasoning_is_told_from_the_answer(thinking: Server, plain: Server, stre
 
     if streamed:
         body = {"model": "default", **CHAT_REQUESTS["thinking"], "stream_options": {"include_usage": True}}
-        stream = events(thinking, CHAT, body)
+        stream = events(small, CHAT, body)
         (message,) = assembled(stream).values()
         used = tokens(stream[-1])
     else:
-        answer = chat(thinking, CHAT_REQUESTS["thinking"])
+        answer = chat(small, CHAT_REQUESTS["thinking"])
         message = content(answer["choices"][0]["message"])
         used = tokens(answer)
         assert 0 < answer["usage"]["reasoning_tokens"] < answer["usage"]["completion_tokens"]
@@ -215,17 +207,18 @@ def test_reasoning_is_told_from_the_answer(thinking: Server, plain: Server, stre
     assert used == tokens(raw)
 
 
-def test_reasoning_can_be_left_in_the_text(thinking: Server, plain: Server) -> None:
+def test_reasoning_can_be_left_in_the_text(small: Server, plain: Server) -> None:
     request = {**CHAT_REQUESTS["thinking"], "separate_reasoning": False}
-    ours, theirs = (chat(server, request)["choices"][0]["message"] for server in (thinking, plain))
+    ours, theirs = (chat(server, request)["choices"][0]["message"] for server in (small, plain))
     assert content(ours) == content(theirs)
 
 
 @pytest.mark.parametrize("name", ["tool", "json", "chat"])
-def test_a_reasoning_parser_leaves_other_answers_alone(thinking: Server, plain: Server, name: str) -> None:
-    ours, theirs = (chat(server, REQUESTS[name])["choices"][0]["message"] for server in (thinking, plain))
+def test_a_reasoning_parser_leaves_other_answers_alone(small: Server, plain: Server, name: str) -> None:
+    request = {**REQUESTS[name], "chat_template_kwargs": {"enable_thinking": False}}
+    ours, theirs = (chat(server, request)["choices"][0]["message"] for server in (small, plain))
     assert content(ours) == content(theirs)
-    (message,) = assembled(events(thinking, CHAT, {"model": "default", **REQUESTS[name]})).values()
+    (message,) = assembled(events(small, CHAT, {"model": "default", **request})).values()
     assert {**message, "finish": None} == {**content(theirs), "finish": None}
 
 

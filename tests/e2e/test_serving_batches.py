@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -12,9 +12,8 @@ import pytest
 from benchmarks.common.equality import Answer, Rounds, compare_rounds
 from benchmarks.common.greedy import stop_ids
 from benchmarks.common.reference import Reference
-from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
+from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from tests.conftest import CONTEXT_LENGTH, TEST_ARGS
 from tests.e2e.helpers import (
     Reply,
     assert_same_output,
@@ -25,6 +24,7 @@ from tests.e2e.helpers import (
     tokens_per_cycle,
 )
 from tests.e2e.serving import streaming
+from tests.servers import CONTEXT_LENGTH, NARROW_WIDTH
 
 pytestmark = pytest.mark.e2e
 
@@ -37,13 +37,6 @@ LATECOMERS = 4
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture(scope="module")
-def narrow() -> Iterator[Server]:
-    """A width below the block size."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--speculative-num-draft-tokens", "8") as server:
-        yield server
 
 
 def stream_after(server: Server, start: Event, first_chunk: Event, ids: Sequence[int], length: int) -> Reply:
@@ -166,19 +159,19 @@ def test_the_first_of_several_stops_in_one_round_wins(server: Server, plain: Ser
 def test_narrow_blocks_take_as_many_rounds_as_in_the_reference_loop(
     narrow: Server, plain: Server, reference: Reference
 ) -> None:
-    width = int(narrow.get("/server_info").json()["speculative_num_draft_tokens"])
+    assert narrow.get("/server_info").json()["speculative_num_draft_tokens"] == NARROW_WIDTH
     speed = {}
     for family in ("json", "tools", "arith", "prose"):
         ids = prompt_of(family)
         reply = generate(narrow, ids, 64)
         assert_same_output(reference, ids, generate(plain, ids, 64), reply)
-        trace = reference.generate(ids, 64, stop_ids(NANO), width=width)
+        trace = reference.generate(ids, 64, stop_ids(NANO), width=NARROW_WIDTH)
         answer = Answer(tuple(reply["output_ids"]), reply["meta_info"]["spec_verify_ct"])
         rounds = compare_rounds(trace.tokens, trace.rounds, trace.draft_gaps, answer)
         assert rounds in (Rounds.EQUAL, Rounds.NEAR_TIE), (family, trace.rounds, answer.rounds)
         speed[family] = tokens_per_cycle(reply)
-    assert max(speed.values()) <= width
-    assert speed["json"] > 0.8 * width
+    assert max(speed.values()) <= NARROW_WIDTH
+    assert speed["json"] > 0.8 * NARROW_WIDTH
 
 
 def test_a_batch_of_narrow_blocks(narrow: Server, plain: Server, reference: Reference) -> None:

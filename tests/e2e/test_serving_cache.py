@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from benchmarks.common.reference import Reference
-from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import CONTEXT_LENGTH, TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
-from tests.e2e.serving import GAUGES, STRICT, assert_nothing_leaked, free_slots, pool_size, streaming
+from tests.e2e.serving import assert_nothing_leaked, free_slots, pool_size, streaming
+from tests.servers import CONTEXT_LENGTH, PAGE, SMALL_POOL
 
 pytestmark = pytest.mark.e2e
 
-PAGE = 16
-POOL = 2304  # a request of the context length, and little more
-PAGED_ARGS = ("--page-size", str(PAGE), "--chunked-prefill-size", "16", "--max-total-tokens", str(POOL), *GAUGES)
 
-
-@pytest.fixture(scope="module")
-def paged() -> Iterator[Server]:
-    """Pages and prefill chunks of half a block, in a small pool that is checked after every step."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *PAGED_ARGS, env=STRICT) as server:
-        yield server
-
-
-@pytest.fixture(params=["orthrus", "paged"])
+@pytest.fixture(params=["orthrus", "small"])
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
@@ -38,9 +25,9 @@ def page_size(server: Server) -> int:
     return int(server.get("/server_info").json()["page_size"])
 
 
-def test_both_page_sizes_are_served(orthrus: Server, paged: Server) -> None:
-    assert (page_size(orthrus), page_size(paged)) == (1, PAGE)
-    assert pool_size(paged) == POOL
+def test_both_page_sizes_are_served(orthrus: Server, small: Server) -> None:
+    assert (page_size(orthrus), page_size(small)) == (1, PAGE)
+    assert pool_size(small) == SMALL_POOL
 
 
 def test_a_prefix_that_ends_inside_a_former_answer(server: Server, plain: Server, reference: Reference) -> None:
@@ -71,55 +58,55 @@ def test_branches_of_one_prefix(server: Server, plain: Server, reference: Refere
             assert_same_output(reference, ids, generate(plain, ids, length), reply)
 
 
-def test_a_full_pool_evicts_the_oldest(paged: Server, plain: Server, reference: Reference) -> None:
+def test_a_full_pool_evicts_the_oldest(small: Server, plain: Server, reference: Reference) -> None:
     """The last prompt is still cached, the first one no longer."""
     text = [token for prompt in prompts() for token in prompt.ids]
     cold = [text[start : start + 300] for start in range(0, 10 * 300, 300)]
-    paged.get("/flush_cache?timeout=30")
+    small.get("/flush_cache?timeout=30")
     for ids, is_cached in [*((ids, False) for ids in cold), (cold[-1], True), (cold[0], False)]:
-        reply = generate(paged, ids, 24)
+        reply = generate(small, ids, 24)
         assert_same_output(reference, ids, generate(plain, ids, 24), reply)
         assert (reply["meta_info"]["cached_tokens"] > len(ids) - 2 * PAGE) == is_cached
         assert is_cached or reply["meta_info"]["cached_tokens"] < PAGE
-    assert free_slots(paged) == POOL
+    assert free_slots(small) == SMALL_POOL
 
 
-def test_flush_cache_forgets_all(paged: Server, plain: Server, reference: Reference) -> None:
+def test_flush_cache_forgets_all(small: Server, plain: Server, reference: Reference) -> None:
     ids = prompt_of("qa")
     for flush, cached in ((True, 0), (False, len(ids) // PAGE * PAGE), (True, 0)):
         if flush:
-            assert_nothing_leaked(paged)
-        reply = generate(paged, ids, 24)
+            assert_nothing_leaked(small)
+        reply = generate(small, ids, 24)
         assert reply["meta_info"]["cached_tokens"] == cached
         assert_same_output(reference, ids, generate(plain, ids, 24), reply)
 
 
-def test_prompts_around_a_page_and_up_to_the_context_limit(paged: Server, plain: Server, reference: Reference) -> None:
+def test_prompts_around_a_page_and_up_to_the_context_limit(small: Server, plain: Server, reference: Reference) -> None:
     long = (prompt_of("prose") + prompt_of("qa")) * CONTEXT_LENGTH
     requests_ = [(long[:length], 24) for length in (1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1)]
     requests_ += [(long[: CONTEXT_LENGTH - room], room) for room in (7, 20)]
-    paged.get("/flush_cache?timeout=30")
-    replies = generate_together(paged, requests_, in_flight=4)
+    small.get("/flush_cache?timeout=30")
+    replies = generate_together(small, requests_, in_flight=4)
     for (ids, length), reply in zip(requests_, replies, strict=True):
         assert_same_output(reference, ids, generate(plain, ids, length), reply)
-    assert_nothing_leaked(paged)
+    assert_nothing_leaked(small)
 
 
-def test_chunked_prompts_arrive_while_others_decode(paged: Server, plain: Server, reference: Reference) -> None:
+def test_chunked_prompts_arrive_while_others_decode(small: Server, plain: Server, reference: Reference) -> None:
     """Chunks are smaller than a block, and the rounds of the others go on between prompts."""
     running = [(prompt_of("prose", number), 100) for number in range(2)]
     arriving = [(prompt_of("tools", number), 40) for number in (0, 1, 2)]
-    paged.get("/flush_cache?timeout=30")
+    small.get("/flush_cache?timeout=30")
     with (
         ThreadPoolExecutor() as pool,
-        streaming(paged, *running[0]) as first,
-        streaming(paged, *running[1]) as second,
+        streaming(small, *running[0]) as first,
+        streaming(small, *running[1]) as second,
     ):
         for stream in (first, second):
             next(stream)
-        arrivals = [pool.submit(generate, paged, *request) for request in arriving]
+        arrivals = [pool.submit(generate, small, *request) for request in arriving]
         replies = [list(first)[-1], list(second)[-1], *(arrival.result() for arrival in arrivals)]
     for (ids, length), reply in zip([*running, *arriving], replies, strict=True):
         assert_same_output(reference, ids, generate(plain, ids, length), reply)
         assert tokens_per_cycle(reply) > 2
-    assert_nothing_leaked(paged)
+    assert_nothing_leaked(small)

@@ -14,8 +14,8 @@ import pytest
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, ServerError, plain_env
-from tests.conftest import SETUP, TEST_ARGS
 from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
+from tests.servers import SETUP, TEST_ARGS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

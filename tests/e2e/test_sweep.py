@@ -14,7 +14,7 @@ from benchmarks.speed.plot import plot
 from benchmarks.speed.prompts import FAMILIES
 from benchmarks.speed.sweep import CPU, by_concurrency
 from sglang_orthrus.cli.demo import NANO
-from tests.conftest import SETUP
+from tests.servers import SETUP
 
 pytestmark = [
     pytest.mark.e2e,

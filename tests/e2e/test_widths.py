@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,27 +11,20 @@ import pytest
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.conftest import SETUP, TEST_ARGS
+from sglang_orthrus.config import WIDTHS
 from tests.e2e.helpers import Reply, assert_same_output, generate, generate_together, prompt_of, prompts
 from tests.e2e.serving import paths_since, rounds_by_path
+from tests.servers import GAUGES, SETUP, TEST_ARGS, with_plugins
 
-pytestmark = pytest.mark.e2e
-
-ROOT = Path(__file__).parents[2]
-PLUGINS = "graph_replay = tests.e2e.graph_replay:register\nchanging_widths = tests.e2e.changing_widths:register\n"
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def changing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Widths of 1 to the whole block, with captured functions in place of CUDA graphs for batches of up to four."""
-    folder = tmp_path_factory.mktemp("site")
-    metadata = folder / "changing_widths-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: changing-widths\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{PLUGINS}")
-    path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {"PYTHONPATH": path, "ORTHRUS_WIDTHS": "1,8,16,32", **SETUP.env}
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, "--decode-log-interval", "1", env=env) as server:
+    plugins = {"graph_replay": "tests.e2e.graph_replay", "changing_widths": "tests.e2e.changing_widths"}
+    env = with_plugins(tmp_path_factory.mktemp("site"), plugins) | {WIDTHS: "1,8,16,32"} | dict(SETUP.env)
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *GAUGES, env=env) as server:
         yield server
 
 

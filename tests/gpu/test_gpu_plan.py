@@ -11,7 +11,7 @@ import torch
 
 from sglang_orthrus.passes.flashinfer import BlockWrapper, OrthrusFlashInferBackend
 from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, PlanLayout, max_split_work, write_plan
-from tests.unit.interpreted_plans import read_plan
+from tests.unit.interpreted import read_plan
 
 pytestmark = pytest.mark.gpu
 

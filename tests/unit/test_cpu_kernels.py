@@ -1,14 +1,8 @@
-"""The PyTorch kernels of the CPU platform, and the round's own, against SGLang's Triton kernels.
-
-Triton's interpreter runs the originals on CPU. It must be chosen before Triton is imported, hence the subprocess.
-"""
+"""The PyTorch kernels of the CPU platform, and the round's own, against SGLang's Triton kernels, interpreted."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import Executor
 from typing import Any
 
 import pytest
@@ -17,45 +11,7 @@ import torch
 from sglang_orthrus.cpu.kernels import assign_req_to_token_pool_func, murmur_hash32
 from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.sampling.acceptance import accept_greedy
-
-# Reads [(name, arguments)], writes the originals' results in the same order.
-ORIGINALS = """
-import sys
-import torch, triton
-from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32_kernel
-from sglang.kernels.ops.speculative import dflash
-from sglang.srt.mem_cache import allocation
-
-def assign(**a):
-    allocation.assign_req_to_token_pool[(a["batch_size"],)](
-        a["req_pool_indices"], a["req_to_token"], a["start_offset"], a["end_offset"], a["out_cache_loc"],
-        a["req_to_token"].shape[1], triton.next_power_of_2(a["batch_size"]))
-    return a["req_to_token"]
-
-def murmur(seed, positions, col_indices):
-    n, m = len(seed), len(col_indices)
-    out = torch.empty((n, m), dtype=torch.uint32)
-    murmur_hash32_kernel[(n, triton.cdiv(m, 1024))](seed, positions, col_indices, out, n, m, BLOCK_SIZE=1024)
-    return out
-
-def block(width, mask_token_id, anchors, prefix_lens, req_pool_indices, req_to_token):
-    outs = [torch.empty((len(anchors), width), dtype=torch.int64) for _ in range(3)]
-    dflash._prepare_dflash_draft_block_unchecked(
-        anchors, prefix_lens, req_pool_indices, req_to_token, *outs, mask_token_id)
-    return outs
-
-def accept(block, predictions, prefix_lens):
-    bs, width = block.shape
-    accepted, commit = torch.empty(bs, dtype=torch.int32), torch.empty(bs, dtype=torch.int32)
-    bonus, tokens = torch.empty(bs, dtype=torch.int64), torch.empty((bs, width), dtype=torch.int64)
-    new_lens = torch.empty_like(prefix_lens)
-    dflash._compute_dflash_accept_bonus_triton_unchecked(
-        block, predictions, accepted, commit, bonus, tokens, prefix_lens, new_lens)
-    return commit, tokens, bonus, new_lens
-
-cases = torch.load(sys.argv[1])
-torch.save([globals()[name](**arguments) for name, arguments in cases], sys.argv[2])
-"""
+from tests.unit import interpreted
 
 
 def _assign_case(seed: int, bs: int, lengths: list[int], dtype: torch.dtype) -> dict[str, Any]:
@@ -123,15 +79,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def originals(interpreter: Executor) -> list[Any]:
     """What SGLang's kernels return for every case."""
-    folder: Path = tmp_path_factory.mktemp("originals")
-    torch.save(CASES, folder / "cases.pt")
-    command = [sys.executable, "-c", ORIGINALS, str(folder / "cases.pt"), str(folder / "results.pt")]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results: list[Any] = torch.load(folder / "results.pt")
-    return results
+    return interpreter.submit(interpreted.originals, CASES).result()
 
 
 def _pairs(name: str, originals: list[Any]) -> list[tuple[dict[str, Any], Any]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 from sglang_orthrus.passes.plan_kernel import UNSPLIT, PlanLayout, max_split_work
+from tests.unit.interpreted import plans
 
 SHAPES = ((4, 8, 300), (4, 1, 600), (2, 2, 5000), (1, 16, 41_000), (8, 8, 20))  # group, key-value heads, longest prefix
 WIDTHS = (12, 32)
@@ -90,16 +88,8 @@ def cases() -> list[dict[str, Any]]:
     return found
 
 
-def test_the_plan_is_flashinfers() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.unit.interpreted_plans"],
-        input=json.dumps(cases()),
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    for case, actual in zip(cases(), json.loads(run.stdout.splitlines()[-1]), strict=True):
+def test_the_plan_is_flashinfers(interpreter: Executor) -> None:
+    for case, actual in zip(cases(), interpreter.submit(plans, cases()).result(), strict=True):
         width, layout = case["width"], case["layout"]
         names = ("max_work", "fine_chunk", "whole", "min_chunk")
         sizes = case["group"], layout.tile_rows, *(case[name] for name in names)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import Executor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
 from sglang_orthrus.models import qkv_kernel
+from tests.unit.interpreted import placed_qkv
 
 EPS = 1e-6
 SLOTS = 40
@@ -59,14 +57,13 @@ def in_steps(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return placed(q, case["q_weight"]), placed(k, case["k_weight"]), v
 
 
-def test_one_kernel_does_what_the_steps_do(tmp_path: Path) -> None:
+def make_cases() -> list[dict[str, Any]]:
     # Triton's interpreter has no proper bf16.
-    cases = [make_case(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float16)]
-    file = tmp_path / "cases.pt"
-    torch.save(cases, file)
-    command = [sys.executable, "-m", "tests.unit.interpreted_qkv", str(file)]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-    for case, done in zip(cases, torch.load(file), strict=True):
+    return [make_case(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float16)]
+
+
+def test_one_kernel_does_what_the_steps_do(interpreter: Executor) -> None:
+    for case, done in zip(make_cases(), interpreter.submit(placed_qkv, make_cases()).result(), strict=True):
         q, k, v = in_steps(case)
         # One rounding of q's or k's norm may fall to the other side, and the rotation adds two of them.
         atol, rtol = (1e-6, 1e-5) if q.dtype is torch.float32 else (2**-9, 2**-10)
