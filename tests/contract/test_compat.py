@@ -12,6 +12,7 @@ from sglang_orthrus.compat import versions
 from sglang_orthrus.compat.memory import widen_req_to_token_rows
 from sglang_orthrus.compat.scheduler import fence_delayed_rounds, refuse_requests
 from sglang_orthrus.compat.stops import continue_sessions_at_the_end
+from tests.contract.processes import output_of
 
 pytestmark = pytest.mark.contract
 
@@ -26,9 +27,21 @@ def test_another_sglang_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch)
         versions.require_supported_sglang()
 
 
+@pytest.fixture(scope="module")
+def installed() -> dict[str, Any]:
+    """What `tests.contract.installing` tells of a process in which all that changes SGLang is installed."""
+    found: dict[str, Any] = output_of("tests.contract.installing")
+    return found
+
+
 def test_every_wrapper_of_the_ledger_is_installed(installed: dict[str, Any]) -> None:
     is_wrapped = installed["wrapped"]
     assert len(is_wrapped) > 10 and set(is_wrapped.values()) == {True}, is_wrapped
+
+
+def test_replacements_have_the_originals_signatures_and_reach_imports_by_name(installed: dict[str, Any]) -> None:
+    assert installed["stock"] == installed["ours"]
+    assert installed["installed"] and installed["by_name"]
 
 
 def test_wrapping_twice_wraps_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=["found", "named"])
+@pytest.fixture(scope="module", params=["found", pytest.param("named", marks=pytest.mark.slow)])
 def resolved(request: pytest.FixtureRequest, qwen3: str) -> dict[str, dict[str, Any]]:
     """What SGLang makes of `LAUNCHES` where it finds the platform by itself, and where the platform is named."""
     launches = [["--model-path", qwen3, "--skip-tokenizer-init", *flags.split()] for flags in LAUNCHES.values()]
@@ -62,11 +62,6 @@ def resolved(request: pytest.FixtureRequest, qwen3: str) -> dict[str, dict[str, 
 def test_replacements_are_in_the_ledger() -> None:
     recorded = {(entry.target, entry.dependent) for entry in all_entries() if entry.what.startswith("replaced")}
     assert set(REPLACEMENTS.items()) <= recorded
-
-
-def test_replacements_have_the_originals_signatures_and_reach_imports_by_name(installed: dict[str, Any]) -> None:
-    assert installed["stock"] == installed["ours"]
-    assert installed["installed"] and installed["by_name"]
 
 
 def test_the_platform_is_named_only_where_no_accelerator_is(monkeypatch: pytest.MonkeyPatch) -> None:
