@@ -87,7 +87,7 @@ class Probes:
         if self._round - self._last_probe < INTERVAL:
             return None
         token_seconds = float(seconds[current] / tokens[current])
-        likely = np.minimum(likely_tokens(tokens, rounds_seen, 1.0), num_requests * self._most)
+        likely = num_requests * np.minimum(likely_tokens(tokens / num_requests, rounds_seen, 1.0), self._most)
         for width in sorted(self._candidates(current), key=lambda width: -likely[width] / seconds[width]):
             if allowed is not None and not allowed[width]:
                 continue

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Sequence
 # A request that fell behind its share is protected until it is so many tokens ahead of it.
 SLACK = 8.0
 # Its tokens per cycle may be higher than they look, by so many standard errors: it may have been unlucky ...
-STANDARD_ERRORS = 2.0
+STANDARD_ERRORS = 3.0
 # ... but hardly if it is so many tokens behind.
 SHORTFALL = 32.0
-FEW_STANDARD_ERRORS = 0.5
+FEW_STANDARD_ERRORS = 1.0
 
 
 class SpeedFloor:

@@ -106,14 +106,29 @@ def test_what_is_seen_at_a_width_takes_over_from_what_others_say() -> None:
 
 def test_a_new_request_is_expected_to_be_like_its_class() -> None:
     rates = AcceptanceRates(WIDTHS)
-    for key, request_class, accept_len in (("good", GREEDY, 20), ("bad", GRAMMAR, 1)):
-        rates.start(key, request_class)
-        for _ in range(100):
-            rates.observe(key, 32, accept_len)
+    for number in range(10):
+        for request_class, accept_len in ((GREEDY, 20), (GRAMMAR, 1)):
+            key = (number, request_class)
+            rates.start(key, request_class)
+            for _ in range(10):
+                rates.observe(key, 32, accept_len)
     rates.start("new", GRAMMAR)
     rates.start("another", GREEDY)
     assert rates.expected_tokens("new", 32) < 2.0
     assert rates.expected_tokens("another", 32) > 18.0
+
+
+def test_one_long_request_does_not_stand_for_its_class() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    for number in range(10):
+        rates.start(number, GREEDY)
+        for _ in range(5):
+            rates.observe(number, 32, 20)
+    rates.start("bad", GREEDY)
+    for _ in range(500):
+        rates.observe("bad", 32, 1)
+    rates.start("new", GREEDY)
+    assert rates.expected_tokens("new", 32) > 14.0
 
 
 def test_a_request_unlike_its_class_is_known_after_some_rounds() -> None:

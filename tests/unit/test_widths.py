@@ -19,7 +19,7 @@ def test_the_most_tokens_per_second_win() -> None:
 
 
 def test_a_small_gain_must_last_and_a_large_one_is_taken_at_once() -> None:
-    small, large, noise = (np.array([1.0, 4.0, 6.0 * gain, 1.0]) for gain in (1.05, 1.2, 1.01))
+    small, large, noise = (np.array([1.0, 4.0, 6.0 * gain, 1.0]) for gain in (1.05, 1.2, 1.005))
     assert choose_width(small, SECONDS, current=1) == 1
     assert choose_width(small, SECONDS, current=1, patience=PATIENCE) == 2
     assert choose_width(large, SECONDS, current=1) == 2
