@@ -10,7 +10,7 @@ the controller late, as under overlap scheduling.
 from __future__ import annotations
 
 import argparse
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -98,6 +98,7 @@ class Result:
     Attributes:
         seconds: of all rounds.
         plain_seconds: that plain decoding would have taken for as many tokens in the same batches.
+        fixed_plain_seconds: width -> the same, had all rounds had this width and the same batches for the same time.
         num_probes: rounds that were probes.
         probe_seconds: what they cost, by the true rates.
         widths: of every round; 0 for a probe.
@@ -106,6 +107,7 @@ class Result:
 
     seconds: float = 0.0
     plain_seconds: float = 0.0
+    fixed_plain_seconds: Counter[int] = field(default_factory=Counter)
     num_probes: int = 0
     probe_seconds: float = 0.0
     widths: list[int] = field(default_factory=list)
@@ -115,6 +117,17 @@ class Result:
     def speedup(self) -> float:
         """Over plain decoding."""
         return self.plain_seconds / self.seconds
+
+    @property
+    def best_fixed(self) -> tuple[int, float]:
+        """The fixed width that would have been best for these batches, and its speed-up over plain decoding."""
+        width, seconds = max(self.fixed_plain_seconds.items(), key=lambda item: item[1])
+        return width, seconds / self.seconds
+
+    @property
+    def of_best_fixed(self) -> float:
+        """Speed relative to the best fixed width."""
+        return self.speedup / self.best_fixed[1]
 
 
 class Simulation:
@@ -180,6 +193,8 @@ class Simulation:
         # The mean of what the round may commit: what was drawn adds noise only.
         tokens = seconds / self._token_seconds(width)
         result.plain_seconds += tokens / size * plain
+        for other in WIDTHS:
+            result.fixed_plain_seconds[other] += seconds / self._token_seconds(other) / size * plain
         if is_probe:
             result.num_probes += 1
             usual = next((width for width in reversed(result.widths) if width), 1)
@@ -218,13 +233,6 @@ class Simulation:
             self._controller.forget(request.key)
 
 
-def best_fixed(kinds: Sequence[str], num_requests: int, num_rounds: int) -> tuple[int, float]:
-    """The best fixed width and its speed-up over plain decoding."""
-    speedups = {width: Simulation(kinds, None, width).run(num_requests, num_rounds).speedup for width in WIDTHS}
-    best = max(speedups, key=lambda width: speedups[width])
-    return best, speedups[best]
-
-
 def main() -> None:
     """Print a table: every kind of traffic at every number of requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,10 +248,10 @@ def main() -> None:
         for num_requests in args.requests:
             controller = WidthController(measured_costs(), WIDTHS, floor=args.floor)
             result = Simulation(kinds, controller).run(num_requests, args.rounds)
-            width, speedup = best_fixed(kinds, num_requests, args.rounds if len(kinds) > 1 else 1)
+            width, _ = result.best_fixed
             slowest = min(result.speeds, key=lambda kind: result.speeds[kind])
             print(
-                f"{name:14}{num_requests:9}{width:5}{result.speedup / speedup:9.3f}{result.speedup:9.3f}"
+                f"{name:14}{num_requests:9}{width:5}{result.of_best_fixed:9.3f}{result.speedup:9.3f}"
                 f"{result.probe_seconds / result.seconds:8.1%}{slowest:>16}{result.speeds[slowest]:6.2f}"
             )
 

@@ -20,8 +20,11 @@ IntArray = npt.NDArray[np.int64]
 
 # A request's rounds lose half of their weight in so many more of its rounds.
 HALF_LIFE = 16.0
-# The same for the rounds of a class.
+# The same for the rounds of a class ...
 CLASS_HALF_LIFE = 256.0
+# ... to which a request's first rounds contribute most: half as much after so many. New requests are expected to be
+# like others were, and those that draft badly have many more rounds than there are of them.
+FIRST_ROUNDS = 8.0
 # A new request is expected to be like its class, as if so many rounds of it had been seen ...
 PRIOR_ROUNDS = 2.0
 # ... and this expectation loses half of its weight in so many rounds.
@@ -29,7 +32,7 @@ PRIOR_HALF_LIFE = 4.0
 # The same for a new class. Nine of ten drafts accepted: with few requests, a new server begins at its widest.
 NEUTRAL_RATE = 0.9
 NEUTRAL_ROUNDS = 4.0
-NEUTRAL_HALF_LIFE = 32.0
+NEUTRAL_HALF_LIFE = 16.0
 # What rounds at other widths say is worth at most so many rounds at the width itself ...
 OTHER_WIDTHS_ROUNDS = 16.0
 # ... and what a narrower width says half as much as what a wider one says.
@@ -127,9 +130,10 @@ class AcceptanceRates:
         self._observe_ratios(rows, column, lens, members)
 
         counts = self._requests.counts_of(column, lens)
-        self._requests.add(rows, column, counts, HALF_LIFE)
         present = np.flatnonzero(members.any(0))
-        self._classes.add(present, column, members[:, present].T @ counts, CLASS_HALF_LIFE)
+        first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + _TINY
+        self._classes.add(present, column, first.T @ counts, CLASS_HALF_LIFE)
+        self._requests.add(rows, column, counts, HALF_LIFE)
         weights = NEUTRAL_ROUNDS * np.exp2(-self._classes.rounds[present] / NEUTRAL_HALF_LIFE)
         self._class_tokens[present] = self._classes.expected(present, self._ratios[present], self._neutral, weights)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sglang_orthrus.round.costs import FloatArray
-from sglang_orthrus.round.widths import likely_tokens
+from sglang_orthrus.round.widths import BoolArray, likely_tokens
 
 # Rounds between two probes, and until a width that may well be better is tried again.
 INTERVAL = 16
@@ -60,7 +60,13 @@ class Probes:
         self.lost_seconds = 0.0
 
     def next(
-        self, current: int, num_requests: int, tokens: FloatArray, seconds: FloatArray, rounds_seen: FloatArray
+        self,
+        current: int,
+        num_requests: int,
+        tokens: FloatArray,
+        seconds: FloatArray,
+        rounds_seen: FloatArray,
+        allowed: BoolArray | None = None,
     ) -> int | None:
         """The width to try in this round, by its index; None for no probe. Called once before each round.
 
@@ -70,6 +76,7 @@ class Probes:
             tokens: [K] expected of the batch at every width.
             seconds: [K] of a round.
             rounds_seen: [K] how many rounds of its requests at every width the expectation rests on.
+            allowed: [K] which widths may be tried; None for all.
         """
         self._round += 1
         self._last_round_of[current] = self._round
@@ -80,8 +87,10 @@ class Probes:
         if self._round - self._last_probe < INTERVAL:
             return None
         token_seconds = float(seconds[current] / tokens[current])
-        likely = np.minimum(likely_tokens(tokens, rounds_seen, 1.0), num_requests * self._most)
+        likely = num_requests * np.minimum(likely_tokens(tokens / num_requests, rounds_seen, 1.0), self._most)
         for width in sorted(self._candidates(current), key=lambda width: -likely[width] / seconds[width]):
+            if allowed is not None and not allowed[width]:
+                continue
             may_be_better = likely[width] * token_seconds > seconds[width]
             if self._round - self._last_round_of[width] < self._wait(current, width, may_be_better):
                 continue

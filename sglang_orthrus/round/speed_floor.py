@@ -6,10 +6,11 @@ from collections.abc import Hashable, Sequence
 
 # A request that fell behind its share is protected until it is so many tokens ahead of it.
 SLACK = 8.0
-# One that is so many tokens behind was not just unlucky.
+# Its tokens per cycle may be higher than they look, by so many standard errors: it may have been unlucky ...
+STANDARD_ERRORS = 3.0
+# ... but hardly if it is so many tokens behind.
 SHORTFALL = 32.0
-# Until then, its tokens per cycle may be higher than they look by so many standard errors.
-STANDARD_ERRORS = 2.0
+FEW_STANDARD_ERRORS = 1.0
 
 
 class SpeedFloor:
@@ -61,11 +62,11 @@ class SpeedFloor:
             # What was gained long ago is no reason to be slow for long.
             ahead = credits[key] = min(SLACK, before + accept_len - share)
             if ahead < -SHORTFALL:
-                protected[key] = 0.0
-            elif ahead < 0.0:
-                protected.setdefault(key, STANDARD_ERRORS)
+                protected[key] = FEW_STANDARD_ERRORS
             elif ahead >= SLACK:
                 protected.pop(key, None)
+            elif ahead < 0.0 and (key not in protected or ahead >= SLACK - SHORTFALL):
+                protected[key] = STANDARD_ERRORS
 
     def protected(self, keys: Sequence[Hashable]) -> tuple[list[int], list[float]]:
         """The protected ones among requests: their indexes, and standard errors that they may have been unlucky by."""

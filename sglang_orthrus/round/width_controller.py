@@ -145,11 +145,10 @@ class WidthController:
         rounds_seen = self._rates.rounds_seen(keys)
         allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
         totals = tokens.sum(0)
-        current = self._choose(totals, seconds, allowed)
+        current, is_limited = self._choose(totals, seconds, allowed)
         probe = None
-        # A width that the floor leaves out is better for the batch: there is nothing to learn.
-        if self._probes is not None and allowed is None:
-            probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen.sum(0))
+        if self._probes is not None and not is_limited:
+            probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen.sum(0), allowed)
         width = self.widths[current if probe is None else probe]
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
@@ -191,18 +190,18 @@ class WidthController:
             num_limited=self._num_limited,
         )
 
-    def _choose(self, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None) -> int:
-        """The next width by its index, which is the current one from then on."""
+    def _choose(self, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None) -> tuple[int, bool]:
+        """The next width by its index, current from then on, and whether the floor rules out a better one."""
         chosen = choose_width(totals, seconds, self._current, allowed, self._patience)
         best = int(np.argmax(totals / seconds))
+        is_limited = allowed is not None and not allowed[best]
+        self._num_limited += is_limited
         self._patience = 0 if best == chosen else self._patience + 1
-        if allowed is not None:
-            self._num_limited += not allowed[best]
         if chosen != self._current:
             self._current = chosen
             if self._probes is not None:
                 self._probes.width_changed()
-        return chosen
+        return chosen, is_limited
 
     def _allowed(
         self,

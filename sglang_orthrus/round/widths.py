@@ -15,7 +15,7 @@ from sglang_orthrus.round.costs import FloatArray
 BoolArray = npt.NDArray[np.bool_]
 
 # A gain below this is noise ...
-SMALL_GAIN = 0.02
+SMALL_GAIN = 0.01
 # ... and one above this is taken at once; one in between after so many rounds in a row.
 LARGE_GAIN = 0.10
 PATIENCE = 4
@@ -77,13 +77,13 @@ def with_forced(
 
 
 def likely_tokens(tokens: FloatArray, rounds_seen: FloatArray, standard_errors: FloatArray | float) -> FloatArray:
-    """The most tokens per round that a mean over some rounds may stand for.
-
-    Lengths of rounds vary about as much as they are long.
+    """The most tokens per round that a mean over some rounds may stand for, if drafts are accepted at a constant rate.
 
     Args:
-        tokens: the mean.
+        tokens: the mean, per request.
         rounds_seen: rounds that it rests on.
         standard_errors: by how many it may be too low.
     """
-    return tokens * (1.0 + standard_errors / np.sqrt(rounds_seen + 0.25))
+    # One more accepted draft than was seen, so that a few rounds without any are not certain.
+    mean = tokens + 1.0 / (rounds_seen + 1.0)
+    return tokens + standard_errors * np.sqrt(mean * (mean - 1.0) / (rounds_seen + 0.25))

@@ -1,0 +1,207 @@
+"""What is expected of requests, learnt from their rounds at any width."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sglang_orthrus.round.acceptance_rates import AcceptanceRates
+
+WIDTHS = (1, 8, 16, 32)
+GREEDY, GRAMMAR = (False, False), (True, False)
+
+
+def lengths(rate: float, width: int, count: int, seed: int = 0) -> list[int]:
+    """Tokens of rounds whose every draft is accepted at this rate."""
+    accepted = np.random.default_rng(seed).geometric(1 - rate, count)
+    return np.minimum(accepted, width).tolist()
+
+
+def mean_tokens(rate: float, width: int) -> float:
+    return (1 - rate**width) / (1 - rate)
+
+
+def test_nothing_is_known_of_a_new_server_and_drafts_look_worth_it() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("a", GREEDY)
+    expected = [rates.expected_tokens("a", width) for width in WIDTHS]
+    assert expected[0] == 1.0
+    assert expected == sorted(expected)
+    assert expected[-1] > 8.0
+
+
+def test_expectations_are_possible_and_grow_with_the_width_seen_or_not() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    draws = np.random.default_rng(1)
+    keys = list(range(8))
+    for key in keys:
+        rates.start(key, key % 2)
+    for _ in range(200):
+        width = int(draws.choice(WIDTHS))
+        rates.observe_round(keys, width, draws.integers(1, width + 1, len(keys)).tolist())
+        expected = rates.expected(keys)
+        assert (expected >= 1.0).all() and (expected <= WIDTHS).all()
+        assert (expected[:, 0] == 1.0).all()
+
+
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_a_width_is_learnt_at_the_width(width: int) -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("a", GREEDY)
+    seen = lengths(0.8, width, 400)
+    for accept_len in seen:
+        rates.observe("a", width, accept_len)
+    # The newest 23 rounds count on average: six standard errors.
+    assert rates.expected_tokens("a", width) == pytest.approx(np.mean(seen), abs=6 * np.std(seen) / 23**0.5)
+
+
+def test_a_wider_width_tells_exactly_what_narrower_ones_would_have_committed() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("a", GREEDY)
+    for accept_len in [4, 32, 12] * 60:
+        rates.observe("a", 32, accept_len)
+    assert rates.expected_tokens("a", 8) == pytest.approx(20 / 3, rel=0.05)
+    assert rates.expected_tokens("a", 16) == pytest.approx(32 / 3, rel=0.05)
+
+
+def test_a_whole_width_committed_says_at_least() -> None:
+    """Rounds of 8 that were all accepted say that 32 would go on, and half of them that it would a little."""
+    rates = AcceptanceRates(WIDTHS)
+    for key, lens in (("all", [8]), ("half", [8, 4])):
+        rates.start(key, key)
+        for accept_len in lens * 60:
+            rates.observe(key, 8, accept_len)
+    assert rates.expected_tokens("all", 32) > 24
+    assert 6 < rates.expected_tokens("half", 32) < 16
+
+
+def test_a_constant_rate_is_continued() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    keys = list(range(32))
+    for key in keys:
+        rates.start(key, GREEDY)
+    for seed in range(40):
+        rates.observe_round(keys, 8, lengths(0.9, 8, len(keys), seed))
+    for width in (16, 32):
+        assert rates.expected(keys)[:, WIDTHS.index(width)].mean() == pytest.approx(mean_tokens(0.9, width), rel=0.12)
+
+
+def test_what_is_seen_at_a_width_takes_over_from_what_others_say() -> None:
+    """Narrow drafts are worse than the wide ones say; a few rounds of a batch show it, for new requests, too."""
+    rates = AcceptanceRates(WIDTHS)
+    keys = list(range(32))
+    for key in keys:
+        rates.start(key, GREEDY)
+    for _ in range(30):
+        rates.observe_round(keys, 32, [20] * 32)
+    assert rates.expected(keys)[:, 1].mean() > 7.5
+    for _ in range(8):
+        rates.observe_round(keys, 8, [4] * 32)
+    assert rates.expected(keys)[:, 1].mean() < 6.0
+    for key in keys:
+        rates.forget(key)
+    rates.start("new", GREEDY)
+    assert rates.expected_tokens("new", 8) < 6.0
+
+
+def test_a_new_request_is_expected_to_be_like_its_class() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    for number in range(10):
+        for request_class, accept_len in ((GREEDY, 20), (GRAMMAR, 1)):
+            key = (number, request_class)
+            rates.start(key, request_class)
+            for _ in range(10):
+                rates.observe(key, 32, accept_len)
+    rates.start("new", GRAMMAR)
+    rates.start("another", GREEDY)
+    assert rates.expected_tokens("new", 32) < 2.0
+    assert rates.expected_tokens("another", 32) > 18.0
+
+
+def test_one_long_request_does_not_stand_for_its_class() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    for number in range(10):
+        rates.start(number, GREEDY)
+        for _ in range(5):
+            rates.observe(number, 32, 20)
+    rates.start("bad", GREEDY)
+    for _ in range(500):
+        rates.observe("bad", 32, 1)
+    rates.start("new", GREEDY)
+    assert rates.expected_tokens("new", 32) > 14.0
+
+
+def test_a_request_unlike_its_class_is_known_after_some_rounds() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("good", GREEDY)
+    for _ in range(100):
+        rates.observe("good", 32, 20)
+    rates.start("bad", GREEDY)
+    for _ in range(12):
+        rates.observe("bad", 32, 1)
+    assert rates.expected_tokens("bad", 32) < 2.0
+
+
+def test_text_that_changes_is_noticed() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("a", GREEDY)
+    for _ in range(200):
+        rates.observe("a", 32, 1)
+    for _ in range(16):
+        rates.observe("a", 32, 21)
+    assert rates.expected_tokens("a", 32) == pytest.approx(11, abs=1)
+
+
+def test_rounds_that_draft_nothing_teach_nothing() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("a", GREEDY)
+    rates.observe("a", 32, 10)
+    before = rates.expected(["a"])
+    for _ in range(50):
+        rates.observe("a", 1, 1)
+    rates.observe("a", 32, 0)
+    assert (rates.expected(["a"]) == before).all()
+
+
+def test_requests_that_are_gone_are_ignored_and_their_rows_start_empty() -> None:
+    rates = AcceptanceRates(WIDTHS, max_requests=2)
+    rates.start("a", GREEDY)
+    for _ in range(50):
+        rates.observe("a", 32, 32)
+    rates.forget("a")
+    rates.forget("a")
+    rates.observe("a", 32, 1)
+    rates.start("b", GRAMMAR)
+    assert rates.expected_tokens("b", 32) == AcceptanceRates(WIDTHS).expected_tokens("unknown", 32)
+
+
+def test_memory_is_bounded() -> None:
+    rates = AcceptanceRates(WIDTHS, max_requests=4)
+    for key in range(100):
+        rates.start(key, key)
+        rates.observe(key, 8, 8)
+    assert len(rates) == 4
+    assert all(key in rates for key in range(96, 100))
+
+
+def test_starting_twice_keeps_what_is_known() -> None:
+    rates = AcceptanceRates(WIDTHS)
+    rates.start("a", GREEDY)
+    for _ in range(50):
+        rates.observe("a", 32, 1)
+    rates.start("a", GREEDY)
+    assert rates.expected_tokens("a", 32) < 1.5
+
+
+def test_other_widths_are_refused() -> None:
+    with pytest.raises(KeyError):
+        AcceptanceRates(WIDTHS).observe("a", 4, 1)
+
+
+@pytest.mark.parametrize("widths", [(32,), (8, 32), (1, 32), (1, 2, 4, 8, 16, 32)])
+def test_any_set_of_widths_will_do(widths: tuple[int, ...]) -> None:
+    rates = AcceptanceRates(widths)
+    rates.start("a", GREEDY)
+    for _ in range(50):
+        rates.observe("a", widths[-1], 3)
+    assert rates.expected_tokens("a", widths[-1]) == pytest.approx(3, rel=0.05)

@@ -1,0 +1,86 @@
+"""The controller against fixed widths and plain decoding, simulated with measured costs and acceptance.
+
+Seeds are fixed, so nothing here fails by chance. Speeds count what rounds commit on average at the widths that were
+chosen: a draw that was lucky does not help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from benchmarks.load.simulate import (
+    FAMILIES,
+    KINDS,
+    WIDTHS,
+    WITH_FOREIGN,
+    Result,
+    Simulation,
+    measured_costs,
+    tokens_per_cycle,
+)
+from sglang_orthrus.round.width_controller import WidthController
+
+# Of the best fixed width, and of plain decoding.
+LEAST = 0.97
+# So many rounds cover the learning of a new server, and some hundred requests of a batch.
+ROUNDS = {1: 2500, 8: 1000, 32: 800, 64: 800, 128: 600}
+SOME = ("json", "qa", "chat", "foreign")
+
+
+def simulate(kinds: Sequence[str], num_requests: int, floor: float = 0.8, delay: int = 1) -> Result:
+    controller = WidthController(measured_costs(), WIDTHS, floor=floor)
+    return Simulation(kinds, controller, delay=delay).run(num_requests, ROUNDS[num_requests])
+
+
+def kinds_and_sizes() -> list[object]:
+    """All at every size; those that show the most are quick enough for every run of the tests."""
+    return [
+        pytest.param(kind, size, marks=() if kind in SOME else pytest.mark.slow, id=f"{kind}-{size}")
+        for kind in KINDS
+        for size in ROUNDS
+    ]
+
+
+@pytest.mark.parametrize(("kind", "num_requests"), kinds_and_sizes())
+def test_traffic_of_one_kind(kind: str, num_requests: int) -> None:
+    result = simulate([kind], num_requests)
+    assert result.of_best_fixed >= LEAST
+    assert result.speedup >= LEAST
+    assert result.probe_seconds <= 0.03 * result.seconds
+
+
+@pytest.mark.parametrize("num_requests", ROUNDS)
+def test_mixed_traffic(num_requests: int) -> None:
+    result = simulate(FAMILIES, num_requests, delay=2)
+    assert result.of_best_fixed >= LEAST
+    assert result.speedup >= LEAST
+    assert result.probe_seconds <= 0.03 * result.seconds
+    assert min(result.speeds.values()) >= 0.8
+
+
+@pytest.mark.parametrize("num_requests", ROUNDS)
+def test_a_tenth_of_foreign_schemas(num_requests: int) -> None:
+    """The floor holds for them, but for what is lost until a request is known."""
+    with_floor = simulate(WITH_FOREIGN, num_requests)
+    assert with_floor.speedup >= LEAST
+    assert min(with_floor.speeds.values()) >= 0.75
+    assert simulate(WITH_FOREIGN, num_requests, floor=0.0).of_best_fixed >= LEAST
+
+
+@pytest.mark.parametrize("kind", ["json", "chat", "prose", "arithmetic"])
+def test_the_width_follows_a_step_of_load(kind: str) -> None:
+    """From 2 to 64 requests and back, within 20 rounds; a width counts as right within 5 % of the best."""
+    simulation = Simulation([kind], WidthController(measured_costs(), WIDTHS))
+    costs = measured_costs()
+    for num_requests in (2, 64, 2, 64, 2):
+        start = len(simulation.result.widths)
+        widths = simulation.run(num_requests, 200).widths[start:]
+        if start == 0:
+            # A new server learns in its first rounds.
+            continue
+        speed = {width: tokens_per_cycle(kind, width) / costs.seconds(width, num_requests) for width in WIDTHS}
+        right = {width for width in WIDTHS if speed[width] > 0.95 * max(speed.values())}
+        settled = [width for width in widths[20:] if width]
+        assert sum(width in right for width in settled) >= 0.95 * len(settled)

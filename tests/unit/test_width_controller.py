@@ -1,0 +1,138 @@
+"""The controller of widths as a whole: late results, requests that come and go, its report."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.load.simulate import WIDTHS, measured_costs
+from sglang_orthrus.round.costs import RoundCosts
+from sglang_orthrus.round.width_controller import WidthController
+
+GREEDY = (False, False)
+
+
+def run(controller: WidthController, keys: list[str], lens: dict[int, int], count: int) -> list[int]:
+    """Widths of so many rounds that commit so many tokens of every request, by width."""
+    widths = []
+    for _ in range(count):
+        width, _ = controller.plan(keys)
+        controller.observe(keys, width, [lens[width]] * len(keys))
+        widths.append(width)
+    return widths
+
+
+def started(count: int, **options: float) -> tuple[WidthController, list[str]]:
+    controller = WidthController(measured_costs(), WIDTHS, **options)
+    keys = [f"request {number}" for number in range(count)]
+    for key in keys:
+        controller.start(key, GREEDY)
+    return controller, keys
+
+
+def test_a_new_server_begins_at_the_widest_width_for_few_requests_and_narrower_for_many() -> None:
+    for count, expected in ((1, {32}), (4, {32, 16}), (32, {8, 16}), (128, {1, 8})):
+        controller, keys = started(count)
+        assert controller.plan(keys).width in expected
+
+
+def test_text_that_drafts_badly_is_decoded_plainly_and_noticed_when_it_turns() -> None:
+    controller, keys = started(1)
+    bad = run(controller, keys, dict.fromkeys(WIDTHS, 1), 400)
+    assert bad[60:].count(1) > 0.96 * len(bad[60:])
+    good = run(controller, keys, {width: width for width in WIDTHS}, 400)
+    assert good[280:].count(32) > 0.9 * len(good[280:])
+
+
+def test_planning_draws_nothing_and_reads_nothing_of_the_round() -> None:
+    """The same results give the same widths."""
+    first, second = ([run(*started(4), {1: 1, 8: 5, 16: 7, 32: 9}, 300)] for _ in range(2))
+    assert first == second
+
+
+def test_results_may_come_late_and_for_requests_that_are_over() -> None:
+    controller, keys = started(3)
+    late = []
+    for number in range(60):
+        width, _ = controller.plan(keys)
+        late.append((list(keys), width))
+        if len(late) > 2:
+            of, at = late.pop(0)
+            controller.observe(of, at, [min(at, 3)] * len(of))
+        if number % 10 == 9:
+            controller.forget(keys.pop(0))
+            keys.append(f"new {number}")
+            controller.start(keys[-1], GREEDY)
+    for of, at in late:
+        controller.observe(of, at, [0] * len(of))
+    assert controller.plan(keys).width in WIDTHS
+
+
+def test_requests_that_were_never_started_are_planned_for() -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    width, _ = controller.plan(["unknown"])
+    controller.observe(["unknown"], width, [1])
+    assert width == 32
+
+
+def test_forced_strings_make_drafts_worth_it() -> None:
+    controller, keys = started(1, probe_share=0.0)
+    run(controller, keys, dict.fromkeys(WIDTHS, 1), 100)
+    assert controller.plan(keys).width == 1
+    assert controller.plan(keys, forced={keys[0]: 30}).width == 32
+    assert controller.plan(keys).width == 1
+
+
+def test_without_width_one_in_use_the_floor_takes_the_narrowest() -> None:
+    controller = WidthController(measured_costs(), (8, 32), probe_share=0.0)
+    for key in ("good", "bad"):
+        controller.start(key, key)
+    for _ in range(40):
+        width, _ = controller.plan(["good", "bad"])
+        controller.observe(["good", "bad"], width, [width, 1])
+    assert controller.plan(["good", "bad"]).width == 8
+
+
+def test_a_width_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="measured"):
+        WidthController(measured_costs(), (1, 4))
+
+
+def test_one_width_stays() -> None:
+    controller = WidthController(RoundCosts({16: {1: 1.0}}))
+    controller.start("a", GREEDY)
+    assert run(controller, ["a"], {16: 2}, 100) == [16] * 100
+    assert controller.report().plain_seconds == 0.0
+
+
+def test_the_report_counts_what_happened() -> None:
+    controller, keys = started(2)
+    widths = run(controller, keys, {1: 1, 8: 4, 16: 8, 32: 12}, 200)
+    report = controller.report()
+    assert report.rounds == {width: widths.count(width) for width in set(widths)}
+    assert report.requests == {width: 2 * count for width, count in report.rounds.items()}
+    assert report.tokens[32] == 24 * report.rounds[32]
+    assert report.width == 32
+    assert 0 < report.num_probes <= sum(width != 32 for width in widths)
+    costs = measured_costs()
+    assert report.seconds == pytest.approx(sum(costs.seconds(width, 2) for width in widths))
+    assert report.plain_seconds / report.seconds == pytest.approx(12 / 2.17, rel=0.05)
+    assert "width 32; tokens per cycle by width:" in str(report) and "32: 12.0 in" in str(report)
+
+
+def test_a_slow_request_beside_fast_ones_keeps_its_share() -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    keys = [f"fast {number}" for number in range(31)] + ["slow"]
+    for key in keys:
+        controller.start(key, GREEDY)
+    costs, tokens, steps = measured_costs(), 0, 0.0
+    widths = []
+    for _ in range(2000):
+        width, _ = controller.plan(keys)
+        controller.observe(keys, width, [*[min(width, 12)] * 31, 1])
+        tokens, steps = tokens + 1, steps + costs.seconds(width, 32) / costs.seconds(1, 32)
+        widths.append(width)
+    assert tokens / steps == pytest.approx(0.8, abs=0.03)
+    # Width 8 brings the others most: so many of its rounds, which take 2.66 plain steps, leave the slow one its share.
+    assert np.mean(np.array(widths) > 1) == pytest.approx((1 / 0.8 - 1) / 1.66, abs=0.03)
+    assert controller.report().num_limited > 1000

@@ -1,0 +1,161 @@
+"""The choice of a width, the floor under a request's speed, and probes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sglang_orthrus.round.probes import INTERVAL, LONGEST_INTERVAL, PLAIN_INTERVAL, Probes
+from sglang_orthrus.round.speed_floor import FEW_STANDARD_ERRORS, SHORTFALL, SLACK, SpeedFloor
+from sglang_orthrus.round.widths import PATIENCE, choose_width, fast_enough, with_forced
+
+WIDTHS = (1, 8, 16, 32)
+SECONDS = np.array([1.0, 2.0, 3.0, 5.0])
+
+
+def test_the_most_tokens_per_second_win() -> None:
+    assert choose_width(np.array([1.0, 4.0, 9.0, 14.0]), SECONDS, current=None) == 2
+    assert choose_width(np.array([1.0, 1.5, 1.5, 1.5]), SECONDS, current=None) == 0
+
+
+def test_a_small_gain_must_last_and_a_large_one_is_taken_at_once() -> None:
+    small, large, noise = (np.array([1.0, 4.0, 6.0 * gain, 1.0]) for gain in (1.05, 1.2, 1.005))
+    assert choose_width(small, SECONDS, current=1) == 1
+    assert choose_width(small, SECONDS, current=1, patience=PATIENCE) == 2
+    assert choose_width(large, SECONDS, current=1) == 2
+    assert choose_width(noise, SECONDS, current=1, patience=100) == 1
+
+
+def test_a_width_that_is_not_allowed_is_left_at_once_for_the_next_best() -> None:
+    tokens = np.array([1.0, 3.0, 9.0, 14.0])
+    assert choose_width(tokens, SECONDS, current=2, allowed=np.array([True, True, False, False])) == 1
+
+
+def test_every_request_must_be_fast_enough() -> None:
+    tokens = np.array([[1.0, 2.0, 3.0, 4.0], [1.0, 1.6, 1.7, 1.7]])
+    assert fast_enough(tokens, SECONDS, 1.0, floor=0.8).tolist() == [True, True, False, False]
+    assert fast_enough(tokens[:1], SECONDS, 1.0, floor=0.8).all()
+
+
+def test_forced_tokens_are_certain_as_far_as_the_width_goes() -> None:
+    tokens = np.array([[1.0, 2.0, 2.0, 2.0], [1.0, 3.0, 3.0, 3.0]])
+    assert with_forced(tokens, WIDTHS, ["a", "b"], {"a": 12}).tolist() == [[1, 8, 14, 14], [1, 3, 3, 3]]
+
+
+def test_a_slow_request_is_protected_until_it_has_caught_up() -> None:
+    floor = SpeedFloor(0.8)
+    floor.start("slow")
+    floor.start("fast")
+    keys = ["fast", "slow"]
+    for _ in range(10):
+        floor.observe(keys, [12, 1], plain_steps=4.0)
+    assert floor.protected(keys)[0] == [1]
+    # 10 rounds of 4 steps at 0.8, less its 10 tokens: 22 behind; a plain step gives it back 0.2.
+    rounds = 0
+    while floor.protected(keys)[0]:
+        floor.observe(keys, [1, 1], plain_steps=1.0)
+        rounds += 1
+    assert rounds == pytest.approx((22 + SLACK) / 0.2, abs=1)
+
+
+def test_over_its_length_a_request_gets_its_share() -> None:
+    """Whatever the others gain, if the batch is plain whenever the request is protected."""
+    floor = SpeedFloor(0.8)
+    floor.start("slow")
+    tokens, steps = 0, 0.0
+    for _ in range(5000):
+        round_steps = 1.0 if floor.protected(["slow"])[0] else 4.0
+        floor.observe(["slow"], [1], round_steps)
+        tokens, steps = tokens + 1, steps + round_steps
+        assert tokens >= 0.8 * steps - 2 * 4.0
+    assert tokens / steps == pytest.approx(0.8, abs=0.02)
+
+
+def test_speed_of_long_ago_does_not_count() -> None:
+    floor = SpeedFloor(0.8)
+    floor.start("a")
+    for _ in range(1000):
+        floor.observe(["a"], [30], 2.0)
+    for _ in range(20):
+        floor.observe(["a"], [1], 2.0)
+    assert floor.protected(["a"])[0] == [0]
+
+
+def test_a_request_far_behind_was_not_unlucky() -> None:
+    floor = SpeedFloor(0.8)
+    floor.start("a")
+    floor.observe(["a"], [1], 5.0)
+    assert floor.protected(["a"])[1][0] > FEW_STANDARD_ERRORS
+    for _ in range(int(SHORTFALL / 3) + 1):
+        floor.observe(["a"], [1], 5.0)
+    assert floor.protected(["a"])[1] == [FEW_STANDARD_ERRORS]
+
+
+def test_the_floor_forgets_and_can_be_off() -> None:
+    floor, off = SpeedFloor(0.8, max_requests=2), SpeedFloor(0.0)
+    for key in range(10):
+        floor.start(key)
+        off.start(key)
+    floor.observe(list(range(10)), [1] * 10, 10.0)
+    off.observe(list(range(10)), [1] * 10, 10.0)
+    assert floor.protected(list(range(10)))[0] == [8, 9]
+    floor.forget(8)
+    assert floor.protected(list(range(10)))[0] == [9]
+    assert off.protected(list(range(10)))[0] == []
+
+
+def probe_rounds(tokens: list[float], rounds_seen: list[float], current: int, count: int) -> list[tuple[int, int]]:
+    """(round, width) of probes that bring what was expected."""
+    probes = Probes(WIDTHS, share=0.02)
+    found = []
+    for number in range(count):
+        width = probes.next(current, 1, np.array(tokens), SECONDS, np.array(rounds_seen))
+        if width is not None:
+            found.append((number, width))
+            probes.observe(width, tokens[width])
+    return found
+
+
+def test_probes_keep_within_their_share() -> None:
+    for current in range(4):
+        for tokens in ([1.0, 1.2, 1.3, 1.3], [1.0, 4.0, 5.0, 5.5], [1.0, 7.0, 13.0, 20.0]):
+            found = probe_rounds(tokens, [3.0] * 4, current, 4000)
+            token_seconds = SECONDS[current] / tokens[current]
+            lost = sum(max(0.0, SECONDS[width] - tokens[width] * token_seconds) for _, width in found)
+            assert found
+            # A new server may spend what it can save up at most.
+            assert lost <= 0.02 * (4000 + LONGEST_INTERVAL) * SECONDS[current]
+
+
+def test_a_width_that_may_be_better_is_tried_sooner_and_failures_make_it_rarer() -> None:
+    unsure = probe_rounds([1.0, 4.0, 5.0, 5.5], [1.0, 50.0, 1.0, 1.0], 1, 400)
+    sure = probe_rounds([1.0, 4.0, 5.0, 5.5], [500.0] * 4, 1, 400)
+    assert len(unsure) > len(sure) > 0
+    assert unsure[0][0] == INTERVAL - 1
+    gaps = np.diff([number for number, width in unsure if width == 2])
+    assert gaps[0] <= gaps[-1]
+
+
+def test_plain_decoding_tries_drafts_now_and_then() -> None:
+    found = probe_rounds([1.0, 1.2, 1.3, 1.3], [100.0] * 4, 0, 3000)
+    gaps = np.diff([number for number, _ in found])
+    assert min(gaps) <= PLAIN_INTERVAL
+    assert max(gaps) <= LONGEST_INTERVAL
+
+
+def test_width_one_is_never_a_probe() -> None:
+    for current in (1, 2, 3):
+        assert all(width for _, width in probe_rounds([1.0, 1.0, 1.0, 1.0], [0.0] * 4, current, 500))
+
+
+def test_a_probe_that_disappoints_costs_more() -> None:
+    probes = Probes(WIDTHS, share=0.02)
+    tokens = np.array([1.0, 4.0, 6.0, 8.0])
+    width = None
+    while width is None:
+        width = probes.next(1, 1, tokens, SECONDS, np.zeros(4))
+    expected = probes.lost_seconds
+    probes.observe(1, 4.0)
+    assert probes.lost_seconds == expected
+    probes.observe(width, 1.0)
+    assert probes.lost_seconds == pytest.approx(SECONDS[width] - 1.0 * 0.5)
