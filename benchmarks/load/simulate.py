@@ -10,7 +10,7 @@ the controller late, as under overlap scheduling.
 from __future__ import annotations
 
 import argparse
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -107,7 +107,7 @@ class Result:
 
     seconds: float = 0.0
     plain_seconds: float = 0.0
-    fixed_plain_seconds: Counter[int] = field(default_factory=Counter)
+    fixed_plain_seconds: dict[int, float] = field(default_factory=lambda: dict.fromkeys(WIDTHS, 0.0))
     num_probes: int = 0
     probe_seconds: float = 0.0
     widths: list[int] = field(default_factory=list)
@@ -175,7 +175,7 @@ class Simulation:
         while len(self._requests) > num_requests:
             self._end(self._requests.pop())
         while len(self._requests) < num_requests:
-            kind = self._kinds[self._arrivals.integers(len(self._kinds))]
+            kind = self._kinds[int(self._arrivals.integers(len(self._kinds)))]
             request = Request(self._next_key, kind, int(self._arrivals.integers(*LENGTHS)))
             self._next_key += 1
             self._requests.append(request)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 # A request that fell behind its share is protected until it is so many tokens ahead of it.
-SLACK = 8.0
+SLACK = 4.0
 # Its tokens per cycle may be higher than they look, by so many standard errors: it may have been unlucky ...
 STANDARD_ERRORS = 3.0
 # ... but hardly if it is so many tokens behind.
-SHORTFALL = 32.0
+SHORTFALL = 48.0
 FEW_STANDARD_ERRORS = 1.0
 
 

@@ -58,7 +58,7 @@ def fast_enough(tokens: FloatArray, seconds: FloatArray, plain_seconds: float, f
         plain_seconds: of a plain step.
         floor: the share; 0.8 allows a request to lose a fifth of its speed.
     """
-    return (tokens * plain_seconds >= floor * seconds).all(0)
+    return np.asarray((tokens * plain_seconds >= floor * seconds).all(0))
 
 
 def with_forced(

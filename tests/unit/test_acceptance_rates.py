@@ -52,7 +52,7 @@ def test_a_width_is_learnt_at_the_width(width: int) -> None:
     for accept_len in seen:
         rates.observe("a", width, accept_len)
     # The newest 23 rounds count on average: six standard errors.
-    assert rates.expected_tokens("a", width) == pytest.approx(np.mean(seen), abs=6 * np.std(seen) / 23**0.5)
+    assert rates.expected_tokens("a", width) == pytest.approx(np.mean(seen), abs=6 * float(np.std(seen)) / 23**0.5)
 
 
 def test_a_wider_width_tells_exactly_what_narrower_ones_would_have_committed() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.load.simulate import WIDTHS, measured_costs
 from sglang_orthrus.round.costs import RoundCosts
-from sglang_orthrus.round.width_controller import WidthController
+from sglang_orthrus.round.width_controller import DEFAULT_PROBE_SHARE, WidthController
 
 GREEDY = (False, False)
 
@@ -22,8 +22,8 @@ def run(controller: WidthController, keys: list[str], lens: dict[int, int], coun
     return widths
 
 
-def started(count: int, **options: float) -> tuple[WidthController, list[str]]:
-    controller = WidthController(measured_costs(), WIDTHS, **options)
+def started(count: int, probe_share: float = DEFAULT_PROBE_SHARE) -> tuple[WidthController, list[str]]:
+    controller = WidthController(measured_costs(), WIDTHS, probe_share=probe_share)
     keys = [f"request {number}" for number in range(count)]
     for key in keys:
         controller.start(key, GREEDY)
