@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 
@@ -58,3 +61,9 @@ def patched_sglang(name: str, folder: Path) -> dict[str, str]:
 
     shutil.copytree(installed_sglang(), folder / "sglang", copy_function=link, dirs_exist_ok=True)
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
+def as_shipped(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Take our wrapper off a function of SGLang's for one test, whichever test of this process has put it on."""
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, function.__wrapped__ if getattr(function, "_sglang_orthrus", False) else function)

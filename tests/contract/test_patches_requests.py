@@ -13,7 +13,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from tests.patching import patched_module
+from tests.patching import as_shipped, patched_module
 
 pytestmark = pytest.mark.contract
 
@@ -235,9 +235,13 @@ def test_a_row_without_a_distribution_harms_no_other(
 
 
 @pytest.mark.parametrize(("texts", "n"), [("a", 4097), (["a", "b"], 2049)])
-def test_a_request_asks_for_so_many_texts(texts: str | list[str], n: int, tmp_path: Path) -> None:
+def test_a_request_asks_for_so_many_texts(
+    texts: str | list[str], n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As shipped, it is copied n times, whatever n is."""
     from sglang.srt.managers import io_struct
+
+    as_shipped(monkeypatch, io_struct.GenerateReqInput, "_handle_parallel_sampling")
 
     def normalised(module: ModuleType, n: int) -> Any:
         request = module.GenerateReqInput(text=texts, sampling_params={"n": n})

@@ -18,7 +18,7 @@ from sglang.srt.model_loader import loader
 from sglang.srt.utils.aio_rwlock import RWLock
 
 from sglang_orthrus.compat.requests import update_weights_one_at_a_time
-from tests.patching import patched_module
+from tests.patching import as_shipped, patched_module
 
 pytestmark = pytest.mark.contract
 
@@ -62,6 +62,7 @@ async def _update_twice(manager: Any, paused: str) -> list[str]:
 @pytest.mark.parametrize("paused", ["never", "before both", "between"])
 def test_updates_from_disk_come_one_at_a_time(paused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As shipped, the scheduler's second answer ends the server if the engine is paused. `compat` does as the patch."""
+    as_shipped(monkeypatch, stock.TokenizerManager, "_wait_for_model_update_from_disk")
     expected = ["updated to one", "updated to two"]
     update = _update_twice(_manager(stock, monkeypatch), paused)
     if paused == "never":
@@ -69,11 +70,6 @@ def test_updates_from_disk_come_one_at_a_time(paused: str, tmp_path: Path, monke
     else:
         with pytest.raises(asyncio.InvalidStateError):
             asyncio.run(update)
-    monkeypatch.setattr(
-        stock.TokenizerManager,
-        "_wait_for_model_update_from_disk",
-        stock.TokenizerManager._wait_for_model_update_from_disk,
-    )
     update_weights_one_at_a_time()
     assert asyncio.run(_update_twice(_manager(stock, monkeypatch), paused)) == expected
     patched = patched_module("0018", tmp_path, "tokenizer_manager")

@@ -99,7 +99,7 @@ def test_perfect_drafts_fill_whole_blocks(reference: Reference, monkeypatch: pyt
     """An oracle drafter, so that acceptance and truncation inside a block are seen, not only rejections."""
     expected = greedy(reference, PROMPT, 30)
 
-    def oracle(state: State, anchor: int) -> Tensor:
+    def oracle(state: State, anchor: int, width: int | None) -> Tensor:
         done = state.length - len(PROMPT) + 1
         logits = torch.zeros(BLOCK, Shape().vocab)
         for row, token in enumerate(expected[done : done + BLOCK]):
