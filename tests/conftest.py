@@ -66,7 +66,7 @@ def small(shared_servers: Servers) -> Server:
 
 @pytest.fixture(scope="session")
 def narrow(shared_servers: Servers) -> Server:
-    """ORTHRUS with a verify width below the block's, llguidance, and seeds that count."""
+    """ORTHRUS with blocks narrower than the trained ones, llguidance, and seeds that count."""
     return shared_servers["narrow"]
 
 

@@ -31,15 +31,13 @@ def stop_at_first_match() -> None:
         def update_finish_state(self: Any, new_accepted_len: int = 1) -> None:
             wanted = self.sampling_params
             aborted = self.to_finish
-            if self.finished() or (aborted and getattr(aborted, "status_code", None) is not None):
-                pass  # an error ends a text wherever it is
-            elif aborted:
-                # SGLang appends all tokens of the round, also those behind a stop.
+            is_error = getattr(aborted, "status_code", None) is not None  # ends a text wherever it is
+            has_strings = bool(wanted.stop_strs or wanted.stop_regex_strs)
+            # Of an aborted request SGLang appends all tokens of the round, also those behind a stop.
+            if not self.finished() and not is_error and (aborted or (new_accepted_len > 1 and has_strings)):
                 self.to_finish = None
                 _look_for_stops(self, new_accepted_len)
                 self.to_finish = None if self.finished() else aborted
-            elif new_accepted_len > 1 and (wanted.stop_strs or wanted.stop_regex_strs):
-                _look_for_stops(self, new_accepted_len)
             stock(self, new_accepted_len)
             if self.finished() and self.finished_len is None and len(self.output_ids) > wanted.max_new_tokens:
                 self.finished_len = wanted.max_new_tokens  # aborted in a round that runs past the limit

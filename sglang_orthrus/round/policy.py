@@ -31,6 +31,7 @@ class _Planned(NamedTuple):
     """A round whose result is not known yet."""
 
     reqs: Sequence[Any]
+    rids: Sequence[str]
     width: int
 
 
@@ -66,13 +67,13 @@ class Policy:
         """The result of the oldest round that has none: accepted drafts of each of its requests."""
         if self._controller is None:
             return
-        reqs, width = self._planned.popleft()
+        reqs, rids, width = self._planned.popleft()
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
             0 if req.finished() or req.is_retracted else accepted + 1
             for req, accepted in zip(reqs, num_accepted, strict=True)
         ]
-        self._controller.observe([req.rid for req in reqs], width, lens)
+        self._controller.observe(rids, width, lens)
         if self._metrics is not None:
             self._metrics.count(width, sum(lens), self._controller.report)
 
@@ -86,8 +87,9 @@ class Policy:
             return self._widths[-1]
         for req in reqs:
             self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
-        width = self._controller.plan([req.rid for req in reqs]).width
-        self._planned.append(_Planned(list(reqs), width))
+        rids = [req.rid for req in reqs]
+        width = self._controller.plan(rids).width
+        self._planned.append(_Planned(list(reqs), rids, width))
         return width
 
 

@@ -13,7 +13,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.compat.stops import stop_at_first_match
-from tests.patching import PATCHES, apply, load
+from tests.patching import PATCHES, apply, as_shipped, load
 
 pytestmark = pytest.mark.contract
 
@@ -33,12 +33,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def finish(request_class: Any, sampling: dict[str, Any], step: int) -> tuple[Any, Any, int]:
-    """Reason, its match, and length, of a request that gets TEXT in steps of so many tokens."""
+def _request(request_class: Any, **sampling: Any) -> Any:
     parameters = SamplingParams(**{"max_new_tokens": 64, **sampling})
     parameters.normalize(TOKENIZER)
     request = request_class("id", "", [1], parameters, eos_token_ids={END}, vocab_size=TOKENIZER.vocab_size + 64)
     request.tokenizer = TOKENIZER
+    return request
+
+
+def finish(request_class: Any, sampling: dict[str, Any], step: int) -> tuple[Any, Any, int]:
+    """Reason, its match, and length, of a request that gets TEXT in steps of so many tokens."""
+    request = _request(request_class, **sampling)
     for start in range(0, len(TEXT), step):
         tokens = TEXT[start : start + step]
         request.output_ids.extend(tokens)
@@ -52,7 +57,7 @@ def finish(request_class: Any, sampling: dict[str, Any], step: int) -> tuple[Any
 @pytest.fixture
 def wrapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     request_class = schedule_batch.Req
-    monkeypatch.setattr(request_class, "update_finish_state", request_class.update_finish_state)
+    as_shipped(monkeypatch, request_class, "update_finish_state")
     stop_at_first_match()
     yield request_class
 
@@ -83,10 +88,7 @@ def test_sglang_itself_takes_a_later_stop() -> None:
 
 def test_a_request_that_is_aborted_keeps_to_its_limit(wrapped: Any) -> None:
     """A round may run past it before the abort is seen."""
-    parameters = SamplingParams(max_new_tokens=3)
-    parameters.normalize(TOKENIZER)
-    request = wrapped("id", "", [1], parameters, eos_token_ids={END}, vocab_size=TOKENIZER.vocab_size + 64)
-    request.tokenizer = TOKENIZER
+    request = _request(wrapped, max_new_tokens=3)
     request.to_finish = schedule_batch.FINISH_ABORT()
     request.output_ids.extend([5, 6, 7, 8, 9])
     request.update_finish_state(5)
@@ -97,10 +99,7 @@ def test_a_request_that_is_aborted_keeps_to_its_limit(wrapped: Any) -> None:
 @pytest.mark.parametrize("status", [None, 500])
 def test_an_aborted_text_has_nothing_behind_a_stop_either(wrapped: Any, status: int | None) -> None:
     """The text ended before the abort was seen; an error still ends a request as an error."""
-    parameters = SamplingParams(stop=["two"], max_new_tokens=64)
-    parameters.normalize(TOKENIZER)
-    request = wrapped("id", "", [1], parameters, eos_token_ids={END}, vocab_size=TOKENIZER.vocab_size + 64)
-    request.tokenizer = TOKENIZER
+    request = _request(wrapped, stop=["two"])
     request.to_finish = schedule_batch.FINISH_ABORT(status_code=status)
     request.output_ids.extend(TEXT)
     request.update_finish_state(len(TEXT))

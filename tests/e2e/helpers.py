@@ -11,7 +11,7 @@ from typing import Any
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from torch import Tensor
 
-from benchmarks.common.equality import find_divergence
+from benchmarks.common.equality import NEAR_TIE, Divergence, find_divergence
 from benchmarks.common.greedy import Prompt, load_prompts
 from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.cli.demo import NANO
@@ -44,13 +44,24 @@ def generate_together(server: Server, requests: Sequence[tuple[Sequence[int], in
         return list(pool.map(lambda request: generate(server, *request), requests))
 
 
-def assert_same_output(reference: Reference, ids: Sequence[int], expected: Reply, actual: Reply) -> None:
-    """Equal token by token, unless they part at a near tie of the AR view."""
+def divergence_of(
+    reference: Reference,
+    ids: Sequence[int],
+    expected: Sequence[int],
+    actual: Sequence[int],
+    tie_below: float = NEAR_TIE,
+) -> Divergence | None:
+    """Where two answers to a prompt first differ, and whether the AR view has a near tie there."""
 
     def gap_after(common: Sequence[int]) -> float:
         return float(top2_gap(reference.ar_logits([*ids, *common])[-1]))
 
-    divergence = find_divergence(expected["output_ids"], actual["output_ids"], gap_after)
+    return find_divergence(expected, actual, gap_after, tie_below)
+
+
+def assert_same_output(reference: Reference, ids: Sequence[int], expected: Reply, actual: Reply) -> None:
+    """Equal token by token, unless they part at a near tie of the AR view."""
+    divergence = divergence_of(reference, ids, expected["output_ids"], actual["output_ids"])
     assert divergence is None or divergence.near_tie, divergence
     if divergence is None:
         assert actual["text"] == expected["text"]

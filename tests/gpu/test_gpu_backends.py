@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common.equality import find_divergence
 from benchmarks.common.greedy import load_prompts
-from benchmarks.common.reference import Reference, top2_gap
+from benchmarks.common.reference import Reference
 from benchmarks.common.setups import BF16_NEAR_TIE
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.e2e.helpers import Reply, generate, tokens_per_cycle
+from tests.e2e.helpers import Reply, divergence_of, generate, tokens_per_cycle
 
 pytestmark = pytest.mark.gpu
 
@@ -61,12 +60,9 @@ def test_unlike_backends_answer_as_plain_sglang_does(name: str, expected: list[R
         answers = {at_once: _collect(server, at_once) for at_once in (1, 3, 6)}
     for at_once, replies in answers.items():
         for prompt, theirs, ours in zip(load_prompts(NANO, COUNT), expected, replies, strict=True):
-
-            def gap_after(common: Sequence[int], ids: tuple[int, ...] = prompt.ids) -> float:
-                return float(top2_gap(reference.ar_logits([*ids, *common])[-1]))
-
-            found = find_divergence(theirs["output_ids"], ours["output_ids"], gap_after)
-            assert found is None or found.gap < BF16_NEAR_TIE, (name, at_once, prompt.name, found)
+            answers_of_both = theirs["output_ids"], ours["output_ids"]
+            found = divergence_of(reference, prompt.ids, *answers_of_both, BF16_NEAR_TIE)
+            assert found is None or found.near_tie, (name, at_once, prompt.name, found)
         rounds = [tokens_per_cycle(reply) for reply in replies if reply["meta_info"]["spec_verify_ct"]]
         assert sum(rounds) / len(rounds) > 3, "a drafter that reads stale lengths drafts badly"
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common.equality import find_divergence
 from benchmarks.common.greedy import load_prompts
-from benchmarks.common.reference import Reference, top2_gap
+from benchmarks.common.reference import Reference
 from benchmarks.common.setups import BF16_NEAR_TIE
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import WIDTHS
-from tests.e2e.helpers import Reply, generate
+from tests.e2e.helpers import divergence_of, generate
 from tests.servers import with_plugins
 
 pytestmark = pytest.mark.gpu
@@ -27,14 +25,6 @@ COMMON = (
 )
 COUNT = 18
 LIMIT = 96
-
-
-def _is_near_tie(reference: Reference, ids: Sequence[int], expected: list[int], reply: Reply) -> bool:
-    def gap_after(common: Sequence[int]) -> float:
-        return float(top2_gap(reference.ar_logits([*ids, *common])[-1]))
-
-    found = find_divergence(expected, reply["output_ids"], gap_after)
-    return found is None or found.gap < BF16_NEAR_TIE
 
 
 @pytest.mark.parametrize("is_random", [False, True], ids=["adaptive", "random"])
@@ -50,7 +40,8 @@ def test_texts_do_not_depend_on_widths(backend: str, is_random: bool, reference:
             with ThreadPoolExecutor(at_once) as pool:
                 replies = list(pool.map(lambda prompt: generate(server, prompt.ids, LIMIT, ignore_eos=True), prompts))
             for prompt, tokens, reply in zip(prompts, expected, replies, strict=True):
-                assert _is_near_tie(reference, prompt.ids, tokens, reply), (at_once, prompt.name)
+                found = divergence_of(reference, prompt.ids, tokens, reply["output_ids"], BF16_NEAR_TIE)
+                assert found is None or found.near_tie, (at_once, prompt.name, found)
         log = server.log_path.read_text()
         print("\n".join(line for line in log.splitlines() if "ORTHRUS" in line or "Capture" in line))
     assert "ORTHRUS milliseconds of a round of 8 requests by width: 1: " in log

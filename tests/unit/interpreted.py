@@ -120,7 +120,7 @@ def read_plan(workspace: torch.Tensor, layout: PlanLayout, bs: int, width: int) 
     assert valid == [1] * count + [0] * (layout.num_ctas - count)
     places = (layout.request_offset, layout.qo_tile_offset, layout.kv_tile_offset)
     return {
-        "work": [list(piece) for piece in zip(*(ints(place, count) for place in places), strict=True)],
+        "work": [list(item) for item in zip(*(ints(place, count) for place in places), strict=True)],
         "chunk": ints(layout.chunk_offset, 1)[0],
         "o_indptr": ints(layout.o_indptr_offset, bs + 1),
         "merge_indptr": ints(layout.merge_indptr_offset, bs * width + 1),
