@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common.plugins import with_plugins
 from benchmarks.common.setups import SETUPS
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
@@ -113,16 +113,6 @@ def replayed_graphs(folder: Path) -> dict[str, str]:
     Empty on a GPU, which has graphs of its own.
     """
     return {} if torch.cuda.is_available() else with_plugins(folder, {"graph_replay": "tests.e2e.graph_replay"})
-
-
-def with_plugins(folder: Path, modules: Mapping[str, str]) -> dict[str, str]:
-    """Environment in which SGLang finds these plugins: the functions `register` of modules of this repository."""
-    metadata = folder / "plugins_of_tests-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins-of-tests\nVersion: 1.0\n")
-    lines = [f"{name} = {module}:register" for name, module in modules.items()]
-    (metadata / "entry_points.txt").write_text("\n".join(["[sglang.srt.plugins]", *lines, ""]))
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 class Servers:

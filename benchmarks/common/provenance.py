@@ -24,6 +24,7 @@ def provenance() -> dict[str, Any]:
         "commit": os.environ.get("GIT_COMMIT") or commit() or "unknown",
         "versions": {name: _version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "command": [_program(), *sys.argv[1:]],
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("ORTHRUS_")},
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

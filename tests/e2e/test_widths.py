@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.plugins import with_plugins
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import WIDTHS
 from tests.e2e.helpers import Reply, assert_same_output, generate, generate_together, prompt_of, prompts
 from tests.e2e.serving import paths_since, rounds_by_path
-from tests.servers import GAUGES, SETUP, TEST_ARGS, with_plugins
+from tests.servers import GAUGES, SETUP, TEST_ARGS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.greedy import load_prompts
+from benchmarks.common.plugins import with_plugins
 from benchmarks.common.reference import Reference
 from benchmarks.common.setups import BF16_NEAR_TIE
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import WIDTHS
 from tests.e2e.helpers import divergence_of, generate
-from tests.servers import with_plugins
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,116 @@
+"""Loads a server in a closed loop, and reads what it wrote down meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from benchmarks.load.figures import Result, parse
+from benchmarks.load.recorder import control_file
+from benchmarks.load.traffic import Request
+
+_TIMEOUT = aiohttp.ClientTimeout(total=600)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A server that writes down its results.
+
+    Attributes:
+        records: the file that it appends to.
+    """
+
+    url: str
+    records: Path
+
+    def set_width(self, width: int | None) -> None:
+        """Of all rounds from the second result on; None for the controller's choice."""
+        control_file(self.records).write_text("" if width is None else str(width))
+
+    def since(self, offset: int) -> list[Result]:
+        """Results behind so many bytes of the file."""
+        if not self.records.exists():
+            return []
+        with self.records.open("rb") as file:
+            file.seek(offset)
+            return [parse(json.loads(line)) for line in file.read().splitlines()]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.records.stat().st_size if self.records.exists() else 0
+
+
+async def closed_loop(
+    side: Side, requests: Sequence[Request], concurrency: int
+) -> tuple[list[list[int]], float, list[Result]]:
+    """Send all, so many at a time, to an empty cache.
+
+    Returns:
+        The answers' ids in the order of the requests, the seconds that they took, and the server's results.
+    """
+    answers: list[list[int]] = [[]] * len(requests)
+    queue = iter(enumerate(requests))
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        for number, request in queue:
+            answers[number] = await _ask(session, side, request)
+
+    async with _session() as session:
+        await _prepare(session, side)
+        offset, started = side.size, time.perf_counter()
+        await asyncio.gather(*(work(session) for _ in range(concurrency)))
+    return answers, time.perf_counter() - started, side.since(offset)
+
+
+async def in_steps(side: Side, requests: Iterable[Request], steps: Sequence[tuple[float, int]]) -> list[Result]:
+    """The server's results while the number of requests in flight changes.
+
+    steps: (seconds, requests in flight), one after another. Requests that run when their number falls are answered.
+    """
+    queue = iter(requests)
+    wanted = 0
+
+    async def work(session: aiohttp.ClientSession, number: int) -> None:
+        while number < wanted:
+            await _ask(session, side, next(queue))
+
+    async with _session() as session:
+        await _prepare(session, side)
+        offset = side.size
+        running: dict[int, asyncio.Task[None]] = {}
+        for seconds, wanted in steps:
+            for number in range(wanted):
+                if number not in running or running[number].done():
+                    running[number] = asyncio.create_task(work(session, number))
+            await asyncio.sleep(seconds)
+        wanted = 0
+        await asyncio.gather(*running.values())
+    return side.since(offset)
+
+
+async def _prepare(session: aiohttp.ClientSession, side: Side) -> None:
+    """The cache is empty, and a width that was written down is in force."""
+    async with session.post(f"{side.url}/flush_cache") as reply:
+        reply.raise_for_status()
+    await _ask(session, side, Request("start", (5, 6), {"max_new_tokens": 4, "ignore_eos": True}))
+
+
+async def _ask(session: aiohttp.ClientSession, side: Side, request: Request) -> list[int]:
+    name = f"{request.kind}-{uuid.uuid4().hex}"
+    async with session.post(f"{side.url}/generate", json=request.body(name)) as reply:
+        reply.raise_for_status()
+        found = await reply.json()
+    ids: list[int] = found["output_ids"]
+    return ids
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))

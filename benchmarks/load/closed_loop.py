@@ -1,0 +1,254 @@
+"""Plain SGLang, every fixed width and widths that follow traffic, under the same load.
+
+    python -m benchmarks.load.closed_loop cpu
+    python -m benchmarks.load.closed_loop gpu --model /tmp/wide-8b --server-arg="--attention-backend fa3" \\
+        --out benchmarks/results/h200/load-fa3.json [--resume]
+
+A closed loop of greedy requests: one that ends is replaced at once. Prompts and grammars are those of
+`benchmarks.load.traffic`. Two servers run at a time, and one of them is loaded. Both write down their results
+(`benchmarks.load.recorder`), so that decoding is timed apart from prefills, whose share depends on the answers' length.
+Fixed widths run on the server that adapts, which is told the width: all have the same graphs and memory.
+
+Then the concurrency rises and falls in steps (`steps`): plain SGLang, the largest width, and widths that follow.
+
+`summary` holds the ratios. Every finished run is written at once; `--resume` continues a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.plugins import with_plugins
+from benchmarks.common.provenance import RESULTS, provenance
+from benchmarks.load.client import Side, closed_loop, in_steps
+from benchmarks.load.figures import decode_figures, summary, timeline
+from benchmarks.load.recorder import RECORDS_ENV
+from benchmarks.load.traffic import FOREIGN, KINDS, MIXED, MIXED_WITH_FOREIGN, ONCE, SCHEMA, Traffic
+from benchmarks.speed.measures import digest
+from benchmarks.volume.soak.report import write
+from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
+from sglang_orthrus.cli.server import Server, plain_env
+from sglang_orthrus.config import WIDTHS
+from sglang_orthrus.models.checkpoint import export_ar
+
+ADAPTIVE, PLAIN = "adaptive", "plain"
+_RECORDER = {"recorder": "benchmarks.load.recorder"}
+# Requests of a run, at least, and per request in flight.
+_LEAST, _WAVES = 9, 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Traffic at a concurrency, and whether fixed widths get it, too."""
+
+    traffic: str
+    concurrency: int
+    with_fixed: bool
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is measured.
+
+    Attributes:
+        args: of both servers.
+        widths: that rounds may have, ascending.
+        settings: in order.
+        steps: (seconds, requests in flight), one after another.
+    """
+
+    args: tuple[str, ...]
+    widths: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    steps: tuple[tuple[float, int], ...]
+
+    def limited(self, traffic: Sequence[str] | None, concurrency: Sequence[int] | None) -> Mode:
+        """A part of it; None for all."""
+        settings = [
+            setting
+            for setting in self.settings
+            if (traffic is None or setting.traffic in traffic)
+            and (concurrency is None or setting.concurrency in concurrency)
+        ]
+        return replace(self, settings=tuple(settings), steps=self.steps if traffic is None else ())
+
+
+MODES = {
+    "cpu": Mode(
+        ("--dtype", "float32", "--context-length", "2048", "--max-total-tokens", "16384"),
+        (1, 8, 16, 32),
+        (
+            *(Setting(MIXED, concurrency, True) for concurrency in (1, 4)),
+            *(Setting(kind, concurrency, False) for concurrency, kind in product((1, 4), (*KINDS, ONCE))),
+        ),
+        ((4.0, 1), (4.0, 8), (4.0, 1)),
+    ),
+    # SGLang's defaults, but for memory, since two servers run, and the number of requests.
+    "gpu": Mode(
+        ("--max-running-requests", "128", "--mem-fraction-static", "0.4", "--enable-metrics"),
+        (1, 8, 16, 32),
+        (
+            *(Setting(MIXED, concurrency, True) for concurrency in (1, 4, 8, 32, 64, 128)),
+            *(Setting(MIXED_WITH_FOREIGN, concurrency, False) for concurrency in (8, 32, 64, 128)),
+            *(Setting(kind, 128, False) for kind in KINDS),
+            *(Setting(kind, 32, False) for kind in KINDS),
+            Setting(ONCE, 1, False),
+            *(Setting(kind, 8, False) for kind in KINDS),
+            *(Setting(kind, 1, False) for kind in KINDS),
+            Setting(MIXED, 16, True),
+        ),
+        ((3.0, 2), (3.0, 64), (3.0, 2), (3.0, 16), (3.0, 128), (3.0, 4)),
+    ),
+}
+
+
+class Runs:
+    """Runs settings and collects their figures.
+
+    Args:
+        mode: what is measured.
+        sides: servers by name.
+        result: the JSON so far.
+    """
+
+    def __init__(self, mode: Mode, traffic: Traffic, sides: dict[str, Side], result: dict[str, Any], out: Path) -> None:
+        self._mode = mode
+        self._traffic = traffic
+        self._sides = sides
+        self._result = result
+        self._out = out
+        self._fixed = [str(width) for width in reversed(mode.widths)]
+
+    def warm_up(self) -> None:
+        """Every grammar is compiled once, and graphs have run."""
+        for side in self._sides.values():
+            side.set_width(None)
+            for traffic, count in ((FOREIGN, 66), (SCHEMA, 40), (MIXED, 36)):
+                asyncio.run(closed_loop(side, self._traffic.take(traffic, count), 8))
+
+    def all(self) -> None:
+        """Every setting that the result lacks, and the steps."""
+        for setting in self._mode.settings:
+            for server in (PLAIN, *(self._fixed if setting.with_fixed else ()), ADAPTIVE):
+                self._run(server, setting)
+        for server in (PLAIN, self._fixed[0], ADAPTIVE):
+            if self._mode.steps and server not in self._result["steps"]:
+                side = self._side(server)
+                results = asyncio.run(in_steps(side, self._traffic.take(MIXED, 9 * 400), self._mode.steps))
+                self._result["steps"][server] = timeline(results)
+                self._write()
+
+    def _run(self, server: str, setting: Setting) -> None:
+        """server: `plain`, `adaptive` or a width."""
+        key = {"server": server, "traffic": setting.traffic, "concurrency": setting.concurrency}
+        if self._find(key) is not None:
+            return
+        count = 1 if setting.traffic == ONCE else max(_LEAST, _WAVES * setting.concurrency)
+        requests = self._traffic.take(setting.traffic, count)
+        answers, seconds, results = asyncio.run(closed_loop(self._side(server), requests, setting.concurrency))
+        figures = decode_figures(results, min(setting.concurrency, count))
+        digests = [digest(str(answer)) for answer in answers]
+        plain = self._find(key | {"server": PLAIN})
+        expected = digests if plain is None else plain["answers"].split()
+        self._result["runs"].append(
+            key
+            | {
+                "requests": count,
+                "tokens": sum(map(len, answers)),
+                "seconds": round(seconds, 3),
+                "decode": figures,
+                "identical_to_plain": sum(a == b for a, b in zip(digests, expected, strict=True)),
+                "answers": " ".join(digests),
+            }
+        )
+        self._write()
+        print(f"{server} {setting}: {seconds:.2f} s, {figures}"[:500], file=sys.stderr, flush=True)
+
+    def _side(self, server: str) -> Side:
+        side = self._sides[PLAIN if server == PLAIN else ADAPTIVE]
+        side.set_width(int(server) if server.isdecimal() else None)
+        return side
+
+    def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return next((run for run in self._result["runs"] if key.items() <= run.items()), None)
+
+    def _write(self) -> None:
+        self._result["summary"] = summary(self._result["runs"], ADAPTIVE, PLAIN, self._fixed)
+        write(self._result, self._out)
+
+
+@contextmanager
+def servers(mode: Mode, model: Path, args: list[str]) -> Iterator[dict[str, Side]]:
+    """Both servers, each with the recorder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        exported = export_ar(model, folder / "ar")
+        plugins = with_plugins(folder / "site", _RECORDER)
+        records = {side: folder / f"{side}.jsonl" for side in (PLAIN, ADAPTIVE)}
+        own = {WIDTHS: ",".join(map(str, mode.widths))}
+        theirs = plain_env() | {"SGLANG_PLUGINS": next(iter(_RECORDER))}
+        with (
+            Server(exported, *mode.args, *args, env=plugins | theirs | _env(records[PLAIN]), timeout=900) as plain,
+            Server(
+                model, *ORTHRUS_ARGS, *mode.args, *args, env=plugins | own | _env(records[ADAPTIVE]), timeout=900
+            ) as adaptive,
+        ):
+            yield {PLAIN: Side(plain.url, records[PLAIN]), ADAPTIVE: Side(adaptive.url, records[ADAPTIVE])}
+
+
+def _env(records: Path) -> dict[str, str]:
+    return {RECORDS_ENV: str(records)}
+
+
+@contextmanager
+def running(urls: list[str]) -> Iterator[dict[str, Side]]:
+    """Servers that were started elsewhere with the recorder."""
+    pairs = (url.split("=", 1) for url in urls)
+    yield {name: Side(url, Path(records)) for (url, records), name in zip(pairs, (PLAIN, ADAPTIVE), strict=True)}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--model", type=Path, default=NANO, help="a dual-view checkpoint; the bundled one by default")
+    parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeatable")
+    parser.add_argument(
+        "--running",
+        nargs=2,
+        metavar="URL=RECORDS",
+        help="plain SGLang and ORTHRUS, started with the recorder, and the files that they write",
+    )
+    parser.add_argument("--traffic", nargs="+", help="of these kinds and mixes only, and no steps")
+    parser.add_argument("--concurrency", nargs="+", type=int, help="at these only")
+    parser.add_argument("--resume", action="store_true", help="go on where --out ends")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    mode = MODES[options.mode].limited(options.traffic, options.concurrency)
+    args = [part for text in options.server_arg for part in shlex.split(text)]
+    out = options.out or RESULTS / f"load-{options.mode}.json"
+    result: dict[str, Any] = {"summary": [], "runs": [], "steps": {}, "args": [*mode.args, *args]}
+    if options.resume and out.exists():
+        result = json.loads(out.read_text())
+    result["provenance"] = provenance()
+    traffic = Traffic(options.model)
+    with running(options.running) if options.running else servers(mode, options.model, args) as sides:
+        runs = Runs(mode, traffic, sides, result, out)
+        runs.warm_up()
+        runs.all()
+    print(json.dumps(result["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Figures of a run from what the recorder wrote. Pure: no server.
+
+A result is a decode step, a round or a prefill. Its time is that since the result before it, so that the times of a run
+add up. Speeds count the time of decode results alone; the wall clock of a run, prefills included, stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+# Results of fewer requests belong to the beginning or the end of a closed loop.
+FULL = 0.75
+
+
+class Result(NamedTuple):
+    """A line of the recorder's file.
+
+    Attributes:
+        at: seconds, of a monotonic clock.
+        is_decode: whether it is a decode step or round; a prefill otherwise.
+        requests: in the batch.
+        width: of the round; 1 for plain decoding.
+        kinds: (requests, tokens) by kind.
+    """
+
+    at: float
+    is_decode: bool
+    requests: int
+    width: int
+    kinds: Mapping[str, Sequence[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Committed by all requests."""
+        return sum(tokens for _, tokens in self.kinds.values())
+
+
+def parse(line: Sequence[Any]) -> Result:
+    """Of a decoded line."""
+    at, is_decode, requests, width, kinds = line
+    return Result(at, bool(is_decode), requests, width, kinds)
+
+
+def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any]:
+    """Speed while `concurrency` requests decode, overall, by kind and by width.
+
+    - `tokens_per_second`: of all requests. A batch with fewer requests counts by its share;
+    - `kinds`: by kind, tokens per second of one request, and tokens per cycle;
+    - `widths`: rounds and mean milliseconds of a round by width.
+    """
+    rows = [
+        (after, after.at - before.at)
+        for before, after in pairwise(results)
+        if after.is_decode and after.requests >= FULL * concurrency
+    ]
+    request_seconds = sum(result.requests * seconds for result, seconds in rows)
+    tokens = sum(result.tokens for result, _ in rows)
+    request_rounds = sum(count for result, _ in rows for count, committed in result.kinds.values() if committed)
+    return {
+        "tokens_per_second": _rounded(concurrency * tokens / request_seconds if request_seconds else None),
+        "tokens_per_cycle": _rounded(tokens / request_rounds if request_rounds else None),
+        "rounds": len(rows),
+        "milliseconds": _rounded(1e3 * sum(seconds for _, seconds in rows) / len(rows) if rows else None),
+        "decode_share": _rounded(_decode_share(results)),
+        "kinds": _by_kind(rows),
+        "widths": _by_width(rows),
+    }
+
+
+def _by_kind(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float | None]]:
+    seconds: defaultdict[str, float] = defaultdict(float)
+    rounds: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for result, took in rows:
+        for kind, (requests, committed) in result.kinds.items():
+            seconds[kind] += requests * took
+            rounds[kind] += requests
+            tokens[kind] += committed
+    return {
+        kind: {
+            "tokens_per_second_of_one": _rounded(tokens[kind] / seconds[kind]),
+            "tokens_per_cycle": _rounded(tokens[kind] / rounds[kind]),
+        }
+        for kind in sorted(seconds)
+    }
+
+
+def _by_width(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float | None]]:
+    found: defaultdict[int, list[float]] = defaultdict(list)
+    for result, took in rows:
+        found[result.width].append(took)
+    return {
+        str(width): {"rounds": len(times), "milliseconds": _rounded(1e3 * sum(times) / len(times))}
+        for width, times in sorted(found.items())
+    }
+
+
+def _decode_share(results: Sequence[Result]) -> float | None:
+    """Of the run's time, that of decode results."""
+    total = results[-1].at - results[0].at if results else 0.0
+    return (
+        sum(after.at - before.at for before, after in pairwise(results) if after.is_decode) / total if total else None
+    )
+
+
+def timeline(results: Sequence[Result], seconds: float = 0.1) -> list[dict[str, Any]]:
+    """Tokens per second, requests and width of successive spans of time; the width is that of most rounds."""
+    rows = []
+    for number, group in groupby(results, lambda result: int((result.at - results[0].at) / seconds)):
+        found = list(group)
+        decoded = [result for result in found if result.is_decode]
+        widths = Counter(result.width for result in decoded)
+        rows.append(
+            {
+                "second": round(number * seconds, 3),
+                "requests": max((result.requests for result in decoded), default=0),
+                "width": widths.most_common(1)[0][0] if widths else None,
+                "widths": [result.width for result in decoded],
+                "tokens_per_second": round(sum(result.tokens for result in found) / seconds, 1),
+            }
+        )
+    return rows
+
+
+def summary(runs: Sequence[Mapping[str, Any]], adaptive: str, plain: str, fixed: Sequence[str]) -> list[dict[str, Any]]:
+    """Ratios of the adaptive server's speed to plain SGLang's and to the best fixed width's, by traffic.
+
+    A kind within a mix has a row of its own, in which the speed of one request is compared.
+    """
+    speeds = {(run["server"], run["traffic"], run["concurrency"]): run["decode"] for run in runs}
+    rows = []
+    for (server, traffic, concurrency), ours in speeds.items():
+        theirs = speeds.get((plain, traffic, concurrency))
+        if server != adaptive or theirs is None:
+            continue
+        others = [speeds[key] for name in fixed if (key := (name, traffic, concurrency)) in speeds]
+        best = max((other["tokens_per_second"] for other in others), default=None)
+        kinds = {
+            kind: _rounded(own["tokens_per_second_of_one"] / theirs["kinds"][kind]["tokens_per_second_of_one"])
+            for kind, own in ours["kinds"].items()
+            if len(ours["kinds"]) > 1 and theirs["kinds"].get(kind, {}).get("tokens_per_second_of_one")
+        }
+        rows.append(
+            {
+                "concurrency": concurrency,
+                "traffic": traffic,
+                "ratio_to_plain": _rounded(ours["tokens_per_second"] / theirs["tokens_per_second"]),
+                "ratio_to_best_fixed": _rounded(ours["tokens_per_second"] / best) if best else None,
+                **({"kinds": kinds} if kinds else {}),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["traffic"], row["concurrency"]))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,118 @@
+"""An SGLang plugin for benchmarks: writes down every result of a server, and fixes the width of rounds on demand.
+
+It works in plain SGLang, too. A server that adapts its widths can so be measured at each of them: what is written to
+the control file is the width of all rounds from the next result on; empty, the controller chooses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import IO, Any
+
+RECORDS_ENV = "ORTHRUS_BENCHMARK_RECORDS"
+
+
+def control_file(records: Path) -> Path:
+    """Where the width is written."""
+    return records.with_suffix(".width")
+
+
+class FixedWidth:
+    """Stands in for a controller: always the same width, and nothing is learnt."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def start(self, key: Hashable, request_class: Hashable) -> None:
+        """Nothing."""
+
+    def forget(self, key: Hashable) -> None:
+        """Nothing."""
+
+    def plan(self, keys: Sequence[Hashable], forced: Mapping[object, int] | None = None) -> Any:
+        """The width."""
+        from sglang_orthrus.round.width_controller import RoundWidth
+
+        return RoundWidth(self._width, False)
+
+    def observe(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int]) -> None:
+        """Nothing."""
+
+    def report(self) -> str:
+        """For the log."""
+        return f"width {self._width}, fixed"
+
+
+class Recorder:
+    """Writes a line per result: [seconds, is decode, requests, width, {kind: [requests, tokens]}].
+
+    A request's kind is its id up to the first hyphen.
+    """
+
+    def __init__(self, records: Path) -> None:
+        self._records = records
+        self._control = control_file(records)
+        self._file: IO[str] | None = None
+        self._changed = 0
+        self.width: int | None = None
+
+    def write(self, is_decode: bool, width: int, counts: Mapping[str, Sequence[int]], requests: int) -> None:
+        """Append a line, and look for a new width."""
+        if self._file is None:
+            self._file = self._records.open("a", buffering=1)
+        self._file.write(json.dumps([time.perf_counter(), int(is_decode), requests, width, counts]) + "\n")
+        changed = self._control.stat().st_mtime_ns if self._control.exists() else 0
+        if changed != self._changed:
+            self._changed = changed
+            text = self._control.read_text().strip()
+            self.width = int(text) if text else None
+
+
+def register() -> None:
+    """Record the results of this process's scheduler."""
+    recorder = Recorder(Path(os.environ[RECORDS_ENV]))
+    _record_results(recorder)
+    if os.environ.get("SGLANG_PLUGINS") is None:
+        _fix_widths(recorder)
+
+
+def _record_results(recorder: Recorder) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    stock = Scheduler.process_batch_result
+
+    @wraps(stock)
+    def process_batch_result(self: Any, batch: Any, result: Any) -> None:
+        reqs = list(batch.reqs)
+        before = [len(req.output_ids) for req in reqs]
+        stock(self, batch, result)
+        counts: dict[str, list[int]] = {}
+        for req, length in zip(reqs, before, strict=True):
+            count = counts.setdefault(str(req.rid).partition("-")[0], [0, 0])
+            count[0] += 1
+            count[1] += len(req.output_ids) - length
+        width = getattr(result, "speculative_num_draft_tokens", None) or 1
+        recorder.write(batch.forward_mode.is_decode(), width, counts, len(reqs))
+
+    Scheduler.process_batch_result = process_batch_result
+
+
+def _fix_widths(recorder: Recorder) -> None:
+    from sglang_orthrus.round.policy import Policy
+
+    def steered(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(stock)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            own = self.__dict__.setdefault("_own_controller", self._controller)
+            self._controller = own if recorder.width is None else FixedWidth(recorder.width)
+            return stock(self, *args, **kwargs)
+
+        return method
+
+    for name in ("plan", "observe", "forget"):
+        setattr(Policy, name, steered(getattr(Policy, name)))
