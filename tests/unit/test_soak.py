@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,9 +13,9 @@ import pytest
 from benchmarks.common.equality import Divergence
 from benchmarks.volume.soak.checks import check, compare, ranked_divergence
 from benchmarks.volume.soak.client import Answer, Reply, read_stream, read_whole
-from benchmarks.volume.soak.merge import merged
+from benchmarks.volume.soak.merge import judged_again, merged
 from benchmarks.volume.soak.report import growth, kinds, latencies, memory_report
-from benchmarks.volume.soak.requests import Mix, Request
+from benchmarks.volume.soak.requests import ABORT_ALL, Mix, Request
 from benchmarks.volume.soak.run import is_excused
 
 PLAIN = Request(0, "generate: greedy", "/generate", {}, limit=4)
@@ -127,6 +127,10 @@ def test_a_wrong_answer_is_found(name: str) -> None:
 
 
 RIGHT: dict[str, tuple[Request, Answer]] = {
+    "an end before the abort": (
+        replace(PLAIN, act="abort", body={"sampling_params": {"stop_regex": "[0-9]{2}"}}),
+        replace(GOOD, text="a b c 42", finish="stop", matched="[0-9]{2}"),
+    ),
     "arguments that no strict schema binds": (
         replace(PLAIN, valid={"call": True, "strict": False}),
         replace(GOOD, finish="tool_calls", calls=[("set_alarm", "10")]),
@@ -317,16 +321,31 @@ def test_slices_are_counted_together() -> None:
                 "seed": seed,
             },
             **{"near_ties": {"below": 1e-4, "found": [1] * failures}, "ended_early": "", "kinds": {"chat": requests}},
-            **{"tokens_per_cycle": 2.0, "failed": [seed] * failures, "plain_too": [], "in_flight": 16},
+            **{
+                "tokens_per_cycle": 2.0,
+                "failed": [{"request": None, "problems": [seed]}] * failures,
+                "plain_too": [],
+                "in_flight": 16,
+            },
             **{"latency_seconds": {}, "pool": {}, "resident_memory": {}, "provenance": {"commit": "a"}},
         }
 
     whole = merged([part(3000, 0, 1), part(1000, 2, 2)])
     assert (whole["requests"], whole["failures"], whole["kinds"]) == (4000, 2, {"chat": 4000})
-    assert whole["failed"] == [2, 2]
+    assert [failure["problems"] for failure in whole["failed"]] == [[2], [2]] and whole["excused"] == []
     assert [one["seed"] for one in whole["slices"]] == [1, 2]
     # One near tie in 200 requests is allowed over all.
     assert whole["near_ties"]["allowed"] == 20
+
+
+def test_a_failure_is_judged_again_by_todays_checks() -> None:
+    mix = Mix(6)
+    number = next(number for number in range(100, 10**6) if mix.request(number).kind == ABORT_ALL) + 2
+    failure = {"problems": ["an error"], "request": {"number": number}}
+    waited = asdict(reply(error="Aborted by AbortReq."))
+    assert judged_again(failure | {"ours": waited}, mix, 16) == [], "everything was aborted two requests before"
+    other = asdict(reply(error="Internal error"))
+    assert judged_again(failure | {"ours": other}, mix, 16) != []
 
 
 def test_slices_of_unlike_commits_are_not_one_run() -> None:

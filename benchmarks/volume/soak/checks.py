@@ -125,7 +125,7 @@ def _check_answer(request: Request, answer: Answer) -> list[str]:
     ids = answer.ids
     if request.act == "cut":
         problems += [] if ids else ["a stream without tokens"]
-    elif request.act == "abort" and answer.finish != "abort" and not (request.valid or request.stops):
+    elif request.act == "abort" and answer.finish != "abort" and not _may_end(request):
         problems.append(f"finish reason {answer.finish!r} after an abort")
     elif answer.finish is None:
         problems.append("no finish reason")
@@ -144,6 +144,12 @@ def _check_answer(request: Request, answer: Answer) -> list[str]:
     if answer.finish in ("stop", "tool_calls") and request.valid:
         problems += _check_valid(request.valid, answer)
     return problems + _check_logprobs(request, answer)
+
+
+def _may_end(request: Request) -> bool:
+    """Whether a text may have ended before the abort came."""
+    options = {**request.body, **request.body.get("sampling_params", {})}
+    return bool(request.valid or request.stops or options.get("stop_regex") or options.get("stop_token_ids"))
 
 
 def _check_length(request: Request, answer: Answer, ids: Sequence[int]) -> list[str]:

@@ -68,9 +68,8 @@ class Reply:
 
     @property
     def aborted(self) -> bool:
-        """Whether any text was ended by an abort."""
-        ended = any(answer.finish == "abort" for answer in self.answers)
-        return ended or (self.status != requests.codes.ok and "abort" in self.error.lower())
+        """Whether any text was ended by an abort. A stream that waited until then has an error and no text."""
+        return "abort" in self.error.lower() or any(answer.finish == "abort" for answer in self.answers)
 
 
 class Client:

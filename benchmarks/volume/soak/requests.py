@@ -12,6 +12,7 @@ from benchmarks.volume.soak.prompts import history, json_schema, order, question
 Act = Literal["whole", "stream", "cut", "abort", "session", "control"]
 _ACTS: tuple[Act, ...] = ("whole", "stream", "cut", "abort")
 _CUT_LIMIT = 400
+ABORT_ALL = "control: abort all"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from benchmarks.common.servers import Side, Sides, add_arguments, resident_mib, 
 from benchmarks.volume.soak import report as figures
 from benchmarks.volume.soak.checks import Verdict, check, compare, ranked_divergence
 from benchmarks.volume.soak.client import Answer, Client, Reply
-from benchmarks.volume.soak.requests import Act, Mix, Request
+from benchmarks.volume.soak.requests import ABORT_ALL, Act, Mix, Request
 
 # As `benchmarks.parity` measured it for bf16.
 BF16_NEAR_TIE = 0.375
@@ -251,7 +251,7 @@ def is_excused(reply: Reply, replies: list[Reply], batch: list[Request]) -> bool
         return False
     for request, other in zip(batch, replies, strict=True):
         overlaps = other.started <= reply.started + reply.seconds and reply.started <= other.started + other.seconds
-        if request.kind == "control: abort all" and overlaps:
+        if request.kind == ABORT_ALL and overlaps:
             return True
     return False
 
