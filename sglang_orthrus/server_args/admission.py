@@ -147,6 +147,8 @@ def _numbers(request: Any, context_length: int) -> Numbers:
 
     wants_logprobs = given("return_logprob", False)
     ids = given("input_ids", ())
+    room = max(context_length - len(ids), 0)
+    max_new_tokens = getattr(request.sampling_params, "max_new_tokens", None)
     return Numbers(
         ids,
         given("top_logprobs_num", 0) if wants_logprobs else 0,
@@ -154,5 +156,6 @@ def _numbers(request: Any, context_length: int) -> Numbers:
         given("token_ids_logprob", ()),
         tuple((field, given(field, ())) for field in ("multi_item_delimiter_indices", "token_indices_to_pool")),
         tuple(len(row) for row in given("input_embeds", ())),
-        max(context_length - len(ids), 0) if given("session_params", None) else 0,
+        room if given("session_params", None) else 0,
+        (room if max_new_tokens is None else min(max_new_tokens, room)) if wants_logprobs else 0,
     )

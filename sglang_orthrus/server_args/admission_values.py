@@ -19,8 +19,11 @@ MIN_REPETITION_PENALTY = 1e-30
 MAX_BIAS = 1e30
 # Texts that one request may ask for with `n`. More prompts than that may come in one request, whose size they pay for.
 MAX_SAMPLES = 4096
-# Log probabilities of the prompts of all its texts. The scheduler makes Python numbers of them, and serves nobody else.
-MAX_PROMPT_LOGPROBS = 2**22
+# Log probabilities of the prompts of all its texts, and of the texts. They become Python numbers, and while the
+# scheduler makes them, it serves nobody else.
+MAX_LOGPROBS = 2**22
+# So many per generated token are always allowed: the OpenAI API ends at 20, and the context's length bounds the rest.
+FEW_LOGPROBS = 64
 # Fields of SGLang's `SamplingParams` that a request can set, although SGLang computes them.
 _COMPUTED = ("is_normalized", "stop_str_max_len", "stop_regex_max_len")
 
@@ -36,6 +39,7 @@ class Numbers(NamedTuple):
         positions: indices into the input, by the field that names them.
         embed_widths: of every embedding that is given instead of a token.
         max_history: at most as many tokens come before `input_ids`, of a session's former turns.
+        max_output: at most as many tokens follow; 0 if that is not known.
     """
 
     input_ids: Sequence[int]
@@ -45,6 +49,7 @@ class Numbers(NamedTuple):
     positions: tuple[tuple[str, Sequence[int]], ...] = ()
     embed_widths: Sequence[int] = ()
     max_history: int = 0
+    max_output: int = 0
 
 
 class _Check(NamedTuple):
@@ -87,23 +92,26 @@ def value_problem(numbers: Numbers, params: Any, vocab_size: int, hidden_size: i
         for value in values:
             if not ((low is None or value >= low) and (high is None or value <= high)):
                 return f"{field}: {value} is out of range, {_range(low, high)}."
-    return _prompt_logprobs_problem(numbers, max(params.n, 1))
+    return _logprobs_problem(numbers, max(params.n, 1))
 
 
-def _prompt_logprobs_problem(numbers: Numbers, n: int) -> str | None:
+def _logprobs_problem(numbers: Numbers, n: int) -> str | None:
     per_token = max(numbers.top_logprobs_num, 0) + len(numbers.token_ids_logprob)
-    if numbers.logprob_start_len < 0 or per_token == 0:
-        return None
     length = numbers.max_history + max(len(numbers.input_ids), len(numbers.embed_widths))
-    num_tokens = max(length - numbers.logprob_start_len, 0)
-    values = n * num_tokens * per_token
-    if values <= MAX_PROMPT_LOGPROBS:
-        return None
-    field = "top_logprobs_num" if numbers.top_logprobs_num > 0 else "number of token_ids_logprob"
-    return (
-        f"{field}: {per_token} log probabilities of each of {num_tokens} prompt tokens from logprob_start_len "
-        f"{numbers.logprob_start_len} on, for n = {n}, are {values} values, at most {MAX_PROMPT_LOGPROBS}."
-    )
+    in_prompt = max(length - numbers.logprob_start_len, 0) if numbers.logprob_start_len >= 0 else 0
+    in_output = numbers.max_output if per_token > FEW_LOGPROBS else 0
+    for num_tokens, of_what in (
+        (in_prompt, f"prompt tokens from logprob_start_len {numbers.logprob_start_len} on"),
+        (in_output, "new tokens (max_new_tokens)"),
+    ):
+        values = n * num_tokens * per_token
+        if values > MAX_LOGPROBS:
+            field = "top_logprobs_num" if numbers.top_logprobs_num > 0 else "number of token_ids_logprob"
+            return (
+                f"{field}: {per_token} log probabilities of each of {num_tokens} {of_what}, for n = {n}, are {values} "
+                f"values, at most {MAX_LOGPROBS}."
+            )
+    return None
 
 
 def samples_problem(num_prompts: int, n: int) -> str | None:

@@ -181,6 +181,39 @@ def test_log_probabilities_of_a_prompt_are_served_up_to_the_bound(n: int, fields
     assert tokenized_problem(_sent({"n": n}, **asked), VOCAB, context_length=50000) is None
 
 
+@pytest.mark.parametrize(
+    ("sampling", "fields", "values"),
+    [
+        ({"max_new_tokens": 41944}, {"top_logprobs_num": VOCAB}, 41944 * 100),
+        ({"max_new_tokens": None}, {"top_logprobs_num": VOCAB}, 49997 * 100),  # as many as the context has room for
+        ({"max_new_tokens": 10**9}, {"token_ids_logprob": [5] * 90}, 49997 * 90),
+        ({"max_new_tokens": 400, "n": 200}, {"top_logprobs_num": VOCAB}, 400 * 100 * 200),
+    ],
+)
+def test_a_text_has_so_many_log_probabilities(sampling: dict[str, Any], fields: dict[str, Any], values: int) -> None:
+    sent = _sent(sampling, return_logprob=True, **fields)
+    message = tokenized_problem(sent, VOCAB, context_length=50000)
+    assert message is not None and f"are {values} values, at most 4194304." in message
+    assert "new tokens (max_new_tokens)" in message
+    sent.return_logprob = False
+    assert tokenized_problem(sent, VOCAB, context_length=50000) is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fields"),
+    [
+        ({"max_new_tokens": 41943}, {"top_logprobs_num": VOCAB}),
+        # What the OpenAI API allows is served for any length and number of texts.
+        ({"max_new_tokens": None, "n": 4096}, {"top_logprobs_num": 64}),
+    ],
+)
+def test_log_probabilities_of_a_text_are_served_up_to_the_bound(
+    sampling: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    sent = _sent(sampling, return_logprob=True, **fields)
+    assert tokenized_problem(sent, VOCAB, context_length=50000) is None
+
+
 def test_log_probabilities_that_nobody_asked_for_are_not_looked_up() -> None:
     """The scheduler takes the largest number in a batch, also of a request that wants none."""
     sent = _sent({}, top_logprobs_num=10**9)
