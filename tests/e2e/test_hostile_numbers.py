@@ -97,7 +97,10 @@ def _an_ordinary_request_is_answered_afterwards(orthrus: Server) -> Iterator[Non
         ),
         (_native({"n": 500}, return_logprob=True, logprob_start_len=0, top_logprobs_num=VOCAB), "are 6144000 values"),
         (_text(prompt=[5] * 1025, logprobs=VOCAB, echo=True), "are 4198400 values"),
-        (_text(prompt=[5], max_tokens=1025, logprobs=VOCAB), "1025 new tokens (max_new_tokens), for n = 1, are 4198400"),
+        (
+            _text(prompt=[5], max_tokens=1025, logprobs=VOCAB),
+            "1025 new tokens (max_new_tokens), for n = 1, are 4198400",
+        ),
         (_native({"stop_token_ids": [VOCAB], "min_new_tokens": 2}), "stop_token_ids (with min_new_tokens): 4096"),
         (_chat(stop_token_ids=[-1], min_tokens=2), "stop_token_ids (with min_new_tokens): -1"),
         (_native({"top_k": 2**31, "temperature": 1}), "top_k: 2147483648"),
