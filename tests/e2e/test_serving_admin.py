@@ -84,7 +84,7 @@ def test_new_autoregressive_weights_give_their_own_answers(orthrus: Server, plai
     other = perturbed(tmp_path / "other", lambda name: "_proj.weight" in name, 1.0)
     before = generate(orthrus, IDS)
     with updated(orthrus, other), updated(plain, export_ar(other, tmp_path / "other-ar")):
-        changed, expected = generate(orthrus, IDS), generate(plain, IDS)
+        changed, expected = both(generate, (orthrus, plain), IDS)
     assert_same_output(Reference(other), IDS, expected, changed)
     assert changed["output_ids"] != before["output_ids"]
 
