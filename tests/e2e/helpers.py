@@ -55,7 +55,7 @@ def both(ask: Callable[..., T], servers: tuple[Server, Server], *args: Any, **kw
 
 
 def truths(plain: Server, requests: Iterable[Request]) -> list[Reply]:
-    """A server's answers, for `assert_same_output`, which allows for rounding.
+    """Plain SGLang's answers for `assert_same_output`, which allows for rounding.
 
     Every request is sent once a session, several at a time.
     """

@@ -120,7 +120,7 @@ def test_stop_token_ids_cut_inside_a_block(orthrus: Server, plain: Server, refer
 
 def test_stop_strings_cut_inside_a_block(orthrus: Server, plain: Server) -> None:
     ids = prompt_of("json", 2)
-    text = truth(plain, ids)["text"]
+    text = generate(plain, ids)["text"]
     for stop in (text[3:6], text[len(text) // 2 : len(text) // 2 + 4], text[-5:-2]):
         ours, theirs = both(generate, (orthrus, plain), ids, stop=[stop])
         assert ours["text"] == theirs["text"] == text[: text.index(stop)]

@@ -111,7 +111,7 @@ def test_ignore_eos_goes_on_after_the_end_of_the_text(server: Server, plain: Ser
 
 def test_one_token_and_the_first_of_several_stops(server: Server, plain: Server, reference: Reference) -> None:
     ids = prompt_of("json", 1)
-    whole = truth(plain, ids)
+    whole = generate(plain, ids)
     text, tokens = whole["text"], whole["output_ids"]
     half = len(text) // 2
     never = "\x00 never"
@@ -129,7 +129,7 @@ def test_one_token_and_the_first_of_several_stops(server: Server, plain: Server,
 def test_a_stop_string_that_spans_two_rounds(server: Server, plain: Server, reference: Reference) -> None:
     """A chunk of a stream ends where a round ends: stop at characters from both of its sides."""
     ids = prompt_of("prose")
-    whole = truth(plain, ids)["text"]
+    whole = generate(plain, ids)["text"]
     with streaming(server, ids) as chunks:
         ends = [len(chunk["text"]) for chunk in chunks]
     spanning = [end for end in ends if end < len(whole) and whole.find(whole[end - 4 : end + 4]) == end - 4]
@@ -145,7 +145,7 @@ def test_a_stop_string_that_spans_two_rounds(server: Server, plain: Server, refe
 @pytest.mark.parametrize("case", ["string after string", "string after token", "string after the end"])
 def test_the_first_of_several_stops_in_one_round_wins(server: Server, plain: Server, case: str) -> None:
     ids = prompt_of("json")
-    whole = truth(plain, ids)
+    whole = generate(plain, ids)
     assert generate(server, ids)["meta_info"]["spec_verify_ct"] == 1
     early, late = whole["text"][10:16], whole["text"][40:46]
     sampling: dict[str, Any] = {
