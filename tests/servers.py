@@ -16,7 +16,7 @@ import torch
 from benchmarks.common.plugins import with_plugins
 from benchmarks.common.setups import SETUPS
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
-from sglang_orthrus.cli.server import Server, plain_env
+from sglang_orthrus.cli.server import Server, free_port, plain_env
 from sglang_orthrus.config import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.fixtures import write_alike_views
@@ -68,10 +68,11 @@ class Launch:
     args: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
 
-    def server(self) -> Server:
-        """The server, not started."""
+    def server(self, port: int, rendezvous: int) -> Server:
+        """The server, not started, on these ports."""
+        args = (*self.args, "--nccl-port", str(rendezvous))
         # All of them start at once, on as few as two cores.
-        return Server(self.model, *self.args, env={**SETUP.env, **self.env}, timeout=600)
+        return Server(self.model, *args, port=port, env={**SETUP.env, **self.env}, timeout=600)
 
 
 def launches(folder: Path) -> dict[str, Launch]:
@@ -82,14 +83,16 @@ def launches(folder: Path) -> dict[str, Launch]:
     """
     ours = (*ORTHRUS_ARGS, *TEST_ARGS)
     thinker = thinking_by_default(Path(shutil.copytree(NANO, folder / "thinker")))
-    small_env = MEMORY_CHECKS | OPTIMISTIC | {SLOW_MASK_MS: "0"} | replayed_graphs(folder / "site")
+    forked = plugins_on_cpu(folder / "forked", "forked")
+    small_env = MEMORY_CHECKS | OPTIMISTIC | {SLOW_MASK_MS: "0"}
+    small_env |= plugins_on_cpu(folder / "small", "forked", "graph_replay")
     return {
         "orthrus": Launch(NANO, (*ours, "--decode-log-interval", "2")),
-        "orthrus_without_overlap": Launch(NANO, (*ours, WITHOUT_OVERLAP)),
+        "orthrus_without_overlap": Launch(NANO, (*ours, WITHOUT_OVERLAP), forked),
         "plain": Launch(export_ar(NANO, folder / "nano-ar"), TEST_ARGS, plain_env()),
         "small": Launch(thinker, (*ours, *SMALL_ARGS), small_env),
-        "narrow": Launch(NANO, (*ours, *NARROW_ARGS)),
-        "tiny": Launch(write_alike_views(folder / "tiny"), (*ORTHRUS_ARGS, *SETUP.args)),
+        "narrow": Launch(NANO, (*ours, *NARROW_ARGS), forked),
+        "tiny": Launch(write_alike_views(folder / "tiny"), (*ORTHRUS_ARGS, *SETUP.args), forked),
     }
 
 
@@ -112,7 +115,12 @@ def replayed_graphs(folder: Path) -> dict[str, str]:
 
     Empty on a GPU, which has graphs of its own.
     """
-    return {} if torch.cuda.is_available() else with_plugins(folder, {"graph_replay": "tests.e2e.graph_replay"})
+    return plugins_on_cpu(folder, "graph_replay")
+
+
+def plugins_on_cpu(folder: Path, *names: str) -> dict[str, str]:
+    """Environment in which SGLang finds these plugins of `tests.e2e`; empty on a GPU."""
+    return {} if torch.cuda.is_available() else with_plugins(folder, {name: f"tests.e2e.{name}" for name in names})
 
 
 class Servers:
@@ -124,6 +132,7 @@ class Servers:
     def __init__(self, launches: Mapping[str, Launch], needed: Collection[str]) -> None:
         self._launches = launches
         self._threads = ThreadPoolExecutor(len(launches))
+        self._ports = free_ports(2 * len(launches))
         self._started: dict[str, Future[Server]] = {}
         for name in launches:
             if name in needed:
@@ -142,13 +151,22 @@ class Servers:
         self._threads.shutdown()
 
     def _start(self, name: str) -> None:
-        server = self._launches[name].server()  # here, as it copies the environment, which tests change
+        # Here, as it copies the environment, which tests change.
+        server = self._launches[name].server(self._ports.pop(), self._ports.pop())
 
         def start() -> Server:
             server.start()
             return server
 
         self._started[name] = self._threads.submit(start)
+
+
+def free_ports(count: int) -> set[int]:
+    """Different ones, as servers that start at once bind theirs only seconds later."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return ports
 
 
 def names_used_by(items: Iterable[pytest.Item]) -> set[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang.srt.sampling.custom_logit_processor import DeepseekOCRNoRepeatNGramLogitProcessor as NoRepeat
 from torch import Tensor
@@ -17,8 +17,12 @@ from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 
+T = TypeVar("T")
 Reply = dict[str, Any]
+Request = tuple[Sequence[int], int]  # ids, max_new_tokens
+TRUTHS_IN_FLIGHT = 8
 STOPS = {4088, 4090}  # <|endoftext|> and <|im_end|>, which end nano's texts
+_TRUTHS: dict[tuple[str, tuple[int, ...], int], Reply] = {}
 
 
 @cache
@@ -38,10 +42,34 @@ def generate(server: Server, ids: Sequence[int], max_new_tokens: int = 256, **sa
     return server.post("/generate", {"input_ids": list(ids), "sampling_params": sampling})
 
 
-def generate_together(server: Server, requests: Sequence[tuple[Sequence[int], int]], in_flight: int) -> list[Reply]:
-    """Requests (ids, max_new_tokens), `in_flight` at a time: others join as one leaves."""
+def generate_together(server: Server, requests: Sequence[Request], in_flight: int) -> list[Reply]:
+    """Requests, `in_flight` at a time: others join as one leaves."""
     with ThreadPoolExecutor(in_flight) as pool:
         return list(pool.map(lambda request: generate(server, *request), requests))
+
+
+def both(ask: Callable[..., T], servers: tuple[Server, Server], *args: Any, **kwargs: Any) -> list[T]:
+    """The same of two servers, at once: a request keeps little more than one core busy."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return list(pool.map(lambda server: ask(server, *args, **kwargs), servers))
+
+
+def truths(plain: Server, requests: Iterable[Request]) -> list[Reply]:
+    """Plain SGLang's answers for `assert_same_output`, which allows for rounding.
+
+    Every request is sent once a session, several at a time.
+    """
+    wanted = [(plain.url, tuple(ids), length) for ids, length in requests]
+    new = [key for key in dict.fromkeys(wanted) if key not in _TRUTHS]
+    replies = generate_together(plain, [(ids, length) for _, ids, length in new], TRUTHS_IN_FLIGHT)
+    _TRUTHS.update(zip(new, replies, strict=True))
+    return [_TRUTHS[key] for key in wanted]
+
+
+def truth(plain: Server, ids: Sequence[int], max_new_tokens: int = 256) -> Reply:
+    """One of them."""
+    (reply,) = truths(plain, [(ids, max_new_tokens)])
+    return reply
 
 
 def divergence_of(
@@ -66,6 +94,14 @@ def assert_same_output(reference: Reference, ids: Sequence[int], expected: Reply
     if divergence is None:
         assert actual["text"] == expected["text"]
         assert actual["meta_info"]["finish_reason"] == expected["meta_info"]["finish_reason"]
+
+
+def assert_same_outputs(
+    reference: Reference, plain: Server, requests: Sequence[Request], replies: Sequence[Reply]
+) -> None:
+    """Each as `assert_same_output` wants it, of requests without options."""
+    for (ids, _), expected, reply in zip(requests, truths(plain, requests), replies, strict=True):
+        assert_same_output(reference, ids, expected, reply)
 
 
 def tokens_per_cycle(reply: Reply) -> float:

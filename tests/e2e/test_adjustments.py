@@ -24,7 +24,7 @@ from benchmarks.common.reference import Reference, top2_gap
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.e2e.helpers import Reply, adjusted, prompt_of
+from tests.e2e.helpers import Reply, adjusted, both, prompt_of
 from tests.patching import patched_sglang
 from tests.servers import SETUP, TEST_ARGS
 
@@ -181,7 +181,7 @@ def test_neighbours_ask_for_different_numbers_of_log_probabilities(served: Serve
 def test_log_probabilities_under_a_grammar(served: Server, plain: Server, name: str) -> None:
     """Alone, so that the last of the batch's requests ends behind a round that has begun."""
     options = {"regex": r"(yes|no), because [a-z]{3,12} is (one|two|three)\."}
-    ours, expected = (ask(server, prompt_of("chat"), options, **LOGPROBS[name]) for server in (served, plain))
+    ours, expected = both(ask, (served, plain), prompt_of("chat"), options, **LOGPROBS[name])
     assert expected["meta_info"]["finish_reason"]["type"] == "stop"
     assert_same_log_probabilities(ours, expected)
     assert ask(served, prompt_of("chat"), options)["output_ids"] == ours["output_ids"]
@@ -239,7 +239,7 @@ def test_select_rests_on_log_probabilities(served: Server, plain: Server) -> Non
 
 def test_scores_are_plain_sglangs(served: Server, plain: Server) -> None:
     body = {"model": "default", "query": "Hello", "items": ["a", "b"], "label_token_ids": [5, 6]}
-    ours, theirs = (server.post("/v1/score", body)["scores"] for server in (served, plain))
+    ours, theirs = both(lambda server: server.post("/v1/score", body)["scores"], (served, plain))
     assert [p for row in ours for p in row] == pytest.approx([p for row in theirs for p in row], rel=1e-3)
 
 
@@ -266,7 +266,7 @@ STOPPING: dict[str, dict[str, Any]] = {
 def test_stops_are_plain_sglangs(orthrus: Server, plain: Server, name: str) -> None:
     """The strings lie inside the first block. What a regex matches is never cut off."""
     ids = prompt_of("qa" if "special" in name else "prose")
-    ours, theirs = (ask(server, ids, STOPPING[name]) for server in (orthrus, plain))
+    ours, theirs = both(ask, (orthrus, plain), ids, STOPPING[name])
     assert ours["output_ids"] == theirs["output_ids"] and ours["text"] == theirs["text"]
     assert ours["meta_info"]["finish_reason"] == theirs["meta_info"]["finish_reason"]
     assert ours["meta_info"]["finish_reason"]["type"] == "stop"

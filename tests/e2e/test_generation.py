@@ -14,11 +14,14 @@ from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import (
     assert_same_output,
+    assert_same_outputs,
+    both,
     generate,
     generate_together,
     prompt_of,
     prompts,
     tokens_per_cycle,
+    truth,
 )
 from tests.servers import CONTEXT_LENGTH
 
@@ -34,7 +37,7 @@ def chat(server: Server, **request: Any) -> Any:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_chat_completions_equal_plain_ones(orthrus: Server, plain: Server, name: str) -> None:
-    ours, theirs = (chat(server, **REQUESTS[name]).choices[0] for server in (orthrus, plain))
+    ours, theirs = both(lambda server: chat(server, **REQUESTS[name]).choices[0], (orthrus, plain))
     assert ours.finish_reason == theirs.finish_reason
     assert ours.message.content == theirs.message.content
     calls = [
@@ -80,8 +83,7 @@ def test_a_stream_delivers_a_round_at_a_time(orthrus: Server) -> None:
 def test_requests_of_mixed_lengths_join_and_leave_a_batch(orthrus: Server, plain: Server, reference: Reference) -> None:
     requests_ = [(prompt.ids, 5 + 23 * (number % 7)) for number, prompt in enumerate(prompts())]
     replies = generate_together(orthrus, requests_, in_flight=6)
-    for (ids, length), reply in zip(requests_, replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, length), reply)
+    assert_same_outputs(reference, plain, requests_, replies)
 
 
 def test_max_tokens_cuts_inside_a_block(orthrus: Server) -> None:
@@ -100,7 +102,7 @@ def test_end_of_text_inside_a_block_ends_the_answer(
 ) -> None:
     ids = prompt_of(family)
     reply = generate(orthrus, ids)
-    assert_same_output(reference, ids, generate(plain, ids), reply)
+    assert_same_output(reference, ids, truth(plain, ids), reply)
     assert reply["meta_info"]["finish_reason"]["type"] == "stop"
     eos = reply["meta_info"]["finish_reason"]["matched"]
     assert reply["output_ids"].index(eos) == len(reply["output_ids"]) - 1
@@ -120,7 +122,7 @@ def test_stop_strings_cut_inside_a_block(orthrus: Server, plain: Server) -> None
     ids = prompt_of("json", 2)
     text = generate(plain, ids)["text"]
     for stop in (text[3:6], text[len(text) // 2 : len(text) // 2 + 4], text[-5:-2]):
-        ours, theirs = (generate(server, ids, stop=[stop]) for server in (orthrus, plain))
+        ours, theirs = both(generate, (orthrus, plain), ids, stop=[stop])
         assert ours["text"] == theirs["text"] == text[: text.index(stop)]
         assert ours["meta_info"]["finish_reason"] == theirs["meta_info"]["finish_reason"]
 
@@ -151,14 +153,13 @@ def test_requests_near_the_context_limit(orthrus: Server, plain: Server, referen
     requests_ = [(long[: CONTEXT_LENGTH - room], room) for room in (8, BLOCK - 1, BLOCK + 1, 70)]
     for in_flight in (1, len(requests_)):
         replies = generate_together(orthrus, requests_, in_flight)
-        for (ids, length), reply in zip(requests_, replies, strict=True):
-            assert_same_output(reference, ids, generate(plain, ids, length), reply)
+        assert_same_outputs(reference, plain, requests_, replies)
 
 
 @pytest.mark.parametrize("family", ["json", "tools"])
 def test_drafts_are_accepted(orthrus: Server, orthrus_without_overlap: Server, family: str) -> None:
-    for server in (orthrus, orthrus_without_overlap):
-        replies = [generate(server, prompt.ids) for prompt in prompts() if prompt.family == family]
+    requests_ = [(prompt.ids, 256) for prompt in prompts() if prompt.family == family]
+    for replies in both(generate_together, (orthrus, orthrus_without_overlap), requests_, 1):
         assert sum(map(tokens_per_cycle, replies)) / len(replies) > 4
 
 

@@ -15,7 +15,7 @@ from benchmarks.structured.cases import SCHEMAS
 from benchmarks.structured.run import metrics
 from examples.train_nano.corpus import held_out
 from sglang_orthrus.cli.server import Server
-from tests.e2e.helpers import Reply, generate, generate_together, prompt_of, tokens_per_cycle
+from tests.e2e.helpers import Reply, both, generate, generate_together, prompt_of, tokens_per_cycle
 from tests.e2e.serving import streaming
 
 pytestmark = pytest.mark.e2e
@@ -79,7 +79,7 @@ def test_schemas_that_the_prompt_asks_for(orthrus: Server, plain: Server, index:
     """The model would write this JSON by itself, so drafts survive the masks."""
     sample = held_out("json", 4)[index]
     schema = json.dumps(sample.schema)
-    ours, theirs = (generate(server, prompt_of("json", index), json_schema=schema) for server in (orthrus, plain))
+    ours, theirs = both(generate, (orthrus, plain), prompt_of("json", index), json_schema=schema)
     assert ours["output_ids"] == theirs["output_ids"]
     jsonschema.validate(json.loads(ours["text"]), sample.schema)
     assert tokens_per_cycle(ours) > 5
@@ -125,14 +125,14 @@ def test_constrained_and_free_requests_share_a_batch_of_8(
 def test_an_answer_cut_short_in_an_object(orthrus: Server, plain: Server) -> None:
     grammar = {"json_schema": json.dumps(held_out("json", 1)[0].schema)}
     for count in (1, 5, 9):
-        ours, theirs = (generate(server, prompt_of("json"), count, **grammar) for server in (orthrus, plain))
+        ours, theirs = both(generate, (orthrus, plain), prompt_of("json"), count, **grammar)
         assert ours["output_ids"] == theirs["output_ids"]
         assert ours["meta_info"]["finish_reason"] == {"type": "length", "length": count}
 
 
 def test_a_stop_string_inside_constrained_text(orthrus: Server, plain: Server) -> None:
     grammar = {"json_schema": json.dumps(held_out("json", 1)[0].schema), "stop": ['":']}
-    ours, theirs = (generate(server, prompt_of("json"), 100, **grammar) for server in (orthrus, plain))
+    ours, theirs = both(generate, (orthrus, plain), prompt_of("json"), 100, **grammar)
     assert (ours["output_ids"], ours["text"]) == (theirs["output_ids"], theirs["text"])
     assert ours["meta_info"]["finish_reason"] == theirs["meta_info"]["finish_reason"]
 

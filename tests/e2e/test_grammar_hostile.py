@@ -13,7 +13,7 @@ import pytest
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import SLOW_MASK_MS
-from tests.e2e.helpers import generate, prompt_of
+from tests.e2e.helpers import both, generate, prompt_of
 from tests.servers import NO_WHITE_SPACE, SETUP, TEST_ARGS
 
 pytestmark = pytest.mark.e2e
@@ -61,7 +61,7 @@ def test_forced_strings_without_end(orthrus: Server) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_they_are_answered_as_by_plain_sglang(orthrus: Server, plain: Server, name: str) -> None:
-    ours, theirs = (generate(server, prompt_of("arith"), 40, **HOSTILE[name]) for server in (orthrus, plain))
+    ours, theirs = both(generate, (orthrus, plain), prompt_of("arith"), 40, **HOSTILE[name])
     assert ours["output_ids"] == theirs["output_ids"]
 
 

@@ -17,6 +17,7 @@ from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
 from tests.e2e.chats import CHAT, assembled, content, events
+from tests.e2e.helpers import both
 from tests.servers import LLGUIDANCE, SETUP, TEST_ARGS
 
 pytestmark = pytest.mark.e2e
@@ -96,7 +97,7 @@ def num_calls(found: dict[str, Outcome], kind: str) -> list[int]:
 
 
 def test_two_calls_in_one_answer(orthrus: Server, plain: Server) -> None:
-    ours, theirs = outcomes(orthrus), outcomes(plain)
+    ours, theirs = both(outcomes, (orthrus, plain))
     assert ours == theirs
     assert_calls_are_valid(ours)
     assert all(choice["calls"] for _, choices in ours.values() for choice in choices)
@@ -106,7 +107,7 @@ def test_two_calls_in_one_answer(orthrus: Server, plain: Server) -> None:
 
 @pytest.mark.parametrize("name", ["strict 0", "required 0", "named 0"])
 def test_streams_of_two_calls_add_up(orthrus: Server, plain: Server, name: str) -> None:
-    streams = [assembled(events(server, CHAT, REQUESTS[name])) for server in (orthrus, plain)]
+    streams = both(lambda server: assembled(events(server, CHAT, REQUESTS[name])), (orthrus, plain))
     assert streams[0] == streams[1]
     assert len(streams[0][0]["calls"]) >= (2 if name == "strict 0" else 1)
 

@@ -10,7 +10,16 @@ import pytest
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
+from tests.e2e.helpers import (
+    assert_same_output,
+    assert_same_outputs,
+    both,
+    generate,
+    generate_together,
+    prompt_of,
+    prompts,
+    tokens_per_cycle,
+)
 from tests.e2e.serving import paths_since, rounds_by_path
 from tests.servers import SETUP, TEST_ARGS, replayed_graphs
 
@@ -26,10 +35,10 @@ def narrow_with_graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 def test_a_round_is_one_graph(small: Server, orthrus: Server, plain: Server, reference: Reference) -> None:
     before = rounds_by_path(small)
-    for prompt in prompts()[::6]:
-        reply = generate(small, prompt.ids, 64)
-        assert_same_output(reference, prompt.ids, generate(plain, prompt.ids, 64), reply)
-        assert tokens_per_cycle(reply) == tokens_per_cycle(generate(orthrus, prompt.ids, 64))
+    requests = [(prompt.ids, 64) for prompt in prompts()[::6]]
+    replies, eager = (generate_together(server, requests, 1) for server in (small, orthrus))
+    assert_same_outputs(reference, plain, requests, replies)
+    assert list(map(tokens_per_cycle, replies)) == list(map(tokens_per_cycle, eager))
     assert paths_since(small, before) == {"graph"}
     assert "ORTHRUS rounds: 1 in one CUDA graph, 0 in two, 0 eager" in small.log_path.read_text()
 
@@ -42,8 +51,7 @@ def test_a_batch_is_padded_to_a_captured_size(
     before = rounds_by_path(small)
     requests = [(prompt.ids, 16 + 8 * index) for index, prompt in enumerate(prompts()[1::4])]
     replies = generate_together(small, requests, in_flight)
-    for (ids, limit), reply in zip(requests, replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, limit), reply)
+    assert_same_outputs(reference, plain, requests, replies)
     assert paths_since(small, before) == paths
     rounds_per_reply = [tokens_per_cycle(reply) for reply in replies]
     assert sum(rounds_per_reply) / len(rounds_per_reply) > 3
@@ -52,7 +60,7 @@ def test_a_batch_is_padded_to_a_captured_size(
 def test_a_grammar_takes_a_graph_for_each_pass(small: Server, plain: Server, reference: Reference) -> None:
     ids = prompt_of("json")
     before = rounds_by_path(small)
-    replies = [generate(server, ids, 64, regex=r'\{"id": [0-9]{1,6}\}') for server in (plain, small)]
+    replies = both(generate, (plain, small), ids, 64, regex=r'\{"id": [0-9]{1,6}\}')
     assert replies[0]["output_ids"] == replies[1]["output_ids"]
     assert json.loads(replies[1]["text"])["id"] >= 0
     assert paths_since(small, before) == {"split"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -27,26 +28,25 @@ def chosen() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def traces(reference: Reference) -> list[Trace]:
-    return trace_all(reference, chosen(), stop_ids(NANO))
-
-
-@pytest.fixture(scope="module")
-def expected(plain: Server) -> dict[int, list[Answer]]:
-    return {batch_size: collect(plain, chosen(), batch_size) for batch_size in (1, 8)}
+def truth(reference: Reference, plain: Server) -> tuple[list[Trace], dict[int, list[Answer]]]:
+    """The reference loop's rounds, and plain SGLang's answers by batch size; both at once, on a core each."""
+    with ThreadPoolExecutor(1) as pool:
+        traces = pool.submit(trace_all, reference, chosen(), stop_ids(NANO))
+        expected = {batch_size: collect(plain, chosen(), batch_size) for batch_size in (1, 8)}
+        return traces.result(), expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("fixture", ["orthrus", "orthrus_without_overlap"])
 def test_greedy_parity(
     request: pytest.FixtureRequest,
-    traces: list[Trace],
-    expected: dict[int, list[Answer]],
+    truth: tuple[list[Trace], dict[int, list[Answer]]],
     plain: Server,
     fixture: str,
     batch_size: int,
 ) -> None:
     setup = SETUPS["cpu"]
+    traces, expected = truth
     answers = collect(request.getfixturevalue(fixture), chosen(), batch_size)
     tally = judge(chosen(), traces, expected[batch_size], answers, setup)
     assert tally.passed, tally

@@ -19,7 +19,7 @@ from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
+from tests.e2e.helpers import Reply, assert_same_output, both, generate, prompt_of, tokens_per_cycle
 
 pytestmark = pytest.mark.e2e
 
@@ -84,7 +84,7 @@ def test_new_autoregressive_weights_give_their_own_answers(orthrus: Server, plai
     other = perturbed(tmp_path / "other", lambda name: "_proj.weight" in name, 1.0)
     before = generate(orthrus, IDS)
     with updated(orthrus, other), updated(plain, export_ar(other, tmp_path / "other-ar")):
-        changed, expected = generate(orthrus, IDS), generate(plain, IDS)
+        changed, expected = both(generate, (orthrus, plain), IDS)
     assert_same_output(Reference(other), IDS, expected, changed)
     assert changed["output_ids"] != before["output_ids"]
 
@@ -159,10 +159,12 @@ def paused_story(server: Server, mode: str, flush_status: int) -> Reply:
     """The last chunk of a streamed story, with a pause after the second chunk and an attempt to flush the cache."""
     sampling = {"temperature": 0, "max_new_tokens": STORY_TOKENS, "ignore_eos": True}
     body = {"input_ids": list(STORY), "sampling_params": sampling, "stream": True}
-    with slowed(server), requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120) as response:
+    with slowed(server):
+        response = requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120)
         lines = (line for line in response.iter_lines() if line.startswith(b"data: {"))
         next(lines), next(lines)
         server.post("/pause_generation", {"mode": mode})
+    with response:  # the rest of the story need not be slow
         try:
             flushed = requests.post(f"{server.url}/flush_cache", timeout=60)
             assert flushed.status_code == flush_status
@@ -184,19 +186,18 @@ def test_a_paused_request_continues_where_it_was(
     orthrus: Server, plain: Server, reference: Reference, mode: str, flush_status: int, retractions: int
 ) -> None:
     expected = generate(plain, STORY, STORY_TOKENS, ignore_eos=True)
-    for server in (orthrus, plain):
-        reply = paused_story(server, mode, flush_status)
+    for reply in both(paused_story, (orthrus, plain), mode, flush_status):
         assert reply["meta_info"]["num_retractions"] == retractions
         assert_same_output(reference, STORY, expected, reply)
 
 
 def test_a_pause_can_abort_what_runs(orthrus: Server, plain: Server) -> None:
     expected = generate(plain, STORY, STORY_TOKENS, ignore_eos=True)
-    for server in (orthrus, plain):
-        reply = paused_story(server, "abort", 200)
+    for reply in both(paused_story, (orthrus, plain), "abort", 200):
         assert reply["meta_info"]["finish_reason"]["type"] == "abort"
         assert expected["text"].startswith(reply["text"])
-        assert generate(server, STORY, STORY_TOKENS, ignore_eos=True)["text"] == expected["text"]
+    for reply in both(generate, (orthrus, plain), STORY, STORY_TOKENS, ignore_eos=True):
+        assert reply["text"] == expected["text"]
 
 
 def test_a_pause_of_another_kind_is_refused(orthrus: Server) -> None:
@@ -244,7 +245,7 @@ def test_the_server_tells_its_model(orthrus: Server) -> None:
 
 
 def test_loads_count_what_the_server_does(orthrus: Server, plain: Server) -> None:
-    ours, theirs = (server.get("/v1/loads").json()["loads"][0] for server in (orthrus, plain))
+    ours, theirs = both(lambda server: server.get("/v1/loads").json()["loads"][0], (orthrus, plain))
     assert ours["num_running_reqs"] == ours["num_waiting_reqs"] == 0
     assert ours["max_total_num_tokens"] == theirs["max_total_num_tokens"]
     assert ours["max_running_requests"] == theirs["max_running_requests"]
@@ -301,6 +302,8 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
 def test_no_route_answers_differently_or_ends_the_server(orthrus: Server, plain: Server, route: str) -> None:
     method, body = ROUTES[route]
     path = route.partition(" ")[0]
-    ours, theirs = (requests.request(method, server.url + path, json=body, timeout=60) for server in (orthrus, plain))
+    ours, theirs = both(
+        lambda server: requests.request(method, server.url + path, json=body, timeout=60), (orthrus, plain)
+    )
     assert ours.status_code == theirs.status_code < 500
     assert generate(orthrus, IDS, 8)["output_ids"] == generate(plain, IDS, 8)["output_ids"]

@@ -14,7 +14,7 @@ from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import REQUESTS
 from sglang_orthrus.cli.server import Server
 from tests.e2e.chats import CHAT, assembled, chat, content, events
-from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
+from tests.e2e.helpers import Reply, assert_same_output, both, generate, prompt_of, tokens_per_cycle
 
 pytestmark = pytest.mark.e2e
 
@@ -49,7 +49,7 @@ BATCHES: dict[str, dict[str, Any]] = {
 def test_a_batch_in_one_request(orthrus: Server, plain: Server, reference: Reference, name: str) -> None:
     prompts = [prompt_of(family) for family in FAMILIES]
     body = {"input_ids": [list(ids) for ids in prompts], **BATCHES[name]}
-    ours, theirs = (server.post("/generate", body) for server in (orthrus, plain))
+    ours, theirs = both(Server.post, (orthrus, plain), "/generate", body)
     copies = len(theirs) // len(prompts)
     assert len(ours) == len(theirs) == (6 if "two" in name else 3)
     for number, (expected, reply) in enumerate(zip(theirs, ours, strict=True)):
@@ -90,7 +90,7 @@ def completion(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", COMPLETION_REQUESTS)
 def test_completions(orthrus: Server, plain: Server, name: str) -> None:
-    ours, theirs = (server.post(COMPLETIONS, completion(name)) for server in (orthrus, plain))
+    ours, theirs = both(Server.post, (orthrus, plain), COMPLETIONS, completion(name))
     assert ours["choices"] == theirs["choices"]
     assert ours["usage"] == theirs["usage"]
 
@@ -98,7 +98,7 @@ def test_completions(orthrus: Server, plain: Server, name: str) -> None:
 @pytest.mark.parametrize("name", COMPLETION_REQUESTS)
 def test_streamed_completions_add_up(orthrus: Server, plain: Server, name: str) -> None:
     body = {**completion(name), "stream_options": {"include_usage": True}}
-    streams = [events(server, COMPLETIONS, body) for server in (orthrus, plain)]
+    streams = both(events, (orthrus, plain), COMPLETIONS, body)
     whole = plain.post(COMPLETIONS, completion(name))
     for stream in streams:
         assert stream[-1]["choices"] == []
@@ -113,7 +113,7 @@ def test_streamed_completions_add_up(orthrus: Server, plain: Server, name: str) 
 
 def test_the_first_stop_string_of_the_text_ends_it(orthrus: Server, plain: Server) -> None:
     body = {**completion("one"), "stop": ["Answer", "\n"]}
-    ours, theirs = (server.post(COMPLETIONS, body) for server in (orthrus, plain))
+    ours, theirs = both(Server.post, (orthrus, plain), COMPLETIONS, body)
     assert theirs["choices"][0]["matched_stop"] == "\n"
     assert ours["choices"] == theirs["choices"]
 
@@ -151,7 +151,7 @@ CHAT_REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHAT_REQUESTS)
 def test_chat_in_two_equal_answers(orthrus: Server, plain: Server, name: str) -> None:
-    ours, theirs = (chat(server, {**CHAT_REQUESTS[name], "n": 2}) for server in (orthrus, plain))
+    ours, theirs = both(chat, (orthrus, plain), {**CHAT_REQUESTS[name], "n": 2})
     for choice, expected in zip(ours["choices"], theirs["choices"], strict=True):
         assert content(choice["message"]) == content(expected["message"])
         assert choice["finish_reason"] == expected["finish_reason"]
@@ -164,7 +164,7 @@ def test_chat_in_two_equal_answers(orthrus: Server, plain: Server, name: str) ->
 def test_streamed_chat_adds_up(orthrus: Server, plain: Server, name: str) -> None:
     whole = chat(plain, CHAT_REQUESTS[name])
     body = {"model": "default", "temperature": 0, **CHAT_REQUESTS[name], "stream_options": {"include_usage": True}}
-    ours, theirs = (events(server, CHAT, body) for server in (orthrus, plain))
+    ours, theirs = both(events, (orthrus, plain), CHAT, body)
     assert assembled(ours) == assembled(theirs)
     assert tokens(ours[-1]) == tokens(theirs[-1]) == tokens(whole)
     (message,) = assembled(ours).values()
@@ -209,14 +209,14 @@ def test_reasoning_is_told_from_the_answer(small: Server, plain: Server, streame
 
 def test_reasoning_can_be_left_in_the_text(small: Server, plain: Server) -> None:
     request = {**CHAT_REQUESTS["thinking"], "separate_reasoning": False}
-    ours, theirs = (chat(server, request)["choices"][0]["message"] for server in (small, plain))
+    ours, theirs = both(lambda server: chat(server, request)["choices"][0]["message"], (small, plain))
     assert content(ours) == content(theirs)
 
 
 @pytest.mark.parametrize("name", ["tool", "json", "chat"])
 def test_a_reasoning_parser_leaves_other_answers_alone(small: Server, plain: Server, name: str) -> None:
     request = {**REQUESTS[name], "chat_template_kwargs": {"enable_thinking": False}}
-    ours, theirs = (chat(server, request)["choices"][0]["message"] for server in (small, plain))
+    ours, theirs = both(lambda server: chat(server, request)["choices"][0]["message"], (small, plain))
     assert content(ours) == content(theirs)
     (message,) = assembled(events(small, CHAT, {"model": "default", **request})).values()
     assert {**message, "finish": None} == {**content(theirs), "finish": None}
@@ -245,7 +245,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_interfaces_of_other_vendors(orthrus: Server, plain: Server, name: str) -> None:
     path, body, compared = OTHERS[name]
-    ours, theirs = (compared(server.post(path, body)) for server in (orthrus, plain))
+    ours, theirs = both(lambda server: compared(server.post(path, body)), (orthrus, plain))
     assert ours == theirs
     assert ours
 
@@ -317,4 +317,5 @@ def turns(server: Server, **options: Any) -> list[Any]:
 
 def test_a_session_goes_on_from_the_end_of_the_answer(orthrus: Server, plain: Server) -> None:
     """And not from what the last round committed beyond it."""
-    assert turns(orthrus) == turns(plain)
+    ours, theirs = both(turns, (orthrus, plain))
+    assert ours == theirs

@@ -17,11 +17,14 @@ from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import (
     Reply,
     assert_same_output,
+    assert_same_outputs,
+    both,
     generate,
     generate_together,
     prompt_of,
     prompts,
     tokens_per_cycle,
+    truth,
 )
 from tests.e2e.serving import streaming
 from tests.servers import CONTEXT_LENGTH, NARROW_WIDTH
@@ -64,8 +67,8 @@ def test_a_batch_of_32_that_others_join(server: Server, plain: Server, reference
         replies = together(server, crowd)
     replies += [future.result() for future in futures]
     expected = together(plain, [*crowd, *late])
-    for (ids, _), truth, reply in zip([*crowd, *late], expected, replies, strict=True):
-        assert_same_output(reference, ids, truth, reply)
+    for (ids, _), wanted, reply in zip([*crowd, *late], expected, replies, strict=True):
+        assert_same_output(reference, ids, wanted, reply)
     assert most_at_once(replies) >= CROWD - LATECOMERS
 
 
@@ -94,8 +97,7 @@ def test_prompts_from_one_token_to_the_context_limit(server: Server, plain: Serv
     # SGLang keeps seven positions for itself.
     requests_ += [(long[: CONTEXT_LENGTH - room], room) for room in (7, 20)]
     replies = generate_together(server, requests_, in_flight=4)
-    for (ids, length), reply in zip(requests_, replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, length), reply)
+    assert_same_outputs(reference, plain, requests_, replies)
 
 
 def test_ignore_eos_goes_on_after_the_end_of_the_text(server: Server, plain: Server, reference: Reference) -> None:
@@ -119,7 +121,7 @@ def test_one_token_and_the_first_of_several_stops(server: Server, plain: Server,
         {"stop": [never, text[half : half + 5], "}}}}"], "stop_token_ids": [tokens[-2], stop_ids(NANO).pop()]},
         {"stop": [never, text[-3:]], "stop_token_ids": [tokens[5], tokens[len(tokens) // 2]]},
     ):
-        ours, theirs = (generate(each, ids, **sampling) for each in (server, plain))
+        ours, theirs = both(generate, (server, plain), ids, **sampling)
         assert_same_output(reference, ids, theirs, ours)
         assert ours["output_ids"] == tokens[: len(ours["output_ids"])]
 
@@ -134,7 +136,7 @@ def test_a_stop_string_that_spans_two_rounds(server: Server, plain: Server, refe
     assert len(spanning) >= 4
     for end in spanning[:4]:
         stop = whole[end - 4 : end + 4]
-        ours, theirs = (generate(each, ids, stop=[stop]) for each in (server, plain))
+        ours, theirs = both(generate, (server, plain), ids, stop=[stop])
         assert_same_output(reference, ids, theirs, ours)
         assert ours["text"] == whole[: end - 4]
         assert ours["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
@@ -151,7 +153,7 @@ def test_the_first_of_several_stops_in_one_round_wins(server: Server, plain: Ser
         "string after token": {"stop": [late], "stop_token_ids": [whole["output_ids"][5]]},
         "string after the end": {"stop": ["\n"]},
     }[case]
-    ours, theirs = (generate(each, ids, **sampling) for each in (server, plain))
+    ours, theirs = both(generate, (server, plain), ids, **sampling)
     assert ours["output_ids"] == theirs["output_ids"]
     assert ours["meta_info"]["finish_reason"] == theirs["meta_info"]["finish_reason"]
 
@@ -164,7 +166,7 @@ def test_narrow_blocks_take_as_many_rounds_as_in_the_reference_loop(
     for family in ("json", "tools", "arith", "prose"):
         ids = prompt_of(family)
         reply = generate(narrow, ids, 64)
-        assert_same_output(reference, ids, generate(plain, ids, 64), reply)
+        assert_same_output(reference, ids, truth(plain, ids, 64), reply)
         trace = reference.generate(ids, 64, stop_ids(NANO), width=NARROW_WIDTH)
         answer = Answer(tuple(reply["output_ids"]), reply["meta_info"]["spec_verify_ct"])
         rounds = compare_rounds(trace.tokens, trace.rounds, trace.draft_gaps, answer)
@@ -177,5 +179,4 @@ def test_narrow_blocks_take_as_many_rounds_as_in_the_reference_loop(
 def test_a_batch_of_narrow_blocks(narrow: Server, plain: Server, reference: Reference) -> None:
     requests_ = [(prompt.ids, 3 + 5 * number) for number, prompt in enumerate(prompts()[::5])]
     replies = generate_together(narrow, requests_, in_flight=4)
-    for (ids, length), reply in zip(requests_, replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, length), reply)
+    assert_same_outputs(reference, plain, requests_, replies)

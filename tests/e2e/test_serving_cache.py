@@ -8,7 +8,17 @@ import pytest
 
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.server import Server
-from tests.e2e.helpers import assert_same_output, generate, generate_together, prompt_of, prompts, tokens_per_cycle
+from tests.e2e.helpers import (
+    assert_same_output,
+    assert_same_outputs,
+    generate,
+    generate_together,
+    prompt_of,
+    prompts,
+    tokens_per_cycle,
+    truth,
+    truths,
+)
 from tests.e2e.serving import assert_nothing_leaked, free_slots, pool_size, streaming
 from tests.servers import CONTEXT_LENGTH, PAGE, SMALL_POOL
 
@@ -34,13 +44,15 @@ def test_a_prefix_that_ends_inside_a_former_answer(server: Server, plain: Server
     ids = prompt_of("prose")
     server.get("/flush_cache?timeout=30")
     answer = generate(server, ids, 64)["output_ids"]
+    requests_, replies = [], []
     for kept in (20, 37, 48):
         branch = [*ids, *answer[:kept], *prompt_of("chat")]
-        reply = generate(server, branch, 40)
+        requests_.append((branch, 40))
+        replies.append(generate(server, *requests_[-1]))
         shared = (len(ids) + kept) // page_size(server) * page_size(server)
-        assert shared <= reply["meta_info"]["cached_tokens"] <= len(ids) + kept
+        assert shared <= replies[-1]["meta_info"]["cached_tokens"] <= len(ids) + kept
         assert shared > len(ids)
-        assert_same_output(reference, branch, generate(plain, branch, 40), reply)
+    assert_same_outputs(reference, plain, requests_, replies)
 
 
 def test_branches_of_one_prefix(server: Server, plain: Server, reference: Reference) -> None:
@@ -53,19 +65,20 @@ def test_branches_of_one_prefix(server: Server, plain: Server, reference: Refere
     generate(server, stem, 1)
     for _ in range(2):
         replies = generate_together(server, branches, in_flight=len(branches))
-        for (ids, length), reply in zip(branches, replies, strict=True):
+        for reply in replies:
             assert reply["meta_info"]["cached_tokens"] >= len(stem) // PAGE * PAGE
-            assert_same_output(reference, ids, generate(plain, ids, length), reply)
+        assert_same_outputs(reference, plain, branches, replies)
 
 
 def test_a_full_pool_evicts_the_oldest(small: Server, plain: Server, reference: Reference) -> None:
     """The last prompt is still cached, the first one no longer."""
-    text = [token for prompt in prompts() for token in prompt.ids]
+    text = tuple(token for prompt in prompts() for token in prompt.ids)
     cold = [text[start : start + 300] for start in range(0, 10 * 300, 300)]
+    expected = dict(zip(cold, truths(plain, [(ids, 24) for ids in cold]), strict=True))
     small.get("/flush_cache?timeout=30")
     for ids, is_cached in [*((ids, False) for ids in cold), (cold[-1], True), (cold[0], False)]:
         reply = generate(small, ids, 24)
-        assert_same_output(reference, ids, generate(plain, ids, 24), reply)
+        assert_same_output(reference, ids, expected[ids], reply)
         assert (reply["meta_info"]["cached_tokens"] > len(ids) - 2 * PAGE) == is_cached
         assert is_cached or reply["meta_info"]["cached_tokens"] < PAGE
     assert free_slots(small) == SMALL_POOL
@@ -78,7 +91,7 @@ def test_flush_cache_forgets_all(small: Server, plain: Server, reference: Refere
             assert_nothing_leaked(small)
         reply = generate(small, ids, 24)
         assert reply["meta_info"]["cached_tokens"] == cached
-        assert_same_output(reference, ids, generate(plain, ids, 24), reply)
+        assert_same_output(reference, ids, truth(plain, ids, 24), reply)
 
 
 def test_prompts_around_a_page_and_up_to_the_context_limit(small: Server, plain: Server, reference: Reference) -> None:
@@ -87,8 +100,7 @@ def test_prompts_around_a_page_and_up_to_the_context_limit(small: Server, plain:
     requests_ += [(long[: CONTEXT_LENGTH - room], room) for room in (7, 20)]
     small.get("/flush_cache?timeout=30")
     replies = generate_together(small, requests_, in_flight=4)
-    for (ids, length), reply in zip(requests_, replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, length), reply)
+    assert_same_outputs(reference, plain, requests_, replies)
     assert_nothing_leaked(small)
 
 
@@ -106,7 +118,7 @@ def test_chunked_prompts_arrive_while_others_decode(small: Server, plain: Server
             next(stream)
         arrivals = [pool.submit(generate, small, *request) for request in arriving]
         replies = [list(first)[-1], list(second)[-1], *(arrival.result() for arrival in arrivals)]
-    for (ids, length), reply in zip([*running, *arriving], replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, length), reply)
+    assert_same_outputs(reference, plain, [*running, *arriving], replies)
+    for reply in replies:
         assert tokens_per_cycle(reply) > 2
     assert_nothing_leaked(small)

@@ -14,7 +14,7 @@ import sglang as sgl
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
-from tests.e2e.helpers import Reply, assert_same_output, generate, prompt_of, tokens_per_cycle
+from tests.e2e.helpers import Reply, assert_same_outputs, both, generate, prompt_of, tokens_per_cycle
 
 pytestmark = pytest.mark.e2e
 
@@ -68,8 +68,7 @@ def test_the_engine_answers_as_a_plain_server(
     answers: dict[str, Any], plain: Server, reference: Reference, way: str
 ) -> None:
     replies: list[Reply] = answers[way]
-    for ids, reply in zip(PROMPTS, replies, strict=True):
-        assert_same_output(reference, ids, generate(plain, ids, 200), reply)
+    assert_same_outputs(reference, plain, [(ids, 200) for ids in PROMPTS], replies)
     assert tokens_per_cycle(replies[0]) > 4
 
 
@@ -135,7 +134,7 @@ def constrained(s: Any, name: str) -> None:
 def test_a_program_writes_what_it_writes_with_a_plain_server(
     orthrus: Server, plain: Server, program: Any, names: tuple[str, ...]
 ) -> None:
-    ours, theirs = (program.run(backend=endpoint(server), temperature=0) for server in (orthrus, plain))
+    ours, theirs = both(lambda server: program.run(backend=endpoint(server), temperature=0), (orthrus, plain))
     assert ours.text() == theirs.text()
     assert [ours[name] for name in names] == [theirs[name] for name in names]
     assert all(ours[name] for name in names)
@@ -164,7 +163,7 @@ def test_filling_the_cache_needs_no_temperature(orthrus: Server, plain: Server) 
     """SGLang's frontend language asks for no tokens so, at the default temperature of 1."""
     ids = prompt_of("chat", 1)
     body = {"input_ids": list(ids), "sampling_params": {"max_new_tokens": 0}}
-    replies = [server.post("/generate", body) for server in (orthrus, plain)]
+    replies = both(Server.post, (orthrus, plain), "/generate", body)
     assert replies[0]["output_ids"] == replies[1]["output_ids"] == []
     assert generate(orthrus, ids)["meta_info"]["cached_tokens"] >= len(ids) - 1
 

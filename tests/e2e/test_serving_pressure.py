@@ -11,7 +11,7 @@ import requests
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from tests.e2e.helpers import assert_same_output, generate, prompt_of, tokens_per_cycle
+from tests.e2e.helpers import assert_same_output, both, generate, prompt_of, tokens_per_cycle, truth
 from tests.e2e.serving import assert_nothing_leaked, gauge, streaming, wait_for_gauge, wait_until
 from tests.servers import GAUGES, MEMORY_CHECKS, OPTIMISTIC, PAGE, SETUP, SMALL_POOL, TEST_ARGS, WITHOUT_OVERLAP
 
@@ -51,11 +51,11 @@ def test_retracted_requests_complete(server: Server, plain: Server, reference: R
     sampling = {"temperature": 0, "max_new_tokens": 160}
     before = gauge(server, "num_retracted_requests_total")
     body = {"input_ids": [list(each) for each in ids], "sampling_params": sampling}
-    replies, expected = (each.post("/generate", body) for each in (server, plain))
+    replies, expected = both(Server.post, (server, plain), "/generate", body)
     assert gauge(server, "num_retracted_requests_total") > before
     assert "KV cache pool is full. Retract requests" in server.log_path.read_text()
-    for each, truth, reply in zip(ids, expected, replies, strict=True):
-        assert_same_output(reference, each, truth, reply)
+    for each, wanted, reply in zip(ids, expected, replies, strict=True):
+        assert_same_output(reference, each, wanted, reply)
         assert tokens_per_cycle(reply) > 2
     assert_nothing_leaked(server)
 
@@ -68,11 +68,11 @@ def test_an_abort_in_mid_stream_ends_one_request(server: Server, plain: Server, 
         next(chunks)
         requests.post(f"{server.url}/abort_request", json={"rid": "doomed"}, timeout=60).raise_for_status()
         last = list(chunks)[-1]
-        assert_same_output(reference, other, generate(plain, other, 100), neighbour.result())
+        assert_same_output(reference, other, truth(plain, other, 100), neighbour.result())
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
     assert 0 < len(last["output_ids"]) < LONG
-    truth = generate(plain, ids, 100)
-    assert last["output_ids"][:100] == truth["output_ids"][: len(last["output_ids"])]
+    whole = generate(plain, ids, 100)
+    assert last["output_ids"][:100] == whole["output_ids"][: len(last["output_ids"])]
     assert_nothing_leaked(server)
 
 
@@ -99,7 +99,7 @@ def test_a_client_that_disconnects_frees_its_slots(server: Server, plain: Server
             neighbour = pool.submit(generate, server, other, 100)
             next(chunks)
             wait_for_gauge(server, "num_running_reqs", 2)
-        assert_same_output(reference, other, generate(plain, other, 100), neighbour.result())
+        assert_same_output(reference, other, truth(plain, other, 100), neighbour.result())
     assert_nothing_leaked(server)
 
 

@@ -1,4 +1,4 @@
-"""Threads and time limits of the unit tests, and a process for Triton's interpreter."""
+"""A time limit of the unit tests, and a process for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-import torch
 
 from sglang_orthrus.grammar import batch
 from tests.unit.interpreted import switch_on
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """What these tests compute is small: two threads that wait for each other take ten times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
