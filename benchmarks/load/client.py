@@ -48,10 +48,27 @@ class Side:
         return self.records.stat().st_size if self.records.exists() else 0
 
 
+async def waves(
+    side: Side, requests: Sequence[Request], concurrency: int
+) -> tuple[list[list[int]], float, list[Result]]:
+    """Send so many at a time, and the next ones when all are answered: no prefill comes between their rounds.
+
+    Returns: see `closed_loop`.
+    """
+    async with _session() as session:
+        await _prepare(session, side)
+        offset, started = side.size, time.perf_counter()
+        answers: list[list[int]] = []
+        for first in range(0, len(requests), concurrency):
+            wave = requests[first : first + concurrency]
+            answers += await asyncio.gather(*(_ask(session, side, request) for request in wave))
+    return answers, time.perf_counter() - started, side.since(offset)
+
+
 async def closed_loop(
     side: Side, requests: Sequence[Request], concurrency: int
 ) -> tuple[list[list[int]], float, list[Result]]:
-    """Send all, so many at a time, to an empty cache.
+    """Send all, so many at a time, to an empty cache; one that is answered is replaced at once.
 
     Returns:
         The answers' ids in the order of the requests, the seconds that they took, and the server's results.

@@ -1,7 +1,7 @@
 """Figures of a run from what the recorder wrote. Pure: no server.
 
-A result is a decode step, a round or a prefill. Its time is that since the result before it, so that the times of a run
-add up. Speeds count the time of decode results alone; the wall clock of a run, prefills included, stands beside them.
+A result is a decode step, a round or a prefill. Its time is that since the result before it. Speeds count decode
+results that follow a decode result: the others waited for a prefill, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-# Results of fewer requests belong to the beginning or the end of a closed loop.
+# Results of fewer requests come when most of a wave have been answered.
 FULL = 0.75
 
 
@@ -54,7 +54,7 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
     rows = [
         (after, after.at - before.at)
         for before, after in pairwise(results)
-        if after.is_decode and after.requests >= FULL * concurrency
+        if before.is_decode and after.is_decode and after.requests >= FULL * concurrency
     ]
     request_seconds = sum(result.requests * seconds for result, seconds in rows)
     tokens = sum(result.tokens for result, _ in rows)
@@ -64,7 +64,6 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
         "tokens_per_cycle": _rounded(tokens / request_rounds if request_rounds else None),
         "rounds": len(rows),
         "milliseconds": _rounded(1e3 * sum(seconds for _, seconds in rows) / len(rows) if rows else None),
-        "decode_share": _rounded(_decode_share(results)),
         "kinds": _by_kind(rows),
         "widths": _by_width(rows),
     }
@@ -96,14 +95,6 @@ def _by_width(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float
         str(width): {"rounds": len(times), "milliseconds": _rounded(1e3 * sum(times) / len(times))}
         for width, times in sorted(found.items())
     }
-
-
-def _decode_share(results: Sequence[Result]) -> float | None:
-    """Of the run's time, that of decode results."""
-    total = results[-1].at - results[0].at if results else 0.0
-    return (
-        sum(after.at - before.at for before, after in pairwise(results) if after.is_decode) / total if total else None
-    )
 
 
 def timeline(results: Sequence[Result], seconds: float = 0.1) -> list[dict[str, Any]]:

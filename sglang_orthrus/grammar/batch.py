@@ -11,8 +11,9 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.constrained.base_grammar_backend import GrammarMask, GrammarRow
 
+from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.config import DraftMode
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.grammar.cursor import Cursor, Ids
@@ -93,7 +94,7 @@ class CandidatesCopy:
 class BlockGrammars:
     """Drafts of all constrained requests, and their masks, in parallel, in one buffer.
 
-    Rounds may be of any width: that of their candidates. A round that drafts nothing has one mask per request.
+    Rounds may be of any width: that of their candidates. For a round that drafts nothing there is `next_masks`.
 
     Args:
         mode: see `DraftMode`.
@@ -173,6 +174,27 @@ class BlockGrammars:
         self._metrics.count(changes, drafts.seconds, filled.seconds, filled.num_sparse, num_cut)
         masks = self._buffers.masks_on_device(drafts.host)
         return BlockMasks(GrammarMask(drafts.any_grammar, masks), filled.limits)
+
+    @depends_on(
+        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.fill_vocab_mask_batched",
+        "entries",
+        "vocab_mask",
+        what="called for rounds that draft nothing, as SGLang calls it for a decode step",
+        why="such a round is a decode step",
+        until=SHARED_BY_WORKERS,
+    )
+    def next_masks(self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int) -> GrammarMask:
+        """What may follow the committed text of every constrained request: one row each.
+
+        For rounds that draft nothing. Host work, while a GPU verifies.
+        """
+        grammars = [reqs[row].grammar for row in rows]
+        masks = grammars[0].allocate_vocab_mask(vocab_size=vocab_size, batch_size=len(rows), device=self._device)
+        entries = [
+            GrammarRow(number, grammar) for number, grammar in enumerate(grammars) if not grammar.is_terminated()
+        ]
+        grammars[0].fill_vocab_mask_batched(entries, masks)
+        return GrammarMask(grammars[0], grammars[0].move_vocab_mask(masks, self._device))
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:
         # What a cursor writes to a mask here is filled anew later.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusBlockInput, Phase
 
 Forward = Callable[..., LogitsProcessorOutput]
+# Between two batch sizes of narrower widths.
+SPREAD = 1.2
 
 
 @depends_on(
@@ -22,7 +24,7 @@ Forward = Callable[..., LogitsProcessorOutput]
     "attn_backend",
     "speculative_num_draft_tokens",
     what="subclassed; overrides capture, capture_one_shape, get_spec_info, can_run_graph, _resolve_lora_variant, "
-    "_next_token_logits_buffer_capacity_rows",
+    "_next_token_logits_buffer_capacity_rows; a subclass shortens capture_bs",
     why="it has no spec input for plugins' algorithms, and one graph per batch size",
     until="it asks the algorithm for spec inputs and graph variants",
 )
@@ -112,6 +114,29 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
             return LogitsProcessorOutput(next_token_logits=None)
 
         return run
+
+
+class NarrowGraphRunner(OrthrusGraphRunner):
+    """Graphs of a narrower width, of fewer batch sizes: every width takes time at start-up, and memory."""
+
+    capture_bs: list[int]
+
+    def capture(self) -> None:
+        """Capture some of the batch sizes."""
+        self.capture_bs = thinned(self.capture_bs)
+        super().capture()
+
+
+def thinned(sizes: Sequence[int]) -> list[int]:
+    """Some of these ascending batch sizes: each at least `SPREAD` times the one before it, and the last one.
+
+    A batch is padded to the next size.
+    """
+    kept: list[int] = []
+    for size in sizes:
+        if not kept or size >= SPREAD * kept[-1]:
+            kept.append(size)
+    return kept if kept[-1] == sizes[-1] else [*kept, sizes[-1]]
 
 
 def _captured_input(phase: Phase, width: int) -> OrthrusBlockInput:

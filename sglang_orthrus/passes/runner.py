@@ -17,7 +17,7 @@ from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusBlockInput, Phase, RoundBatch, snapshot
 from sglang_orthrus.passes.attention import plans_in_graphs, wait_only_for_verifying
 from sglang_orthrus.passes.blocks import draft_block
-from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
+from sglang_orthrus.passes.cuda_graphs import NarrowGraphRunner, OrthrusGraphRunner
 
 
 class Pass(NamedTuple):
@@ -121,14 +121,16 @@ class DualViewRunner:
         before = get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)
         for width, profile in self._narrow.items():
             with self._at(width):
-                graphs = OrthrusGraphRunner(runner, attn_backend=profile.backend, speculative_num_draft_tokens=width)
+                graphs = NarrowGraphRunner(runner, attn_backend=profile.backend, speculative_num_draft_tokens=width)
             self._narrow[width] = profile._replace(graphs=graphs)
         return {"target_verify": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
 
     @property
-    def graph_sizes(self) -> list[int]:
-        """The batch sizes that have graphs."""
-        return list(getattr(self._model_runner.decode_cuda_graph_runner, "capture_bs", ()))
+    def graph_sizes(self) -> dict[int, list[int]]:
+        """The batch sizes that have graphs, by width."""
+        runners = {width: profile.graphs for width, profile in self._narrow.items()}
+        runners[self._largest] = self._model_runner.decode_cuda_graph_runner
+        return {width: list(getattr(runner, "capture_bs", ())) for width, runner in runners.items()}
 
     def lay_out(self, batch: ScheduleBatch, width: int) -> RoundBatch:
         """A decode batch, whose anchors are in `batch.spec_info`, with blocks of mask tokens laid out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,11 +29,18 @@ class RoundPlan(NamedTuple):
 
 
 class _Planned(NamedTuple):
-    """A round whose result is not known yet."""
+    """A round whose result is not known yet.
+
+    Attributes:
+        has_grammar: of any of its requests. Such rounds take longer.
+        follows_round: whether the time between its result and the one before is its own: no prefill ran between them.
+    """
 
     reqs: Sequence[Any]
     rids: Sequence[str]
     width: int
+    has_grammar: bool
+    follows_round: bool
 
 
 class Policy:
@@ -54,11 +62,13 @@ class Policy:
         self._controller = controller
         self._metrics = metrics
         self._planned: deque[_Planned] = deque()
+        self._follows_round = False
+        self._observed_at = 0.0
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         return RoundPlan(
-            self._width(batch.reqs),
+            self._width(batch.reqs, bool(batch.has_grammar)),
             may_fuse=_is_greedy_without_options(batch),
             is_deferred=bool(batch.has_grammar) and can_defer,
         )
@@ -67,29 +77,37 @@ class Policy:
         """The result of the oldest round that has none: accepted drafts of each of its requests."""
         if self._controller is None:
             return
-        reqs, rids, width = self._planned.popleft()
+        reqs, rids, width, has_grammar, follows_round = self._planned.popleft()
+        now = time.perf_counter()
+        measured = now - self._observed_at if follows_round else None
+        self._observed_at = now
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
             0 if req.finished() or req.is_retracted else accepted + 1
             for req, accepted in zip(reqs, num_accepted, strict=True)
         ]
-        self._controller.observe(rids, width, lens)
+        self._controller.observe(rids, width, lens, has_grammar, measured)
         if self._metrics is not None:
             self._metrics.count(width, sum(lens), self._controller.report)
+
+    def note_prefill(self) -> None:
+        """A prefill is queued before the next round."""
+        self._follows_round = False
 
     def forget(self, rid: str) -> None:
         """A request is over."""
         if self._controller is not None:
             self._controller.forget(rid)
 
-    def _width(self, reqs: Sequence[Any]) -> int:
+    def _width(self, reqs: Sequence[Any], has_grammar: bool) -> int:
         if self._controller is None:
             return self._widths[-1]
         for req in reqs:
             self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
         rids = [req.rid for req in reqs]
-        width = self._controller.plan(rids).width
-        self._planned.append(_Planned(list(reqs), rids, width))
+        width = self._controller.plan(rids, kind=has_grammar).width
+        self._planned.append(_Planned(list(reqs), rids, width, has_grammar, self._follows_round))
+        self._follows_round = True
         return width
 
 

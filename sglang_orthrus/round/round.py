@@ -41,8 +41,9 @@ class BegunRound(NamedTuple):
         sampler: chooses its tokens.
         drafts: of the diffusion view.
         constrained: [R] rows of the requests whose grammars matter.
-        candidates: theirs, on the way to the host; None if there are none.
+        candidates: theirs, on the way to the host; None if there are none, or nothing is drafted.
         prepared: the verify pass.
+        verify: the same, if it is queued already: nothing was drafted, so that it waits for no grammar.
         path: how the draft pass ran.
     """
 
@@ -54,6 +55,7 @@ class BegunRound(NamedTuple):
     constrained: Sequence[int]
     candidates: CandidatesCopy | None
     prepared: PreparedPass
+    verify: Pass | None
     path: RoundPath
 
 
@@ -106,7 +108,10 @@ class Round:
         return self.finish(self.begin(batch, plan))
 
     def begin(self, batch: RoundBatch, plan: RoundPlan) -> BegunRound:
-        """Queue the draft pass, and prepare all of verification that does not depend on the drafts."""
+        """Queue the draft pass, and prepare all of verification that does not depend on the drafts.
+
+        A round that drafts nothing verifies here: a GPU is busy while the scheduler takes in the former round's result.
+        """
         scheduled = batch.scheduled
         adjustments = self._history.adjustments(scheduled)
         sampler = BatchSampler(
@@ -115,16 +120,20 @@ class Round:
         constrained = self._grammars.rows_of(scheduled.reqs) if scheduled.has_grammar else []
 
         draft = self._passes.draft(batch) if plan.width > 1 else None
+        candidates = None
         if draft is None:
-            drafts = Drafts.blank(batch.anchors, 0, len(constrained), self._grammars.num_candidates)
+            drafts = Drafts.blank(batch.anchors, 0)
         else:
             rows = draft.hidden_states[:, :-1]
             drafts = draft_tokens(sampler, rows, constrained, self._grammars.num_candidates)
-        candidates = CandidatesCopy(drafts.candidates) if constrained else None
+            candidates = CandidatesCopy(drafts.candidates) if constrained else None
 
         prepared = self._passes.prepare_verify(batch, draft)
+        verify = self._passes.verify(prepared, drafts.block) if draft is None else None
         path = RoundPath.SPLIT if draft is None or draft.replayed else RoundPath.EAGER
-        return BegunRound(batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, path)
+        return BegunRound(
+            batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, verify, path
+        )
 
     def finish(self, begun: BegunRound) -> RoundEnd:
         """Repair the drafts by grammars, which are at the committed text now; verify; accept."""
@@ -136,7 +145,9 @@ class Round:
         repaired = self._repair(begun)
         if repaired is not None:
             drafts = drafts.replaced(repaired.rows, repaired.tokens)
-        verify = self._passes.verify(begun.prepared, drafts.block)
+        verify = begun.verify
+        if verify is None:
+            verify = self._passes.verify(begun.prepared, drafts.block)
         # Verify needs no masks, and the masks no result of verify: the host fills them meanwhile.
         masks, limits = self._masks(begun, drafts, repaired, verify)
         verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks, logprobs, limits)
@@ -155,9 +166,13 @@ class Round:
         self, begun: BegunRound, drafts: Drafts, repaired: RepairedDrafts | None, verify: Pass
     ) -> tuple[RowMasks | None, torch.Tensor | None]:
         """What grammars allow after each row, and the most drafts that may be accepted: [bs] int64, None for all."""
+        scheduled, constrained = begun.batch.scheduled, begun.constrained
+        if repaired is None and constrained:
+            mask = self._grammars.next_masks(scheduled.reqs, constrained, scheduled.sampling_info.vocab_size)
+            return RowMasks(mask, constrained), None
         if repaired is None:
             return None, None
-        reqs, constrained = begun.batch.scheduled.reqs, begun.constrained
+        reqs = scheduled.reqs
         # Log probabilities would show a missing mask.
         known = {row for row in requests_with_known_best(begun.sampler) if not reqs[row].return_logprob}
         skippable = {number for number, row in enumerate(constrained) if row in known}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sglang_orthrus.round.acceptance_rates import AcceptanceRates
+from sglang_orthrus.round.cost_corrections import CostCorrections
 from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.speed_floor import SpeedFloor
@@ -82,7 +83,8 @@ class WidthController:
     """Chooses widths and learns from their rounds. Results may come rounds later, and without some of the requests.
 
     Args:
-        costs: of rounds of every width. With width 1 measured, the floor holds, be the width in use or not.
+        costs: of rounds of every width, timed at start-up; measured rounds correct them. With width 1 among them, the
+            floor holds, be the width in use or not.
         widths: that rounds may have; None for all that were measured.
         floor: share of plain decoding's speed below which no request is kept for long; 0 for none.
         probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
@@ -104,6 +106,7 @@ class WidthController:
         if not set(self.widths) <= set(costs.widths):
             raise ValueError(f"widths {self.widths} are not all measured: {costs.widths}")
         self._costs = costs
+        self._corrections = CostCorrections(len(costs.widths))
         self._columns = [costs.widths.index(width) for width in self.widths]
         self._knows_plain = costs.widths[0] == 1
         self._rates = AcceptanceRates(self.widths, max_requests)
@@ -130,14 +133,17 @@ class WidthController:
         self._rates.forget(key)
         self._floor.forget(key)
 
-    def plan(self, keys: Sequence[Hashable], forced: Mapping[object, int] | None = None) -> RoundWidth:
+    def plan(
+        self, keys: Sequence[Hashable], forced: Mapping[object, int] | None = None, kind: Hashable = None
+    ) -> RoundWidth:
         """The width of the next round.
 
         Args:
             keys: [R] its requests, at least one.
             forced: for some of them, how many of their next tokens a grammar leaves no alternative to.
+            kind: what rounds have in common that take alike, apart from their size and width.
         """
-        row = self._costs.row(len(keys))
+        row = self._seconds_of(len(keys), kind)
         seconds = row[self._columns]
         tokens = self._rates.expected(keys)
         if forced:
@@ -153,16 +159,28 @@ class WidthController:
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
-    def observe(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int]) -> None:
+    def observe(
+        self,
+        keys: Sequence[Hashable],
+        width: int,
+        accept_lens: Sequence[int],
+        kind: Hashable = None,
+        measured: float | None = None,
+    ) -> None:
         """Of a round that `plan` chose the width of, when its result is known.
 
         Args:
             keys: [R] its requests, those included that are over meanwhile.
             width: its width.
             accept_lens: [R] tokens that it committed of each; 0 where it did not count.
+            kind: as planned.
+            measured: seconds since the result before; None if something else ran meanwhile.
         """
-        row = self._costs.row(len(keys))
         index = self.widths.index(width)
+        if measured is not None:
+            column = self._columns[index]
+            self._corrections.observe(kind, len(keys), column, measured / self._costs.row(len(keys))[column])
+        row = self._seconds_of(len(keys), kind)
         seconds = float(row[self._columns[index]])
         total = int(sum(accept_lens))
         self._requests[width] += sum(accept_len > 0 for accept_len in accept_lens)
@@ -189,6 +207,10 @@ class WidthController:
             plain_seconds=self._plain_seconds,
             num_limited=self._num_limited,
         )
+
+    def _seconds_of(self, num_requests: int, kind: Hashable) -> FloatArray:
+        """Of a round at every width that was measured, as rounds take in traffic."""
+        return self._costs.row(num_requests) * self._corrections.factors(kind, num_requests)
 
     def _choose(self, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None) -> tuple[int, bool]:
         """The next width by its index, current from then on, and whether the floor rules out a better one."""

@@ -142,17 +142,19 @@ class OrthrusWorker(BaseSpecWorker):
     def _adaptive_policy(self) -> Policy:
         """Widths that follow traffic, by what rounds cost on this machine."""
         graph_sizes = self._passes.graph_sizes
-        largest = min(get_schedule().max_running_requests, max(graph_sizes, default=_EAGER_BATCH))
+        max_requests = get_schedule().max_running_requests
+        largest = min(max_requests, max(graph_sizes[self._widths[-1]], default=_EAGER_BATCH))
         sizes = batch_sizes(largest)
         with torch.inference_mode():
             seconds = time_rounds(self._passes, self.model_runner, self._widths, sizes, _TIMING_SECONDS)
-        costs = RoundCosts(seconds, dict.fromkeys(self._widths, graph_sizes))
+        costs = RoundCosts(seconds, graph_sizes)
         for row in costs.as_rows():
             pairs = zip(costs.widths, row.seconds, strict=True)
             times = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
             logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, times)
         metrics = WidthMetrics(get_observability().decode_log_interval, get_observability().enable_metrics)
-        return Policy(self._widths, WidthController(costs), metrics)
+        # Retracted requests are remembered, too.
+        return Policy(self._widths, WidthController(costs, max_requests=2 * max_requests), metrics)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The oldest round's result is on the host."""
@@ -201,6 +203,7 @@ class OrthrusWorker(BaseSpecWorker):
         until=SHARED_BY_WORKERS,
     )
     def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
+        self._policy.note_prefill()
         self._history.resume(batch)
         result = self._target_worker.forward_batch_generation(batch)
         self._history.start(batch, result.next_token_ids)

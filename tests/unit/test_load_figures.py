@@ -8,10 +8,10 @@ from benchmarks.load.figures import Result, decode_figures, summary, timeline
 
 
 def _results() -> list[Result]:
-    """Two requests: a prefill of 10 ms, a round of 20 ms, a step of 5 ms; then one of them alone."""
+    """Two requests: a prefill, a step that waited for it, a round of 20 ms, a step of 5 ms; then one of them alone."""
     return [
         Result(1.000, False, 2, 1, {"a": (1, 1), "b": (1, 1)}),
-        Result(1.010, False, 2, 1, {"a": (1, 1), "b": (1, 1)}),
+        Result(1.010, True, 2, 1, {"a": (1, 1), "b": (1, 1)}),
         Result(1.030, True, 2, 8, {"a": (1, 6), "b": (1, 2)}),
         Result(1.035, True, 2, 1, {"a": (1, 1), "b": (1, 1)}),
         Result(1.045, True, 1, 8, {"a": (1, 4)}),
@@ -24,7 +24,6 @@ def test_speed_is_that_of_full_batches_while_they_decode() -> None:
     assert figures["tokens_per_second"] == pytest.approx(10 / 0.025)
     assert figures["tokens_per_cycle"] == 2.5
     assert figures["milliseconds"] == pytest.approx(12.5)
-    assert figures["decode_share"] == pytest.approx(35 / 45, abs=1e-4)
 
 
 def test_kinds_and_widths_have_figures_of_their_own() -> None:
@@ -49,7 +48,7 @@ def test_rows_of_requests_that_have_ended_cost_what_they_cost() -> None:
 
 def test_no_results_give_no_figures() -> None:
     figures = decode_figures([], 4)
-    assert figures["tokens_per_second"] is None and figures["decode_share"] is None and figures["rounds"] == 0
+    assert figures["tokens_per_second"] is None and figures["rounds"] == 0
 
 
 def _run(server: str, speed: float, kinds: dict[str, float]) -> dict[str, object]:
@@ -73,6 +72,6 @@ def test_the_summary_compares_with_plain_and_with_the_best_fixed_width() -> None
 
 def test_a_timeline_has_the_width_of_most_rounds() -> None:
     rows = timeline(_results(), 0.02)
-    assert [row["width"] for row in rows] == [None, 8, 8]
-    assert [row["requests"] for row in rows] == [0, 2, 1]
+    assert [row["width"] for row in rows] == [1, 8, 8]
+    assert [row["requests"] for row in rows] == [2, 2, 1]
     assert rows[1]["widths"] == [8, 1] and rows[1]["tokens_per_second"] == pytest.approx(500.0)

@@ -122,6 +122,8 @@ def test_rounds_of_any_width_follow_one_another(backend: BaseGrammarBackend) -> 
             assert filled.limits == [width - 1] * len(rows)
             for slot, masks in enumerate(filled.mask.vocab_mask.split(width)):
                 check_masks(reqs[rows[slot]].grammar, repaired.tokens[slot].tolist(), masks)
+            if width == 1:
+                assert torch.equal(grammars.next_masks(reqs, rows, VOCABULARY).vocab_mask, filled.mask.vocab_mask)
             found.append((repaired, filled.mask.vocab_mask))
         (ours, masks), (fresh, _) = found
         assert torch.equal(ours.tokens, fresh.tokens)

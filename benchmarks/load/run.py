@@ -1,15 +1,18 @@
 """Plain SGLang, every fixed width and widths that follow traffic, under the same load.
 
-    python -m benchmarks.load.closed_loop cpu
-    python -m benchmarks.load.closed_loop gpu --model /tmp/wide-8b --server-arg="--attention-backend fa3" \\
+    python -m benchmarks.load cpu
+    python -m benchmarks.load gpu --model /tmp/wide-8b --server-arg="--attention-backend fa3" \\
         --out benchmarks/results/h200/load-fa3.json [--resume]
 
-A closed loop of greedy requests: one that ends is replaced at once. Prompts and grammars are those of
-`benchmarks.load.traffic`. Two servers run at a time, and one of them is loaded. Both write down their results
-(`benchmarks.load.recorder`), so that decoding is timed apart from prefills, whose share depends on the answers' length.
-Fixed widths run on the server that adapts, which is told the width: all have the same graphs and memory.
+Greedy requests, with the prompts and grammars of `benchmarks.load.traffic`. Two servers run, and one of them is loaded.
+Both write down their results (`benchmarks.load.recorder`). Fixed widths run on the server that adapts, which is told
+the width: all have the same graphs and memory.
 
-Then the concurrency rises and falls in steps (`steps`): plain SGLang, the largest width, and widths that follow.
+- `decode`: waves of so many requests, the next one when all are answered. So no prefill comes between rounds, and
+  decoding is timed alone: answers are short, 80 tokens in the mean, and prefills take a large share of the time.
+- `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
+  and all else included.
+- `steps`: concurrency that rises and falls: plain SGLang, the largest width, and widths that follow.
 
 `summary` holds the ratios. Every finished run is written at once; `--resume` continues a file.
 """
@@ -31,7 +34,7 @@ from typing import Any
 
 from benchmarks.common.plugins import with_plugins
 from benchmarks.common.provenance import RESULTS, provenance
-from benchmarks.load.client import Side, closed_loop, in_steps
+from benchmarks.load.client import Side, closed_loop, in_steps, waves
 from benchmarks.load.figures import decode_figures, summary, timeline
 from benchmarks.load.recorder import RECORDS_ENV
 from benchmarks.load.traffic import FOREIGN, KINDS, MIXED, MIXED_WITH_FOREIGN, ONCE, SCHEMA, Traffic
@@ -45,7 +48,7 @@ from sglang_orthrus.models.checkpoint import export_ar
 ADAPTIVE, PLAIN = "adaptive", "plain"
 _RECORDER = {"recorder": "benchmarks.load.recorder"}
 # Requests of a run, at least, and per request in flight.
-_LEAST, _WAVES = 9, 3
+_LEAST, _WAVES = 18, 3
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,13 @@ class Runs:
             return
         count = 1 if setting.traffic == ONCE else max(_LEAST, _WAVES * setting.concurrency)
         requests = self._traffic.take(setting.traffic, count)
-        answers, seconds, results = asyncio.run(closed_loop(self._side(server), requests, setting.concurrency))
+        side = self._side(server)
+        answers, seconds, results = asyncio.run(waves(side, requests, setting.concurrency))
         figures = decode_figures(results, min(setting.concurrency, count))
+        served = None
+        if setting.traffic in (MIXED, MIXED_WITH_FOREIGN):
+            replies, serving, _ = asyncio.run(closed_loop(side, requests, setting.concurrency))
+            served = round(sum(map(len, replies)) / serving, 1)
         digests = [digest(str(answer)) for answer in answers]
         plain = self._find(key | {"server": PLAIN})
         expected = digests if plain is None else plain["answers"].split()
@@ -168,6 +176,7 @@ class Runs:
                 "tokens": sum(map(len, answers)),
                 "seconds": round(seconds, 3),
                 "decode": figures,
+                "serve_tokens_per_second": served,
                 "identical_to_plain": sum(a == b for a, b in zip(digests, expected, strict=True)),
                 "answers": " ".join(digests),
             }
