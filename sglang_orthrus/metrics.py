@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,34 +59,61 @@ class RoundMetrics:
             self._since_log.clear()
 
 
+class WidthFigures(NamedTuple):
+    """What a round of some width came to.
+
+    Attributes:
+        width: W.
+        is_probe: whether the round was to learn about the width.
+        requests: that it counted for.
+        tokens: that it committed.
+        seconds: that it took, by the cost model.
+        plain_seconds: that plain decoding would have taken for as many tokens; 0 if that is not known.
+    """
+
+    width: int
+    is_probe: bool
+    requests: int
+    tokens: int
+    seconds: float
+    plain_seconds: float
+
+
 class WidthMetrics:
-    """Counts rounds and their tokens by width.
+    """Counts rounds by width, and what they brought.
 
     Args:
         log_interval: a log line every so many rounds.
-        with_metrics: whether to export `sglang_orthrus:width_rounds_total{width=...}` and
-            `sglang_orthrus:width_tokens_total{width=...}` beside SGLang's metrics.
+        with_metrics: whether to export counters beside SGLang's metrics, by `width`:
+            `sglang_orthrus:width_rounds_total`, `..._requests_total`, `..._tokens_total`, `..._probes_total`,
+            `..._seconds_total` and `..._plain_seconds_total`.
     """
 
     def __init__(self, log_interval: int, with_metrics: bool) -> None:
         self._log_interval = log_interval
         self._since_log = 0
-        self._rounds: Any = None
-        self._tokens: Any = None
+        self._counters: dict[str, Any] = {}
         if with_metrics:
             # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
             from prometheus_client import Counter as PrometheusCounter
 
-            label = ("width",)
-            self._rounds = PrometheusCounter("sglang_orthrus:width_rounds", "Rounds by their width.", label)
-            self._tokens = PrometheusCounter("sglang_orthrus:width_tokens", "Tokens by their round's width.", label)
+            for name, text in (
+                ("rounds", "Rounds by their width."),
+                ("requests", "Requests in rounds, by width."),
+                ("tokens", "Tokens by their round's width."),
+                ("probes", "Rounds that were to learn about a width."),
+                ("seconds", "Estimated time of rounds, by width."),
+                ("plain_seconds", "What plain decoding would have taken for the tokens of these rounds."),
+            ):
+                self._counters[name] = PrometheusCounter(f"sglang_orthrus:width_{name}", text, ("width",))
 
-    def count(self, width: int, num_tokens: int, report: Callable[[], object]) -> None:
+    def count(self, figures: WidthFigures, report: Callable[[], object]) -> None:
         """Count one round. report: what the log line says, asked for only then."""
         self._since_log += 1
-        if self._rounds is not None:
-            self._rounds.labels(width=str(width)).inc()
-            self._tokens.labels(width=str(width)).inc(num_tokens)
+        if self._counters:
+            counts = figures._asdict() | {"rounds": 1, "probes": int(figures.is_probe)}
+            for name, counter in self._counters.items():
+                counter.labels(width=str(figures.width)).inc(counts[name])
         if self._since_log >= self._log_interval:
             logger.info("ORTHRUS widths: %s", report())
             self._since_log = 0

@@ -34,14 +34,19 @@ class FixedWidth:
     def forget(self, key: Hashable) -> None:
         """Nothing."""
 
-    def plan(self, keys: Sequence[Hashable], forced: Mapping[object, int] | None = None) -> Any:
+    def plan(self, keys: Sequence[Hashable], kind: Hashable = None) -> Any:
         """The width."""
         from sglang_orthrus.round.width_controller import RoundWidth
 
         return RoundWidth(self._width, False)
 
-    def observe(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int]) -> None:
+    def observe(
+        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], kind: Hashable, measured: float | None
+    ) -> Any:
         """Nothing."""
+        from sglang_orthrus.round.width_controller import RoundResult
+
+        return RoundResult(0, 0, 0.0, 0.0)
 
     def report(self) -> str:
         """For the log."""

@@ -159,7 +159,7 @@ class Simulation:
         self._costs = measured_costs()
         self._next_key = 0
         self._requests: list[Request] = []
-        self._late: deque[Callable[[], None]] = deque()
+        self._late: deque[Callable[[], object]] = deque()
         self._totals: dict[str, list[float]] = {}
         self.result = Result()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-from sglang_orthrus.metrics import WidthMetrics
+from sglang_orthrus.metrics import WidthFigures, WidthMetrics
 from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.logit_adjustments import are_adjusted
 
@@ -32,6 +32,7 @@ class _Planned(NamedTuple):
     """A round whose result is not known yet.
 
     Attributes:
+        is_probe: whether it was to learn about its width.
         has_grammar: of any of its requests. Such rounds take longer.
         follows_round: whether the time between its result and the one before is its own: no prefill ran between them.
     """
@@ -39,6 +40,7 @@ class _Planned(NamedTuple):
     reqs: Sequence[Any]
     rids: Sequence[str]
     width: int
+    is_probe: bool
     has_grammar: bool
     follows_round: bool
 
@@ -77,7 +79,7 @@ class Policy:
         """The result of the oldest round that has none: accepted drafts of each of its requests."""
         if self._controller is None:
             return
-        reqs, rids, width, has_grammar, follows_round = self._planned.popleft()
+        reqs, rids, width, is_probe, has_grammar, follows_round = self._planned.popleft()
         now = time.perf_counter()
         measured = now - self._observed_at if follows_round else None
         self._observed_at = now
@@ -86,9 +88,9 @@ class Policy:
             0 if req.finished() or req.is_retracted else accepted + 1
             for req, accepted in zip(reqs, num_accepted, strict=True)
         ]
-        self._controller.observe(rids, width, lens, has_grammar, measured)
+        result = self._controller.observe(rids, width, lens, has_grammar, measured)
         if self._metrics is not None:
-            self._metrics.count(width, sum(lens), self._controller.report)
+            self._metrics.count(WidthFigures(width, is_probe, *result), self._controller.report)
 
     def note_prefill(self) -> None:
         """A prefill is queued before the next round."""
@@ -105,8 +107,8 @@ class Policy:
         for req in reqs:
             self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
         rids = [req.rid for req in reqs]
-        width = self._controller.plan(rids, kind=has_grammar).width
-        self._planned.append(_Planned(list(reqs), rids, width, has_grammar, self._follows_round))
+        width, is_probe = self._controller.plan(rids, kind=has_grammar)
+        self._planned.append(_Planned(list(reqs), rids, width, is_probe, has_grammar, self._follows_round))
         self._follows_round = True
         return width
 

@@ -19,7 +19,7 @@ from sglang_orthrus.round.cost_corrections import CostCorrections
 from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.speed_floor import SpeedFloor
-from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, likely_tokens, with_forced
+from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, likely_tokens
 
 # No kind of request falls below this share of plain decoding's speed for long.
 DEFAULT_FLOOR = 0.8
@@ -37,6 +37,22 @@ class RoundWidth(NamedTuple):
 
     width: int
     is_probe: bool
+
+
+class RoundResult(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+        requests: that it counted for.
+        tokens: that it committed.
+        seconds: that it took, by the costs as they are corrected now.
+        plain_seconds: that plain decoding would have taken for as many tokens; 0 if width 1 was not measured.
+    """
+
+    requests: int
+    tokens: int
+    seconds: float
+    plain_seconds: float
 
 
 class WidthReport(NamedTuple):
@@ -133,21 +149,16 @@ class WidthController:
         self._rates.forget(key)
         self._floor.forget(key)
 
-    def plan(
-        self, keys: Sequence[Hashable], forced: Mapping[object, int] | None = None, kind: Hashable = None
-    ) -> RoundWidth:
+    def plan(self, keys: Sequence[Hashable], kind: Hashable = None) -> RoundWidth:
         """The width of the next round.
 
         Args:
             keys: [R] its requests, at least one.
-            forced: for some of them, how many of their next tokens a grammar leaves no alternative to.
             kind: what rounds have in common that take alike, apart from their size and width.
         """
         row = self._seconds_of(len(keys), kind)
         seconds = row[self._columns]
         tokens = self._rates.expected(keys)
-        if forced:
-            tokens = with_forced(tokens, self.widths, keys, forced)
         rounds_seen = self._rates.rounds_seen(keys)
         allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
         totals = tokens.sum(0)
@@ -166,7 +177,7 @@ class WidthController:
         accept_lens: Sequence[int],
         kind: Hashable = None,
         measured: float | None = None,
-    ) -> None:
+    ) -> RoundResult:
         """Of a round that `plan` chose the width of, when its result is known.
 
         Args:
@@ -183,16 +194,20 @@ class WidthController:
         row = self._seconds_of(len(keys), kind)
         seconds = float(row[self._columns[index]])
         total = int(sum(accept_lens))
-        self._requests[width] += sum(accept_len > 0 for accept_len in accept_lens)
+        num_requests = sum(accept_len > 0 for accept_len in accept_lens)
+        self._requests[width] += num_requests
         self._tokens[width] += total
         self._seconds += seconds
         self._rates.observe_round(keys, width, accept_lens)
         if self._probes is not None:
             self._probes.observe(index, total)
+        plain_seconds = 0.0
         if self._knows_plain:
             plain = float(row[0])
-            self._plain_seconds += plain * total / len(keys)
+            plain_seconds = plain * total / len(keys)
             self._floor.observe(keys, accept_lens, seconds / plain)
+        self._plain_seconds += plain_seconds
+        return RoundResult(num_requests, total, seconds, plain_seconds)
 
     def report(self) -> WidthReport:
         """What rounds were, since the start."""

@@ -5,8 +5,6 @@ Letters: R requests, K widths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -59,21 +57,6 @@ def fast_enough(tokens: FloatArray, seconds: FloatArray, plain_seconds: float, f
         floor: the share; 0.8 allows a request to lose a fifth of its speed.
     """
     return np.asarray((tokens * plain_seconds >= floor * seconds).all(0))
-
-
-def with_forced(
-    tokens: FloatArray, widths: Sequence[int], keys: Sequence[object], forced: Mapping[object, int]
-) -> FloatArray:
-    """The same with the tokens that a grammar leaves no alternative to, which are certain: [R, K].
-
-    Args:
-        tokens: [R, K] expected without.
-        widths: [K].
-        keys: [R].
-        forced: for some requests, how many of their next tokens are forced.
-    """
-    ahead = np.array([forced.get(key, 0) for key in keys], np.float64)
-    return np.minimum(tokens + ahead[:, None], np.asarray(widths, np.float64))
 
 
 def likely_tokens(tokens: FloatArray, rounds_seen: FloatArray, standard_errors: FloatArray | float) -> FloatArray:

@@ -75,14 +75,6 @@ def test_requests_that_were_never_started_are_planned_for() -> None:
     assert width == 32
 
 
-def test_forced_strings_make_drafts_worth_it() -> None:
-    controller, keys = started(1, probe_share=0.0)
-    run(controller, keys, dict.fromkeys(WIDTHS, 1), 100)
-    assert controller.plan(keys).width == 1
-    assert controller.plan(keys, forced={keys[0]: 30}).width == 32
-    assert controller.plan(keys).width == 1
-
-
 def test_without_width_one_in_use_the_floor_takes_the_narrowest() -> None:
     controller = WidthController(measured_costs(), (8, 32), probe_share=0.0)
     for key in ("good", "bad"):

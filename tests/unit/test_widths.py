@@ -7,7 +7,7 @@ import pytest
 
 from sglang_orthrus.round.probes import INTERVAL, LONGEST_INTERVAL, PLAIN_INTERVAL, Probes
 from sglang_orthrus.round.speed_floor import FEW_STANDARD_ERRORS, SHORTFALL, SLACK, SpeedFloor
-from sglang_orthrus.round.widths import PATIENCE, choose_width, fast_enough, with_forced
+from sglang_orthrus.round.widths import PATIENCE, choose_width, fast_enough
 
 WIDTHS = (1, 8, 16, 32)
 SECONDS = np.array([1.0, 2.0, 3.0, 5.0])
@@ -35,11 +35,6 @@ def test_every_request_must_be_fast_enough() -> None:
     tokens = np.array([[1.0, 2.0, 3.0, 4.0], [1.0, 1.6, 1.7, 1.7]])
     assert fast_enough(tokens, SECONDS, 1.0, floor=0.8).tolist() == [True, True, False, False]
     assert fast_enough(tokens[:1], SECONDS, 1.0, floor=0.8).all()
-
-
-def test_forced_tokens_are_certain_as_far_as_the_width_goes() -> None:
-    tokens = np.array([[1.0, 2.0, 2.0, 2.0], [1.0, 3.0, 3.0, 3.0]])
-    assert with_forced(tokens, WIDTHS, ["a", "b"], {"a": 12}).tolist() == [[1, 8, 14, 14], [1, 3, 3, 3]]
 
 
 def test_a_slow_request_is_protected_until_it_has_caught_up() -> None:
