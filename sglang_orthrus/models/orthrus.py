@@ -16,6 +16,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
+from sglang_orthrus import ranks
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.model import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
@@ -174,12 +175,12 @@ class OrthrusLM(Qwen3ForCausalLM):
     def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
         """The head on rows of a block: [..., hidden] -> [rows, vocabulary], contiguous.
 
-        in_fp32: as SGLang gives logits to its sampler; else of the type that the head computes in, which says the same
-            in fewer bytes.
+        in_fp32: as SGLang gives logits to its sampler; else, on a single rank, of the type that the head computes in,
+            which says the same in fewer bytes.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not in_fp32:
-            return self._head(rows).contiguous()
+        if not in_fp32 and not ranks.are_several():
+            return self._head(rows)[0].contiguous()
         # A row of its own kind for SGLang's head: every row is wanted, into no shared buffer.
         metadata = LogitsMetadata(ForwardMode.TARGET_VERIFY)
         return self.logits_processor(None, rows, self.lm_head, metadata).next_token_logits
@@ -191,7 +192,7 @@ class OrthrusLM(Qwen3ForCausalLM):
         At most `HEAD_ROWS` rows of logits exist at a time: 128 blocks of 32 rows would take 2.5 GB of them.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        best = [_without_nan_inplace(self._head(group)).argmax(dim=-1) for group in rows.split(HEAD_ROWS)]
+        best = [_best_of_all(*self._head(group)) for group in rows.split(HEAD_ROWS)]
         return torch.cat(best).view(hidden_states.shape[:-1])
 
     @depends_on(
@@ -202,10 +203,14 @@ class OrthrusLM(Qwen3ForCausalLM):
         why="the public call copies them to fp32, twice the memory, which argmax does not need",
         until="the model has a public head",
     )
-    def _head(self, rows: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, vocabulary], rounded as `logits` rounds it; a view without the head's padding."""
+    def _head(self, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """This rank's share of the logits, and the id of its first column: [rows, hidden] -> [rows, share].
+
+        Rounded as `logits` rounds them; a view without the head's padding.
+        """
         logits: torch.Tensor = self.logits_processor._compute_lm_head(rows, self.lm_head)
-        return logits[:, : self.config.vocab_size]
+        first = ranks.offset(logits.shape[1])
+        return logits[:, : max(self.config.vocab_size - first, 0)], first
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load both views; Qwen3's own name mapping covers `*_diff`.
@@ -221,6 +226,24 @@ class OrthrusLM(Qwen3ForCausalLM):
 
 class OrthrusForCausalLM(OrthrusLM):
     """The same model under the other architecture name in use."""
+
+
+def _best_of_all(logits: torch.Tensor, first: int) -> torch.Tensor:
+    """The best token of every row over the shares of all ranks, the first of equals: [rows, share] -> [rows] int64.
+
+    Follows `LogitsProcessor.deferred_argmax`, which needs Triton. first: id of the first column.
+    """
+    _without_nan_inplace(logits)
+    if not ranks.are_several():
+        return logits.argmax(dim=-1)
+    # Both in one gather: fp64 holds logits and ids exactly.
+    own = logits.new_full((len(logits), 2), -torch.inf, dtype=torch.float64)
+    if logits.shape[1]:
+        best = logits.max(dim=-1)
+        own[:, 0], own[:, 1] = best.values, best.indices + first
+    found = ranks.gathered(own)
+    chosen = found[:, :, 0].argmax(dim=0, keepdim=True)
+    return found[:, :, 1].gather(0, chosen).squeeze(0).long()
 
 
 def _without_nan_inplace(logits: torch.Tensor) -> torch.Tensor:

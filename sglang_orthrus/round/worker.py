@@ -12,14 +12,16 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
-from sglang.srt.runtime_context import get_exec, get_observability, get_schedule, get_spec
+from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_schedule, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
+from sglang_orthrus import ranks
 from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.compat.memory import use_graph_runner
 from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.config import WIDTHS, DraftMode, DualViewConfig, slow_mask_seconds, widths_from_env
 from sglang_orthrus.core import OrthrusState
+from sglang_orthrus.grammar.across_ranks import GrammarsAcrossRanks
 from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath, WidthMetrics
 from sglang_orthrus.passes.attention import register_flashinfer, set_workspace_size, workspace_bytes
@@ -85,7 +87,8 @@ class OrthrusWorker(BaseSpecWorker):
         replace_sampler(self.model_runner, FirstTokenSampler())
         reporting = (get_observability().decode_log_interval, get_observability().enable_metrics)
         self._metrics = RoundMetrics(*reporting)
-        grammars = BlockGrammars(
+        ranks.use_group(get_parallel().tp_group)
+        grammars = (GrammarsAcrossRanks if ranks.are_several() else BlockGrammars)(
             DraftMode.from_env(),
             self.speculative_num_draft_tokens,
             self.device,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_orthrus import ranks
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.sampling.batch import BatchSampler
 from sglang_orthrus.sampling.distributions import Support, largest
@@ -106,6 +107,8 @@ def draft_tokens(
     for group in sampler.groups:
         # The logits are gone before the next ones are made.
         _draft_group(sampler, drafts, group, sampler.logits(hidden_states, group, context), slots)
+    if drafts.are_drawn:
+        ranks.from_first(drafts.block)
     if any(
         not sampler.is_function_of_logits(group) and group.requests not in drafts.supports for group in sampler.groups
     ):

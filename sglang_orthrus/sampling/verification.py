@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 import torch
 
+from sglang_orthrus import ranks
 from sglang_orthrus.core import Verdict
 from sglang_orthrus.sampling.acceptance import accept_drafts, leading
 from sglang_orthrus.sampling.batch import BatchSampler
@@ -59,6 +60,7 @@ def verify_drafts(
             emitted.scatter_(1, num_accepted[index][:, None], bonus[index][:, None])
             logprobs.add(group, logits.flatten(0, 1), sampler.temperatures(group, emitted.numel()), emitted)
         del logits  # before the next ones are made
+    num_accepted, bonus = ranks.from_first(torch.stack((num_accepted, bonus)))
     return accept_drafts(block, num_accepted, bonus, sampler.prefix_lens)
 
 

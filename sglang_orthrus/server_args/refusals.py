@@ -10,6 +10,7 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.versions import require_supported_sglang
 from sglang_orthrus.config import (
     ARCHITECTURES,
+    WIDTHS,
     DraftMode,
     DualViewConfig,
     is_orthrus,
@@ -38,6 +39,7 @@ def validate_server_args(server_args: Any) -> None:
     sentences = [
         *_checkpoint_refusals(server_args),
         *_attention_refusals(server_args),
+        *_rank_refusals(server_args),
         *flag_refusals(server_args),
         *environment_refusals(),
     ]
@@ -61,7 +63,6 @@ _EXACT = "ORTHRUS accepts exactly the tokens that the autoregressive view would 
 
 _RULES = (
     _Rule("device", (None, "cuda", "cpu"), "use cuda or cpu"),
-    _Rule("tp_size", (1,), "use --tp-size 1"),
     _Rule("pp_size", (1,), "use --pp-size 1"),
     _Rule("attn_dp_size", (1,), "use --attn-dp-size 1"),
     _Rule("dcp_size", (1,), "use --dcp-size 1"),
@@ -183,6 +184,20 @@ def _attention_refusals(args: Any) -> Iterator[str]:
             )
     if args.device == "cuda" and "triton" in backends.values():
         yield from _triton_refusals(args)
+
+
+def _rank_refusals(args: Any) -> Iterator[str]:
+    """Several tensor-parallel ranks."""
+    if args.tp_size == 1:
+        return
+    if args.device != "cpu":
+        yield f"{_flag('tp_size', args.tp_size)}: ORTHRUS was not tried on several GPUs yet; use --tp-size 1."
+    widths = os.environ.get(WIDTHS, "")
+    if "," in widths:
+        yield (
+            f"{WIDTHS}={widths}: with {_flag('tp_size', args.tp_size)} every rank would choose by its own clock; name "
+            "one width, or unset the environment variable."
+        )
 
 
 def _triton_refusals(args: Any) -> Iterator[str]:

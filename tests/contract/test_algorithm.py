@@ -96,7 +96,6 @@ def test_a_narrower_width_still_reserves_a_whole_block(checkpoint: Path) -> None
     ("flags", "advice"),
     [
         ("--device xpu", "use cuda or cpu"),
-        ("--tp-size 2", "use --tp-size 1"),
         ("--pp-size 2", "use --pp-size 1"),
         ("--dcp-size 2", "use --dcp-size 1"),
         ("--tokenizer-worker-num 2", "use --tokenizer-worker-num 1"),
@@ -278,13 +277,26 @@ def test_widths_end_with_the_largest(checkpoint: Path, monkeypatch: pytest.Monke
         _resolve(checkpoint)
 
 
+def test_several_gpus_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(Refused, match="--tp-size 2: ORTHRUS was not tried on several GPUs yet; use --tp-size 1"):
+        _resolve(checkpoint, "--device", "cuda", "--tp-size", "2")
+
+
+def test_several_ranks_have_one_width(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORTHRUS_WIDTHS", "8")
+    _resolve(checkpoint, "--device", "cpu", "--tp-size", "2")
+    monkeypatch.setenv("ORTHRUS_WIDTHS", "1,8")
+    with pytest.raises(Refused, match=r"ORTHRUS_WIDTHS=1,8: with --tp-size 2 .* name one width"):
+        _resolve(checkpoint, "--device", "cpu", "--tp-size", "2")
+
+
 def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None:
     with pytest.raises(Refused) as refused:
-        _resolve(checkpoint, "--pp-size", "2", "--tp-size", "2", "--speculative-num-draft-tokens", "9")
+        _resolve(checkpoint, "--pp-size", "2", "--enable-mixed-chunk", "--speculative-num-draft-tokens", "9")
     assert [sentence.split(":")[0] for sentence in refused.value.sentences] == [
         "--speculative-num-draft-tokens 9",
-        "--tp-size 2",
         "--pp-size 2",
+        "--enable-mixed-chunk",
     ]
     assert str(refused.value) == refused.value.sentences[0]
 

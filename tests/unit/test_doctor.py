@@ -96,9 +96,9 @@ def test_a_platform_that_is_not_installed_is_named(reports: Reports) -> None:
 
 
 def test_every_refused_flag_is_listed() -> None:
-    flags = "--tp-size 2 --enable-lora --attention-backend fa4 --speculative-num-draft-tokens 33"
+    flags = "--pp-size 2 --enable-lora --attention-backend fa4 --speculative-num-draft-tokens 33"
     found = _failures(*flags.split())
-    for flag in ("--tp-size 2:", "--enable-lora:", "--attention-backend fa4:", "--speculative-num-draft-tokens 33:"):
+    for flag in ("--pp-size 2:", "--enable-lora:", "--attention-backend fa4:", "--speculative-num-draft-tokens 33:"):
         assert sum(finding.startswith(flag) for finding in found) == 1, found
     assert len(found) == 4
 
@@ -162,10 +162,10 @@ def test_a_plain_checkpoint_fails_once(tmp_path: Path) -> None:
 def test_a_configuration_file_is_read(tmp_path: Path) -> None:
     shutil.copytree(NANO, tmp_path / "model")
     config = tmp_path / "server.yaml"
-    config.write_text(f"model-path: {tmp_path / 'model'}\nspeculative-algorithm: ORTHRUS\ntp-size: 2\n")
+    config.write_text(f"model-path: {tmp_path / 'model'}\nspeculative-algorithm: ORTHRUS\npp-size: 2\n")
     found = _examined("--config", str(config))
     assert found["checkpoint"][0].finding.startswith(str(tmp_path / "model"))
-    assert [check.finding for check in found["flags"]] == ["--tp-size 2: ORTHRUS does not support it; use --tp-size 1."]
+    assert [check.finding for check in found["flags"]] == ["--pp-size 2: ORTHRUS does not support it; use --pp-size 1."]
 
 
 def test_another_algorithm_is_only_mentioned() -> None:

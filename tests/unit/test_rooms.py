@@ -12,7 +12,7 @@ import sglang_orthrus
 from tests.imports import imported
 
 PACKAGE = Path(sglang_orthrus.__file__).parent
-SHARED = {"core", "config", "metrics", "compat"}
+SHARED = {"core", "config", "metrics", "ranks", "compat"}
 MIDDLE = {"passes", "sampling", "grammar", "models", "server_args", "cpu"}
 TOP = {"plugin", "cli", "__main__"}
 MAX_LINES = 350

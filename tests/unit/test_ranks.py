@@ -1,0 +1,90 @@
+"""What two ranks agree on, in two processes of gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_orthrus import ranks
+from sglang_orthrus.models.orthrus import _best_of_all
+
+SHARE, ROWS = 8, 64
+VOCABULARY = 13  # the last share is not full
+
+
+class Group:
+    """As much of SGLang's `GroupCoordinator` as is asked for."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank_in_group, self.world_size, self.ranks = rank, size, list(range(size))
+        self.cpu_group = dist.group.WORLD
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        dist.broadcast(tensor, src)
+        return tensor
+
+    def all_gather_into_tensor(self, output: torch.Tensor, own: torch.Tensor) -> None:
+        dist.all_gather_into_tensor(output, own)
+
+
+def _logits() -> torch.Tensor:
+    """Whole numbers, so that there are ties, of which the first counts; the last row is all one number."""
+    logits = torch.randint(0, 4, (ROWS, VOCABULARY), generator=torch.Generator().manual_seed(3)).float()
+    logits[-1] = 1.0
+    return logits
+
+
+def _run(rank: int, port: int, answers: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    ranks.use_group(Group(rank, 2))
+    first = ranks.offset(SHARE)
+    own = _logits()[:, first : first + SHARE]
+    answers.put(
+        SimpleNamespace(
+            rank=rank,
+            best=_best_of_all(own.clone(), first).tolist(),
+            empty=_best_of_all(own[:, : SHARE if rank == 0 else 0].clone(), first).tolist(),
+            tensor=ranks.from_first(torch.tensor([rank + 5])).tolist(),
+            numbers=ranks.numbers_from_first([rank, 7 * rank + 1]),
+            gathered=ranks.gathered(torch.tensor([rank, 10 + rank])).tolist(),
+            are_several=ranks.are_several(),
+            is_first=ranks.is_first(),
+        )
+    )
+    answers.close()
+    answers.join_thread()
+
+
+def test_two_ranks_agree() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=_run, args=(rank, port, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted((answers.get(timeout=60) for _ in processes), key=lambda answer: answer.rank)
+    for process in processes:
+        process.join(60)
+    logits = _logits()
+    for answer in found:
+        assert answer.best == logits.argmax(dim=-1).tolist()
+        assert answer.empty == logits[:, :SHARE].argmax(dim=-1).tolist(), "a rank without a share of the vocabulary"
+        assert answer.tensor == [5] and answer.numbers == [0, 1]
+        assert answer.gathered == [[0, 10], [1, 11]]
+        assert answer.are_several
+    assert [answer.is_first for answer in found] == [True, False]
+
+
+def test_one_rank_is_left_alone() -> None:
+    ranks.use_group(SimpleNamespace(world_size=1))
+    tensor = torch.tensor([3])
+    assert not ranks.are_several() and ranks.is_first() and ranks.offset(100) == 0
+    assert ranks.from_first(tensor) is tensor and ranks.numbers_from_first([1, 2]) == [1, 2]
+    assert ranks.gathered(tensor).tolist() == [[3]]
