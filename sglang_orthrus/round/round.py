@@ -32,7 +32,7 @@ from sglang_orthrus.sampling.verification import best_tokens, requests_with_know
 
 
 class BegunRound(NamedTuple):
-    """A round whose draft pass is queued. No grammar was asked yet.
+    """A round whose first pass is queued. No grammar was asked yet.
 
     Attributes:
         batch: the round's.
@@ -43,6 +43,7 @@ class BegunRound(NamedTuple):
         constrained: [R] rows of the requests whose grammars matter.
         candidates: theirs, on the way to the host; None if there are none.
         prepared: the verify pass.
+        verified: the same, if it is queued already.
         path: how the draft pass ran.
     """
 
@@ -54,6 +55,7 @@ class BegunRound(NamedTuple):
     constrained: Sequence[int]
     candidates: CandidatesCopy | None
     prepared: PreparedPass
+    verified: Pass | None
     path: RoundPath
 
 
@@ -106,7 +108,10 @@ class Round:
         return self.finish(self.begin(batch, plan))
 
     def begin(self, batch: RoundBatch, plan: RoundPlan) -> BegunRound:
-        """Queue the draft pass, and prepare all of verification that does not depend on the drafts."""
+        """Queue the draft pass, and prepare all of verification that does not depend on the drafts.
+
+        Where nothing is drafted the verify pass is queued instead: no grammar could change its tokens.
+        """
         scheduled = batch.scheduled
         adjustments = self._history.adjustments(scheduled)
         sampler = BatchSampler(
@@ -123,8 +128,11 @@ class Round:
         candidates = CandidatesCopy(drafts.candidates) if constrained else None
 
         prepared = self._passes.prepare_verify(batch, draft)
+        verified = self._passes.verify(prepared, drafts.block) if draft is None else None
         path = RoundPath.SPLIT if draft is None or draft.replayed else RoundPath.EAGER
-        return BegunRound(batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, path)
+        return BegunRound(
+            batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, verified, path
+        )
 
     def finish(self, begun: BegunRound) -> RoundEnd:
         """Repair the drafts by grammars, which are at the committed text now; verify; accept."""
@@ -136,7 +144,7 @@ class Round:
         repaired = self._repair(begun)
         if repaired is not None:
             drafts = drafts.replaced(repaired.rows, repaired.tokens)
-        verify = self._passes.verify(begun.prepared, drafts.block)
+        verify = begun.verified or self._passes.verify(begun.prepared, drafts.block)
         # Verify needs no masks, and the masks no result of verify: the host fills them meanwhile.
         masks, limits = self._masks(begun, drafts, repaired, verify)
         verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks, logprobs, limits)
