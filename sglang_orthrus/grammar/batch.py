@@ -20,7 +20,7 @@ from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
-from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
+from sglang_orthrus.grammar.repair import MAX_REPAIRS, NOTHING_DRAFTED, repair_drafts
 from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.metrics import GrammarMetrics
@@ -184,6 +184,9 @@ class BlockGrammars:
         if cursor is None or leaves_block_alone(grammar, slot.drafts):
             slot.allow_all()
             return None
+        if not len(slot.drafts):
+            slot.are_filled[:] = True
+            return ConstrainedBlock(cursor, NOTHING_DRAFTED)
         repair = repair_drafts(cursor, slot.drafts, candidates, slot.masks, self._max_repairs, Deadline(seconds))
         if repair.tokens is not slot.drafts:
             slot.drafts[:] = repair.tokens

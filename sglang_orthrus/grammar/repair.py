@@ -123,3 +123,7 @@ def _propose(
     if best is None:
         return [], DraftChange.REPAIRED, Match(0, False)
     return [best], DraftChange.REPAIRED, cursor.advance([best])
+
+
+# What becomes of a block without drafts.
+NOTHING_DRAFTED = Repair(np.zeros(0, np.int64), _unchanged(0), Match(0, False))
