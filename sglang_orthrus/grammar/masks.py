@@ -24,6 +24,9 @@ from sglang_orthrus.grammar.threads import Job, ThreadTeam, available_cores
 MAX_THREADS = 12
 # Masks that are needed get so much time in any case; few are.
 MIN_NEEDED_SECONDS = 0.01
+# Blocks without drafts have one mask each. If these took less than this on average in the last such round, the calling
+# thread fills them alone: to share one takes as long.
+SHORT_SECONDS = 20e-6
 
 # For some requests, by their numbers among the constrained ones: [n, Q].
 BestOf = Callable[[Sequence[int]], Ids]
@@ -74,6 +77,7 @@ class MaskFiller:
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, available_cores())
         self._team = ThreadTeam(self._num_threads, "orthrus-grammar")
+        self._are_short = False
 
     def fill(
         self,
@@ -138,6 +142,9 @@ class MaskFiller:
             if isinstance(block.cursor, GuidanceCursor)
         ]
         others = [(number, block) for number, block in wanted if not isinstance(block.cursor, GuidanceCursor)]
+        if self._are_short and host.width == 1:
+            _fill_single(host, others, filled)
+            others = []
         shares = TimeShares(self._seconds, len(others) + bool(guided), self._num_threads)
         # The longest first, so that the threads end together.
         others.sort(key=lambda one: one[1].repair.match.length, reverse=True)
@@ -147,7 +154,19 @@ class MaskFiller:
         if guided:
             fills.append(partial(_fill_guided, host, guided, shares, filled))
         self._team.run(fills)
+        if host.width == 1 and filled:
+            mean = sum(block.processor_seconds for block in filled.values()) / len(filled)
+            self._are_short = mean < SHORT_SECONDS
         return filled
+
+
+def _fill_single(host: HostBlocks, blocks: Sequence[tuple[int, ConstrainedBlock]], filled: dict[int, _Block]) -> None:
+    started = time.thread_time()
+    for number, block in blocks:
+        block.cursor.fill(host.slots[number].masks)
+        ended = time.thread_time()
+        filled[number] = _Block(1, float("inf"), ended - started)
+        started = ended
 
 
 def _fill(slot: Slot, block: ConstrainedBlock, number: int, shares: TimeShares, filled: dict[int, _Block]) -> None:

@@ -183,7 +183,7 @@ class XGrammarCursor:
 
     def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""
-        self._matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, masks[:1])
+        self._matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, masks if len(masks) == 1 else masks[:1])
 
     def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> int:
         """See `Cursor`. XGrammar says whether it is done, but not how far it came: the rows tell."""
