@@ -77,7 +77,7 @@ class AcceptanceRates:
         self._neutral = np.array([_geometric(NEUTRAL_RATE, width) for width in self.widths])
         self._class_tokens = np.tile(self._neutral, (MAX_CLASSES, 1))
         # Of the requests that were asked for last: mostly the next round has the same.
-        self._asked: list[Hashable] = []
+        self._asked: list[Hashable] | None = None
         self._asked_rows = np.zeros(0, np.int64)
         self._asked_expected: FloatArray | None = None
 
@@ -94,7 +94,7 @@ class AcceptanceRates:
         if not self._free:
             self.forget(next(iter(self._rows)))
         row = self._free.pop()
-        self._asked.clear()
+        self._asked = None
         self._rows[key] = row
         self._requests.clear(row)
         new = min(len(self._class_rows), MAX_CLASSES - 1)
@@ -107,7 +107,7 @@ class AcceptanceRates:
         row = self._rows.pop(key, None)
         if row is not None:
             self._free.append(row)
-            self._asked.clear()
+            self._asked = None
 
     def observe(self, key: Hashable, width: int, accept_len: int) -> None:
         """Of one request; see `observe_round`."""
