@@ -107,6 +107,7 @@ def decode_batch(
         acc_scaling_penalties=None,
         logit_bias=biases,
         has_custom_logit_processor=False,
+        is_all_greedy=all(p["top_k"] <= 1 for p in params),
         vocab_size=vocab_size,
     )
     return SimpleNamespace(

@@ -93,18 +93,15 @@ class _Round:
 
     def __init__(self, reqs: Sequence[Any], result: Any) -> None:
         self._result = result
-        self._lens_of_ended: list[int] = []
-        self._committed: list[tuple[Any, int]] = []
-        for req, length in zip(reqs, result.accept_lens.tolist(), strict=True):
-            if req.finished() or req.is_retracted:
-                self._lens_of_ended.append(length)
-            else:
-                self._committed.append((req, len(req.output_ids) + length))
+        self._running = [req for req in reqs if not (req.finished() or req.is_retracted)]
+        self._num_ended = len(reqs) - len(self._running)
+        # What texts would hold afterwards, had they taken in all that SGLang counts.
+        self._num_counted = sum(result.accept_lens.tolist()) + sum(len(req.output_ids) for req in self._running)
 
     def take_off_inplace(self, reporter: Any) -> int:
         """Take off the reporter's sums what no text has taken in; returns the number of such tokens."""
-        num_ended = len(self._lens_of_ended)
-        num_tokens = sum(self._lens_of_ended) + sum(length - _text_length(req) for req, length in self._committed)
+        num_ended = self._num_ended
+        num_tokens = self._num_counted - sum(map(_text_length, self._running))
         reporter.num_generated_tokens -= num_tokens
         reporter.spec_num_forward_ct -= num_ended
         reporter.spec_num_accept_tokens -= num_tokens

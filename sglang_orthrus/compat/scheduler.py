@@ -53,6 +53,23 @@ def check_weight_updates(problem: Callable[[str], str | None]) -> None:
     wrap_once(WeightUpdater, "update_weights_from_disk", checked)
 
 
+class DelayedPart:
+    """The part of a round that the scheduler calls for when it has processed the former round's result.
+
+    Args:
+        run: returns the round's result.
+        runs_pass: whether it runs a forward pass, rather than choose tokens only.
+    """
+
+    def __init__(self, run: Callable[[], Any], *, runs_pass: bool) -> None:
+        self._run = run
+        self.runs_pass = runs_pass
+
+    def __call__(self) -> Any:
+        """Run it."""
+        return self._run()
+
+
 _RESULTS_FIRST = "the scheduler processes results before it calls a worker's grammar barrier"
 
 
@@ -60,7 +77,7 @@ _RESULTS_FIRST = "the scheduler processes results before it calls a worker's gra
     "sglang.srt.managers.scheduler:Scheduler.launch_batch_sample_if_needed",
     "batch_result",
     "cur_batch",
-    what="wrapped: the fence of a step comes behind its delayed part, too",
+    what="wrapped: the fence of a step comes behind its delayed part, too, if that runs a forward pass",
     why="SGLang delays only sampling; a round with grammars delays its verify pass, so that the scheduler processes "
     "the former round's result while the GPU drafts",
     until=_RESULTS_FIRST,
@@ -72,15 +89,15 @@ _RESULTS_FIRST = "the scheduler processes results before it calls a worker's gra
     until=_RESULTS_FIRST,
 )
 def fence_delayed_rounds() -> None:
-    """Have the scheduler write nothing that the delayed part of a round may still read (see `OrthrusWorker`)."""
+    """Have the scheduler write nothing that a delayed pass of a round may still read (see `OrthrusWorker`)."""
     from sglang.srt.managers.scheduler import Scheduler
 
     def fenced(stock: Callable[..., None]) -> Callable[..., None]:
         @wraps(stock)
         def launch_batch_sample_if_needed(self: Any, batch_result: Any, cur_batch: Any) -> None:
-            is_delayed = batch_result is not None and batch_result.delay_sample_func is not None
+            delayed = None if batch_result is None else batch_result.delay_sample_func
             stock(self, batch_result, cur_batch)
-            if is_delayed:
+            if isinstance(delayed, DelayedPart) and delayed.runs_pass:
                 self._apply_war_barrier()
 
         return launch_batch_sample_if_needed

@@ -29,6 +29,12 @@ def stop_at_first_match() -> None:
     def one_by_one(stock: Callable[..., None]) -> Callable[..., None]:
         @wraps(stock)
         def update_finish_state(self: Any, new_accepted_len: int = 1) -> None:
+            if new_accepted_len == 1 and not self.to_finish:
+                # Of one token SGLang finds the first stop, too. Most requests of a large batch come here.
+                stock(self, 1)
+                if self.finished_len is not None:
+                    _cut_reasoning_tokens(self)
+                return
             wanted = self.sampling_params
             aborted = self.to_finish
             is_error = getattr(aborted, "status_code", None) is not None  # ends a text wherever it is

@@ -9,6 +9,8 @@ Letters: C committed tokens, the anchor (the last token) at position C and not i
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from sglang_orthrus.core import DraftBlock
@@ -33,8 +35,21 @@ def draft_block(
         width: Q.
         mask_token_id: id at the Q-1 positions to be drafted.
     """
-    offsets = torch.arange(width, device=anchors.device)
-    positions = prefix_lens.long()[:, None] + offsets
-    ids = torch.where(offsets == 0, anchors.long()[:, None], mask_token_id)
+    # As few kernels as possible: the host launches them one by one in every round.
+    ids, positions = anchors.long()[:, None], prefix_lens.long()[:, None]
+    if width > 1:
+        masks = _masks(width - 1, mask_token_id, anchors.device)
+        ids = torch.cat((ids, masks.expand(len(anchors), -1)), dim=1)
+        positions = positions + _offsets(width, anchors.device)
     slots = req_to_token[req_pool_indices.long()[:, None], positions].long()
     return DraftBlock(ids, positions, slots)
+
+
+@cache
+def _offsets(width: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(width, device=device)
+
+
+@cache
+def _masks(count: int, mask_token_id: int, device: torch.device) -> torch.Tensor:
+    return torch.full((count,), mask_token_id, dtype=torch.int64, device=device)

@@ -76,6 +76,10 @@ class AcceptanceRates:
         self._ratios = np.ones_like(self._accepted)
         self._neutral = np.array([_geometric(NEUTRAL_RATE, width) for width in self.widths])
         self._class_tokens = np.tile(self._neutral, (MAX_CLASSES, 1))
+        # Of the requests that were asked for last: mostly the next round has the same.
+        self._asked: list[Hashable] | None = None
+        self._asked_rows = np.zeros(0, np.int64)
+        self._asked_expected: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -90,6 +94,7 @@ class AcceptanceRates:
         if not self._free:
             self.forget(next(iter(self._rows)))
         row = self._free.pop()
+        self._asked = None
         self._rows[key] = row
         self._requests.clear(row)
         new = min(len(self._class_rows), MAX_CLASSES - 1)
@@ -102,6 +107,7 @@ class AcceptanceRates:
         row = self._rows.pop(key, None)
         if row is not None:
             self._free.append(row)
+            self._asked = None
 
     def observe(self, key: Hashable, width: int, accept_len: int) -> None:
         """Of one request; see `observe_round`."""
@@ -121,9 +127,10 @@ class AcceptanceRates:
         column = self._columns[width]
         if width == 1:
             return
-        rows, lens = _known(np.array([self._rows.get(key, 0) for key in keys], np.int64), accept_lens)
+        rows, lens = _known(self._rows_of(keys), accept_lens)
         if not len(rows):
             return
+        self._asked_expected = None
         lens = np.minimum(lens, width)
         classes = self._class_of[rows]
         members = (classes[:, None] == np.arange(MAX_CLASSES)).astype(np.float64)
@@ -146,18 +153,31 @@ class AcceptanceRates:
         return float(self.expected([key])[0, self._columns[width]])
 
     def expected(self, keys: Sequence[Hashable]) -> FloatArray:
-        """Tokens that a round commits of every request at every width: [R, K]."""
-        rows = np.array([self._rows.get(key, 0) for key in keys], np.int64)
+        """Tokens that a round commits of every request at every width: [R, K], not to be written to."""
+        rows = self._rows_of(keys)
+        if self._asked_expected is None:
+            self._asked_expected = self._expected(rows)
+            self._asked_expected.flags.writeable = False
+        return self._asked_expected
+
+    def rounds_seen(self, keys: Sequence[Hashable]) -> FloatArray:
+        """Rounds of every request at every width, the older ones counting less: [R, K]."""
+        return self._requests.counts[self._rows_of(keys), :, _SEEN]
+
+    def _rows_of(self, keys: Sequence[Hashable]) -> IntArray:
+        """Of requests, 0 where one is not remembered: [R]."""
+        if keys != self._asked:
+            self._asked = list(keys)
+            self._asked_rows = np.fromiter((self._rows.get(key, 0) for key in keys), np.int64, len(keys))
+            self._asked_expected = None
+        return self._asked_rows
+
+    def _expected(self, rows: IntArray) -> FloatArray:
         classes = self._class_of[rows]
         # A request that is not known belongs to no class.
         prior = np.where(rows[:, None] > 0, self._class_tokens[classes], self._neutral)
         weights = PRIOR_ROUNDS * np.exp2(-self._requests.rounds[rows] / PRIOR_HALF_LIFE)
         return self._requests.expected(rows, self._ratios[classes], prior, weights)
-
-    def rounds_seen(self, keys: Sequence[Hashable]) -> FloatArray:
-        """Rounds of every request at every width, the older ones counting less: [R, K]."""
-        rows = [self._rows.get(key, 0) for key in keys]
-        return self._requests.counts[rows, :, _SEEN]
 
     def _observe_ratios(self, rows: IntArray, column: int, lens: IntArray, members: FloatArray) -> None:
         """Compare what a width commits with what the other widths had said of it.

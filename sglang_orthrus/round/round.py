@@ -32,7 +32,7 @@ from sglang_orthrus.sampling.verification import best_tokens, requests_with_know
 
 
 class BegunRound(NamedTuple):
-    """A round whose draft pass is queued. No grammar was asked yet.
+    """A round whose first pass is queued. No grammar was asked yet.
 
     Attributes:
         batch: the round's.

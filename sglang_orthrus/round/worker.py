@@ -19,6 +19,7 @@ from sglang_orthrus import ranks
 from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.compat.memory import use_graph_runner
 from sglang_orthrus.compat.model import replace_sampler
+from sglang_orthrus.compat.scheduler import DelayedPart
 from sglang_orthrus.config import WIDTHS, DraftMode, DualViewConfig, slow_mask_seconds, widths_from_env
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.across_ranks import GrammarsAcrossRanks
@@ -188,7 +189,7 @@ class OrthrusWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         """One scheduler step: a prefill in the AR view, or a round for every running request.
 
-        The overlap scheduler gets a round with grammars when its draft pass has begun. It takes in the former round's
+        The overlap scheduler gets a round with grammars when its first pass has begun. It takes in the former round's
         result then, so that answers do not wait for drafts to be chosen, and calls for the rest (`delay_sample_func`).
 
         on_publish is called once with the new committed lengths [bs]. grammar_barrier is not needed: by then the
@@ -231,7 +232,10 @@ class OrthrusWorker(BaseSpecWorker):
         )
         if plan.is_deferred:
             begun = self._round.begin(round_batch, plan)
-            result.delay_sample_func = lambda: self._report(result, self._round.finish(begun), on_publish)
+            result.delay_sample_func = DelayedPart(
+                lambda: self._report(result, self._round.finish(begun), on_publish),
+                runs_pass=begun.verify is None,
+            )
             return result
         return self._report(result, self._round.run(round_batch, plan), on_publish)
 

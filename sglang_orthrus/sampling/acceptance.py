@@ -19,6 +19,8 @@ def accept_greedy(block: torch.Tensor, predictions: torch.Tensor, prefix_lens: t
         predictions: [bs, Q] the AR view's next token after each of them.
         prefix_lens: [bs] committed lengths C before the round.
     """
+    if block.shape[1] == 1:
+        return accept_bonus(predictions[:, 0], prefix_lens)
     num_accepted = leading(block[:, 1:] == predictions[:, :-1])
     bonus = predictions.gather(1, num_accepted[:, None]).squeeze(1)
     # Accepted drafts equal the predictions at their positions, and so does the bonus: the prediction row is the output.
@@ -36,8 +38,15 @@ def accept_drafts(
         bonus: [bs] int64, the token after them.
         prefix_lens: [bs] as above.
     """
+    if block.shape[1] == 1:
+        return accept_bonus(bonus, prefix_lens)
     tokens = block.roll(-1, dims=1).scatter_(1, num_accepted[:, None], bonus[:, None])
     return Verdict(*_lens(num_accepted, prefix_lens, tokens, bonus))
+
+
+def accept_bonus(bonus: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:
+    """Commit the tokens of a round that drafted nothing. bonus: [bs] int64; prefix_lens: [bs], as above."""
+    return Verdict(torch.ones_like(bonus, dtype=torch.int32), bonus[:, None], bonus, prefix_lens + 1)
 
 
 def accept_nothing(block: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:

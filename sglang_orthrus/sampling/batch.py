@@ -8,6 +8,7 @@ Letters: r requests of a group, W rows of each, V vocabulary, K columns that a r
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sglang.srt.layers.sampler import sampling_from_probs_torch, top_k_top_p_min
 from sglang_orthrus.compat.ledger import SHARED_BY_SAMPLERS, depends_on
 from sglang_orthrus.sampling.distributions import Support, joint_support, sequential_support, sorted_support
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowContext, RowMasks
-from sglang_orthrus.sampling.request_groups import RequestGroup, request_groups
+from sglang_orthrus.sampling.request_groups import RequestGroup, greedy_groups, request_groups
 
 
 @depends_on(
@@ -83,8 +84,11 @@ class BatchSampler:
         self._adjustments = adjustments
         self._sampling_backend = sampling_backend
         costly = adjustments.requests.union(row for row, req in enumerate(batch.reqs) if req.return_logprob)
-        params = [req.sampling_params for req in batch.reqs]
-        self.groups = tuple(request_groups(params, width, anchors.device, costly))
+        if batch.sampling_info.is_all_greedy and not costly:
+            self.groups = tuple(greedy_groups(len(batch.reqs), width, anchors.device))
+        else:
+            params = [req.sampling_params for req in batch.reqs]
+            self.groups = tuple(request_groups(params, width, anchors.device, costly))
 
     def draft_context(self, offsets: torch.Tensor) -> RowContext:
         """All that a draft row knows of the block is the anchor. offsets: [W] or [bs, W]."""
@@ -95,9 +99,8 @@ class BatchSampler:
 
     def verify_context(self, block: torch.Tensor) -> RowContext:
         """A verify row knows the block up to its own token. block: [bs, Q]"""
-        offsets = torch.arange(block.shape[1], device=block.device)
         host = block.tolist() if self._adjustments.read_outputs else None
-        return RowContext(block, offsets[:, None] >= offsets, offsets, host)
+        return RowContext(block, *_rows_of_block(block.shape[1], block.device), host)
 
     def logits(
         self, hidden_states: torch.Tensor, group: RequestGroup, context: RowContext, masks: RowMasks | None = None
@@ -170,3 +173,10 @@ class BatchSampler:
         """A parameter of requests, [bs, ...] -> [r * W, ...]."""
         width = num_rows // len(group.requests)
         return parameter[group.index].repeat_interleave(width, dim=0, output_size=num_rows)
+
+
+@cache
+def _rows_of_block(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens of a block its verify rows know, [Q, Q] bool, and the rows' offsets, [Q]; not to be written to."""
+    offsets = torch.arange(width, device=device)
+    return offsets[:, None] >= offsets, offsets

@@ -91,3 +91,11 @@ def request_groups(
             requests = tuple(members[start : start + step])
             max_top_k = max(params[request].top_k for request in requests) if kind.has_top_k else None
             yield RequestGroup(kind, requests, rows_index(requests, device), max_top_k, is_costly)
+
+
+def greedy_groups(num_requests: int, width: int, device: torch.device | str) -> Iterator[RequestGroup]:
+    """The same for a batch of greedy requests none of which is costly, without a look at each."""
+    step = max(1, HEAD_ROWS // width)
+    for start in range(0, num_requests, step):
+        requests = tuple(range(start, min(start + step, num_requests)))
+        yield RequestGroup(GREEDY, requests, rows_index(requests, device), None)

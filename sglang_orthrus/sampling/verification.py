@@ -41,7 +41,7 @@ def verify_drafts(
             They must not depend on anything that is drawn at random.
     """
     block, anchors = drafts.block, sampler.anchors
-    num_accepted, bonus = torch.empty_like(anchors), torch.empty_like(anchors)
+    num_accepted, bonus = torch.zeros_like(anchors), torch.empty_like(anchors)
     context = sampler.verify_context(block)
     if limits is None:
         limits = torch.full_like(anchors, block.shape[1] - 1)
@@ -50,9 +50,11 @@ def verify_drafts(
         logits = sampler.logits(hidden_states, group, context, masks)
         if sampler.is_function_of_logits(group):
             predictions = sampler.predictions(logits, group)
-            accepted = leading(block[index][:, 1:] == predictions[:, :-1]).minimum(limits[index])
-            num_accepted[index] = accepted
-            bonus[index] = predictions.gather(1, accepted[:, None]).squeeze(1)
+            if block.shape[1] > 1:
+                accepted = leading(block[index][:, 1:] == predictions[:, :-1]).minimum(limits[index])
+                num_accepted[index] = accepted
+                predictions = predictions.gather(1, accepted[:, None])
+            bonus[index] = predictions.squeeze(1)
         else:
             num_accepted[index], bonus[index] = _reject(sampler, logits, group, drafts, limits)
         if logprobs is not None and logprobs.wants(group):

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_orthrus.compat import versions
 from sglang_orthrus.compat.memory import widen_req_to_token_rows
-from sglang_orthrus.compat.scheduler import fence_delayed_rounds, refuse_requests
+from sglang_orthrus.compat.scheduler import DelayedPart, fence_delayed_rounds, refuse_requests
 from sglang_orthrus.compat.stops import continue_sessions_at_the_end
 from tests.contract.processes import output_of
 
@@ -86,8 +86,8 @@ def test_a_session_s_next_prompt_ends_with_the_answer(monkeypatch: pytest.Monkey
     assert next_prompt() == [1, 2, 3, 9]
 
 
-def test_the_delayed_part_of_a_round_is_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind it, and not where nothing was delayed."""
+def test_a_delayed_pass_is_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind it, and not where nothing was delayed, or no forward pass."""
     from sglang.srt.managers.scheduler import Scheduler
 
     calls = list[str]()
@@ -101,6 +101,12 @@ def test_the_delayed_part_of_a_round_is_fenced(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Scheduler, "_apply_war_barrier", lambda self: calls.append("fence"))
     fence_delayed_rounds()
     scheduler = object.__new__(Scheduler)
-    for result in (None, SimpleNamespace(delay_sample_func=None), SimpleNamespace(delay_sample_func=lambda: "rest")):
+    delayed = (
+        None,
+        lambda: "plain sampling",
+        DelayedPart(lambda: "choice", runs_pass=False),
+        DelayedPart(lambda: "pass", runs_pass=True),
+    )
+    for result in (None, *(SimpleNamespace(delay_sample_func=part) for part in delayed)):
         Scheduler.launch_batch_sample_if_needed(scheduler, result, None)
-    assert calls == ["rest", "fence"]
+    assert calls == ["plain sampling", "choice", "pass", "fence"]

@@ -205,3 +205,30 @@ def test_any_set_of_widths_will_do(widths: tuple[int, ...]) -> None:
     for _ in range(50):
         rates.observe("a", widths[-1], 3)
     assert rates.expected_tokens("a", widths[-1]) == pytest.approx(3, rel=0.05)
+
+
+def test_what_is_kept_between_rounds_is_what_would_be_computed_anew() -> None:
+    """Requests that come, go and learn between two questions about the same ones."""
+    kept = AcceptanceRates((1, 8, 32))
+    keys = ["a", "b"]
+
+    def check() -> None:
+        kept_rows = kept.expected(keys).tolist(), kept.rounds_seen(keys).tolist()
+        # A tuple is looked up anew.
+        assert kept_rows == (kept.expected(tuple(keys)).tolist(), kept.rounds_seen(tuple(keys)).tolist())
+
+    for key in keys:
+        check()
+        kept.start(key, "class")
+    check()
+    kept.observe_round(keys, 8, [8, 1])
+    check()
+    kept.observe_round(keys, 1, [1, 1])
+    check()
+    learnt = kept.expected(keys).tolist()
+    kept.forget("b")
+    check()
+    kept.start("b", "class")
+    check()
+    assert kept.expected(keys).tolist() != learnt
+    assert kept.expected([]).shape == (0, 3)

@@ -10,7 +10,14 @@ import torch
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_orthrus.core import HEAD_ROWS
-from sglang_orthrus.sampling.request_groups import GREEDY, SAMPLED_ROWS, SamplingKind, kind_of, request_groups
+from sglang_orthrus.sampling.request_groups import (
+    GREEDY,
+    SAMPLED_ROWS,
+    SamplingKind,
+    greedy_groups,
+    kind_of,
+    request_groups,
+)
 
 
 def _params(**given: Any) -> Any:
@@ -66,3 +73,9 @@ def test_neighbours_are_sliced_and_copy_nothing() -> None:
 def test_a_block_wider_than_the_bound_is_a_piece_of_its_own() -> None:
     wide = [_params(temperature=1.0)] * 2
     assert [group.requests for group in request_groups(wide, 4 * SAMPLED_ROWS, "cpu")] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("width", [1, 8, 32, 2 * HEAD_ROWS])
+def test_greedy_groups_are_those_of_greedy_requests(width: int) -> None:
+    greedy = [SimpleNamespace(top_k=1)] * 100
+    assert list(greedy_groups(100, width, "cpu")) == list(request_groups(greedy, width, "cpu"))

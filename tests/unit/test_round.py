@@ -1,0 +1,73 @@
+"""When the passes of a round are queued."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_orthrus.core import DraftBlock, RoundBatch
+from sglang_orthrus.passes.runner import Pass, PreparedPass
+from sglang_orthrus.round.policy import RoundPlan
+from sglang_orthrus.round.round import Round
+from sglang_orthrus.sampling.output_history import History
+from tests.sampling import decode_batch
+
+VOCAB = 5
+REQUESTS = 3
+
+
+class _Passes:
+    """Their hidden states are logits: every token is followed by the next one."""
+
+    def __init__(self) -> None:
+        self.queued = list[str]()
+
+    def draft(self, batch: RoundBatch) -> Pass:
+        self.queued.append("draft")
+        return Pass(torch.zeros(*batch.blocks.ids.shape, VOCAB), False)
+
+    def prepare_verify(self, batch: RoundBatch, draft: Pass | None) -> PreparedPass:
+        prepared: Any = None
+        return PreparedPass(batch, prepared)
+
+    def verify(self, prepared: PreparedPass, block: torch.Tensor) -> Pass:
+        self.queued.append("verify")
+        return Pass(torch.eye(VOCAB)[(block + 1) % VOCAB], False)
+
+
+class _Batch:
+    """Of plain attributes, as a `ScheduleBatch` is."""
+
+    seq_lens_cpu = None
+    has_grammar = False
+
+
+class _Model:
+    def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
+        return hidden_states.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "before", "after"),
+    [(1, ["verify"], ["verify"]), (4, ["draft"], ["draft", "verify"])],
+)
+def test_what_is_queued_before_the_former_result_is_known(width: int, before: list[str], after: list[str]) -> None:
+    """The first pass: grammars decide what verify gets, unless nothing is drafted."""
+    anchors = torch.arange(REQUESTS)
+    batch: Any = _Batch()
+    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
+    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    ids = anchors[:, None].expand(-1, width)
+    passes: Any = _Passes()
+    grammars: Any = SimpleNamespace(num_candidates=1)
+    rounds = Round(passes, History("cpu"), grammars, SimpleNamespace(model=_Model()), "pytorch")
+    begun = rounds.begin(RoundBatch(batch, DraftBlock(ids, ids, ids)), RoundPlan(width, False, True))
+    assert passes.queued == before
+    verdict = rounds.finish(begun).verdict
+    assert passes.queued == after
+    assert verdict.tokens[:, 0].tolist() == [1, 2, 3] and verdict.accept_lens.tolist() == [1] * REQUESTS
+    assert verdict.bonus.tolist() == [1, 2, 3] and verdict.new_seq_lens.tolist() == [11] * REQUESTS
+    assert verdict.accept_lens.dtype == torch.int32 and verdict.tokens.shape == (REQUESTS, width)
