@@ -16,16 +16,6 @@ from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 _group: Any = None
 
 
-@depends_on(
-    "sglang.srt.distributed.parallel_state:GroupCoordinator",
-    "world_size",
-    "rank_in_group",
-    "ranks",
-    "cpu_group",
-    what="its collectives are called",
-    why="ranks must agree on what is drawn at random and on what a clock ends",
-    until=SHARED_BY_WORKERS,
-)
 def use_group(group: Any) -> None:
     """Take SGLang's group of tensor-parallel ranks from now on; None, or a group of one, for a single rank."""
     global _group
@@ -42,6 +32,14 @@ def is_first() -> bool:
     return _group is None or _group.rank_in_group == 0
 
 
+@depends_on(
+    "sglang.srt.distributed.parallel_state:GroupCoordinator.broadcast",
+    "input_",
+    "src",
+    what="called for what a clock or a draw decides",
+    why="ranks must agree on it",
+    until=SHARED_BY_WORKERS,
+)
 def from_first(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's values in this tensor, which is contiguous and has the same shape on all ranks; the tensor itself."""
     return tensor if _group is None else _group.broadcast(tensor, src=0)
@@ -56,6 +54,12 @@ def numbers_from_first(numbers: list[int]) -> list[int]:
     return tensor.tolist()
 
 
+@depends_on(
+    "sglang.srt.distributed.parallel_state:GroupCoordinator.all_gather_into_tensor",
+    what="called for the best tokens of every rank's share of the vocabulary",
+    why="each rank's head has a share of it",
+    until=SHARED_BY_WORKERS,
+)
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors of all ranks, one behind the other: [n, ...] -> [ranks, n, ...]. Can be part of a CUDA graph."""
     if _group is None:
