@@ -66,6 +66,9 @@ class Policy:
         self._planned: deque[_Planned] = deque()
         self._follows_round = False
         self._observed_at = 0.0
+        # Of the last round, which the next one mostly has again.
+        self._reqs: list[Any] = []
+        self._rids: list[str] = []
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
@@ -99,16 +102,18 @@ class Policy:
     def forget(self, rid: str) -> None:
         """A request is over."""
         if self._controller is not None:
+            self._reqs = []
             self._controller.forget(rid)
 
     def _width(self, reqs: Sequence[Any], has_grammar: bool) -> int:
         if self._controller is None:
             return self._widths[-1]
-        for req in reqs:
-            self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
-        rids = [req.rid for req in reqs]
-        width, is_probe = self._controller.plan(rids, kind=has_grammar)
-        self._planned.append(_Planned(list(reqs), rids, width, is_probe, has_grammar, self._follows_round))
+        if reqs != self._reqs:
+            for req in reqs:
+                self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
+            self._reqs, self._rids = list(reqs), [req.rid for req in reqs]
+        width, is_probe = self._controller.plan(self._rids, kind=has_grammar)
+        self._planned.append(_Planned(self._reqs, self._rids, width, is_probe, has_grammar, self._follows_round))
         self._follows_round = True
         return width
 
