@@ -1,4 +1,4 @@
-"""Command line: `python -m sglang_orthrus demo | serve | doctor | export-ar`."""
+"""Command line: `python -m sglang_orthrus demo | serve | doctor | export-ar | graft`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def serve(model: str | None, port: int, extra: list[str]) -> int:
     return 1
 
 
+def grafted(arguments: argparse.Namespace) -> int:
+    """Write a grafted checkpoint, with a progress bar, and say how to serve it."""
+    from tqdm import tqdm
+
+    from sglang_orthrus.models.graft import graft
+
+    with tqdm(unit=" tensors", desc="graft", disable=None) as bar:
+        target = graft(
+            arguments.base, arguments.orthrus, arguments.target, arguments.adapter, lambda name: bar.update() or None
+        )
+    print(
+        f"{target}\nserve it:\n  python -m sglang.launch_server --model-path {target} --speculative-algorithm ORTHRUS"
+    )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run the command, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sglang_orthrus", description=__doc__)
@@ -42,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     exporting = commands.add_parser("export-ar", help="write a checkpoint's autoregressive view as plain Qwen3")
     exporting.add_argument("source", type=Path)
     exporting.add_argument("target", type=Path)
+    grafting = commands.add_parser("graft", help="give a fine-tuned Qwen3 the diffusion view of an Orthrus checkpoint")
+    grafting.add_argument("base", type=Path, help="the fine-tune, a checkpoint directory")
+    grafting.add_argument("orthrus", type=Path, help="an Orthrus checkpoint of the same shape")
+    grafting.add_argument("target", type=Path, help="the directory to write")
+    grafting.add_argument("--adapter", type=Path, help="a PEFT LoRA adapter to merge into the fine-tune")
     arguments, extra = parser.parse_known_args(argv)
     if extra and arguments.command not in ("serve", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
@@ -51,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "export-ar":
             print(export_ar(arguments.source, arguments.target))
             return 0
+        if arguments.command == "graft":
+            return grafted(arguments)
         if arguments.command == "serve":
             return serve(arguments.model, arguments.port, extra)
         if arguments.command == "doctor":
@@ -63,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except (ServerError, OSError) as error:
+    except (ServerError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -20,7 +20,7 @@ DIFF_SUFFIXES = (
     "q_norm_diff.weight",
     "k_norm_diff.weight",
 )
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _DUAL_VIEW_KEYS = ("block_size", "mask_token_id", "auto_map")
 _SHOWN = 4
 
@@ -75,10 +75,10 @@ def tensor_names(path: str | Path) -> frozenset[str]:
         FileNotFoundError: if the directory holds no safetensors file.
     """
     folder = Path(path)
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    return frozenset(name for file in _weight_files(folder) for name in _header(file)) - {"__metadata__"}
+    return frozenset(name for file in weight_files(folder) for name in header(file)) - {"__metadata__"}
 
 
 def export_ar(source: str | Path, target: str | Path) -> Path:
@@ -94,25 +94,25 @@ def export_ar(source: str | Path, target: str | Path) -> Path:
     """
     source, target = Path(source), Path(target)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    files = _weight_files(source)
+    files = weight_files(source)
     if (target / "config.json").exists():
         raise FileExistsError(f"{target} already holds a checkpoint; choose another directory")
     target.mkdir(parents=True, exist_ok=True)
 
     weight_map: dict[str, str] = {}
     for file in files:
-        names = set(_header(file)) - {"__metadata__"}
+        names = set(header(file)) - {"__metadata__"}
         kept = {name for name in names if "_diff." not in name}
         if kept == names:
-            _link_or_copy(file, target / file.name)
+            link_or_copy(file, target / file.name)
         elif kept:
             save_file(_tensors(file, kept), target / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(kept, file.name)
     if len(files) > 1:
-        _write_json(target / _INDEX, {"metadata": {}, "weight_map": weight_map})
-    _write_json(target / "config.json", _ar_config(config))
+        write_json(target / INDEX, {"metadata": {}, "weight_map": weight_map})
+    write_json(target / "config.json", _ar_config(config))
     for file in source.iterdir():
-        if file.is_file() and not _is_model_file(file):
+        if file.is_file() and not is_model_file(file):
             shutil.copyfile(file, target / file.name)
     return target
 
@@ -127,26 +127,33 @@ def _tensors(file: Path, names: Iterable[str]) -> dict[str, Any]:
         return {name: tensors.get_tensor(name) for name in names}
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it."""
     try:
         target.hardlink_to(source.resolve())  # not to a link, such as those of the hub's cache
     except OSError:
         shutil.copyfile(source, target)
 
 
-def _is_model_file(file: Path) -> bool:
+def is_model_file(file: Path) -> bool:
+    """Whether a file of a checkpoint belongs to its weights or its views, rather than to its tokenizer."""
     # The model card describes the dual-view model, modeling_*.py implements it: neither fits the export.
-    return file.name in ("config.json", _INDEX, "README.md") or file.suffix in (".safetensors", ".py")
+    return file.name in ("config.json", INDEX, "README.md") or file.suffix in (".safetensors", ".py")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no .safetensors file in {folder}")
     return files
 
 
-def _header(file: Path) -> dict[str, Any]:
+def header(file: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: an 8-byte little-endian length, then the text."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -159,5 +166,6 @@ def _first_few(names: Iterable[str]) -> str:
     return ", ".join(ordered[:_SHOWN]) + (", ..." if len(ordered) > _SHOWN else "")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """As Transformers formats it."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
