@@ -107,7 +107,7 @@ def timeline(results: Sequence[Result], seconds: float = 0.1) -> list[dict[str, 
         rows.append(
             {
                 "second": round(number * seconds, 3),
-                "requests": max((result.requests for result in decoded), default=0),
+                "requests": max(result.requests for result in found),
                 "width": widths.most_common(1)[0][0] if widths else None,
                 "widths": [result.width for result in decoded],
                 "tokens_per_second": round(sum(result.tokens for result in found) / seconds, 1),

@@ -50,9 +50,10 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     requests.set_ylabel("requests in a batch")
     for row in adaptive:
         widths.plot([row["second"]] * len(row["widths"]), row["widths"], ".", color=_COLOURS[ADAPTIVE], markersize=3)
+    seen = sorted({width for row in adaptive for width in row["widths"]})
     widths.set_yscale("log", base=2)
+    widths.set_yticks(seen, [str(width) for width in seen])
     widths.set_ylabel("width of rounds")
-    widths.yaxis.set_major_formatter("{x:.0f}")
     for server, label in names(steps).items():
         rows = steps[server]
         colour = _COLOURS.get(server, _COLOURS["fixed"])
