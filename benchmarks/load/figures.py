@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
+# Servers that are compared.
+ADAPTIVE, PLAIN = "adaptive", "plain"
 # Results of fewer requests come when most of a wave have been answered.
 FULL = 0.75
 
@@ -116,16 +118,16 @@ def timeline(results: Sequence[Result], seconds: float = 0.1) -> list[dict[str, 
     return rows
 
 
-def summary(runs: Sequence[Mapping[str, Any]], adaptive: str, plain: str, fixed: Sequence[str]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[Mapping[str, Any]], fixed: Sequence[str]) -> list[dict[str, Any]]:
     """Ratios of the adaptive server's speed to plain SGLang's and to the best fixed width's, by traffic.
 
-    A kind within a mix has a row of its own, in which the speed of one request is compared.
+    `kinds` of a mix compares the speed of one request of every kind.
     """
     speeds = {(run["server"], run["traffic"], run["concurrency"]): run["decode"] for run in runs}
     rows = []
     for (server, traffic, concurrency), ours in speeds.items():
-        theirs = speeds.get((plain, traffic, concurrency))
-        if server != adaptive or theirs is None:
+        theirs = speeds.get((PLAIN, traffic, concurrency))
+        if server != ADAPTIVE or theirs is None:
             continue
         others = [speeds[key] for name in fixed if (key := (name, traffic, concurrency)) in speeds]
         best = max((other["tokens_per_second"] for other in others), default=None)

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ADAPTIVE, PLAIN = "adaptive", "plain"
+from benchmarks.load.figures import ADAPTIVE, PLAIN
+
 _COLOURS = {PLAIN: "#555555", ADAPTIVE: "#0072b2", "fixed": "#d55e00"}
 _FORMATS = ("png", "svg")
 # Spans of a timeline are averaged over so many.

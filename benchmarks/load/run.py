@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.common.plugins import with_plugins
 from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.load.client import Side, closed_loop, in_steps, waves
-from benchmarks.load.figures import decode_figures, summary, timeline
+from benchmarks.load.figures import ADAPTIVE, PLAIN, decode_figures, summary, timeline
 from benchmarks.load.recorder import RECORDS_ENV
 from benchmarks.load.traffic import FOREIGN, KINDS, MIXED, MIXED_WITH_FOREIGN, ONCE, SCHEMA, Traffic
 from benchmarks.speed.measures import digest
@@ -45,7 +45,6 @@ from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.config import WIDTHS
 from sglang_orthrus.models.checkpoint import export_ar
 
-ADAPTIVE, PLAIN = "adaptive", "plain"
 _RECORDER = {"recorder": "benchmarks.load.recorder"}
 # Requests of a run, at least, and per request in flight.
 _LEAST, _WAVES = 18, 3
@@ -193,7 +192,7 @@ class Runs:
         return next((run for run in self._result["runs"] if key.items() <= run.items()), None)
 
     def _write(self) -> None:
-        self._result["summary"] = summary(self._result["runs"], ADAPTIVE, PLAIN, self._fixed)
+        self._result["summary"] = summary(self._result["runs"], self._fixed)
         write(self._result, self._out)
 
 
@@ -257,7 +256,3 @@ def main() -> None:
         runs.warm_up()
         runs.all()
     print(json.dumps(result["summary"], indent=1))
-
-
-if __name__ == "__main__":
-    main()

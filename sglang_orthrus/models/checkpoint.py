@@ -78,7 +78,7 @@ def tensor_names(path: str | Path) -> frozenset[str]:
     index = folder / INDEX
     if index.is_file():
         return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    return frozenset(name for file in weight_files(folder) for name in header(file)) - {"__metadata__"}
+    return frozenset(name for file in weight_files(folder) for name in names_in(file))
 
 
 def export_ar(source: str | Path, target: str | Path) -> Path:
@@ -101,7 +101,7 @@ def export_ar(source: str | Path, target: str | Path) -> Path:
 
     weight_map: dict[str, str] = {}
     for file in files:
-        names = set(header(file)) - {"__metadata__"}
+        names = names_in(file)
         kept = {name for name in names if "_diff." not in name}
         if kept == names:
             link_or_copy(file, target / file.name)
@@ -153,12 +153,12 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def header(file: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: an 8-byte little-endian length, then the text."""
+def names_in(file: Path) -> set[str]:
+    """Of a safetensors file's tensors, from its JSON header: an 8-byte little-endian length, then the text."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header: dict[str, Any] = json.loads(stream.read(length))
-    return header
+    return set(header) - {"__metadata__"}
 
 
 def _first_few(names: Iterable[str]) -> str:

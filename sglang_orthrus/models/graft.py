@@ -21,9 +21,9 @@ from sglang_orthrus.config import DualViewConfig, is_orthrus
 from sglang_orthrus.models.checkpoint import (
     INDEX,
     check_tensors,
-    header,
     is_model_file,
     link_or_copy,
+    names_in,
     weight_files,
     write_json,
 )
@@ -74,10 +74,10 @@ def graft(
     config = merged_config(_json(base / "config.json"), _json(orthrus / "config.json"))
     if (target / "config.json").exists():
         raise FileExistsError(f"{target} already holds a checkpoint; choose another directory")
-    own = {name: file for file in weight_files(base) for name in header(file) if name != "__metadata__"}
+    own = {name: file for file in weight_files(base) for name in names_in(file)}
     if any("_diff." in name for name in own):
         raise ValueError(f"{base} has a diffusion view already")
-    views = {name: file for file in weight_files(orthrus) for name in header(file) if "_diff." in name}
+    views = {name: file for file in weight_files(orthrus) for name in names_in(file) if "_diff." in name}
     check_tensors(views, config["num_hidden_layers"])
     merge = _lora(Path(adapter), own) if adapter is not None else None
 

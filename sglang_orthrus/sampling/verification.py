@@ -62,7 +62,8 @@ def verify_drafts(
             emitted.scatter_(1, num_accepted[index][:, None], bonus[index][:, None])
             logprobs.add(group, logits.flatten(0, 1), sampler.temperatures(group, emitted.numel()), emitted)
         del logits  # before the next ones are made
-    num_accepted, bonus = ranks.from_first(torch.stack((num_accepted, bonus)))
+    if ranks.are_several():
+        num_accepted, bonus = ranks.from_first(torch.stack((num_accepted, bonus)))
     return accept_drafts(block, num_accepted, bonus, sampler.prefix_lens)
 
 

@@ -42,6 +42,18 @@ def generate(server: Server, ids: Sequence[int], max_new_tokens: int = 256, **sa
     return server.post("/generate", {"input_ids": list(ids), "sampling_params": sampling})
 
 
+def generate_with_logprobs(server: Server, ids: Sequence[int], **sampling: Any) -> Reply:
+    """One greedy request of 48 tokens, with the log probabilities of each, of the best three, and of two named ids."""
+    body = {
+        "input_ids": list(ids),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 48, **sampling},
+        "return_logprob": True,
+        "top_logprobs_num": 3,
+        "token_ids_logprob": [5, 4000],
+    }
+    return server.post("/generate", body)
+
+
 def generate_together(server: Server, requests: Sequence[Request], in_flight: int) -> list[Reply]:
     """Requests, `in_flight` at a time: others join as one leaves."""
     with ThreadPoolExecutor(in_flight) as pool:

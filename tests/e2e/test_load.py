@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.load import plot
-from benchmarks.load.run import ADAPTIVE, MODES, PLAIN, Runs, Setting, servers
+from benchmarks.load.figures import ADAPTIVE, PLAIN
+from benchmarks.load.run import MODES, Runs, Setting, servers
 from benchmarks.load.traffic import FOREIGN, MIXED, Traffic
 from sglang_orthrus.cli.demo import NANO
 

@@ -19,6 +19,7 @@ from tests.e2e.helpers import (
     assert_same_outputs,
     generate,
     generate_together,
+    generate_with_logprobs,
     prompt_of,
     prompts,
     tokens_per_cycle,
@@ -73,22 +74,12 @@ def test_grammars_hold(two_ranks: Server, orthrus: Server, grammar: dict[str, An
         assert reply["output_ids"] == expected["output_ids"]
 
 
-def _with_logprobs(server: Server, ids: tuple[int, ...], **sampling: Any) -> Reply:
-    body = {
-        "input_ids": list(ids),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 48, **sampling},
-        "return_logprob": True,
-        "top_logprobs_num": 3,
-        "token_ids_logprob": [5, 4000],
-    }
-    found: Reply = server.post("/generate", body)
-    return found
-
-
 @pytest.mark.parametrize("sampling", [{}, {"frequency_penalty": 0.4, "min_new_tokens": 8}, {"logit_bias": {"300": 5}}])
 def test_log_probabilities_and_penalties(two_ranks: Server, orthrus: Server, sampling: dict[str, Any]) -> None:
     for family in ("chat", "json"):
-        expected, reply = (_with_logprobs(server, prompt_of(family), **sampling) for server in (orthrus, two_ranks))
+        expected, reply = (
+            generate_with_logprobs(server, prompt_of(family), **sampling) for server in (orthrus, two_ranks)
+        )
         assert reply["output_ids"] == expected["output_ids"]
         for name in ("output_token_logprobs", "output_token_ids_logprobs"):
             ours, theirs = (each["meta_info"][name] for each in (reply, expected))

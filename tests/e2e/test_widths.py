@@ -13,7 +13,14 @@ from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.config import WIDTHS
-from tests.e2e.helpers import Reply, assert_same_output, generate, generate_together, prompt_of, prompts
+from tests.e2e.helpers import (
+    assert_same_output,
+    generate,
+    generate_together,
+    generate_with_logprobs,
+    prompt_of,
+    prompts,
+)
 from tests.e2e.serving import paths_since, rounds_by_path
 from tests.servers import GAUGES, SETUP, TEST_ARGS
 
@@ -61,21 +68,12 @@ def test_grammars_hold(changing: Server, plain: Server) -> None:
     assert paths_since(changing, before) == {"split"}
 
 
-def _with_logprobs(server: Server, ids: tuple[int, ...], **sampling: Any) -> Reply:
-    body = {
-        "input_ids": list(ids),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 48, **sampling},
-        "return_logprob": True,
-        "top_logprobs_num": 3,
-    }
-    found: Reply = server.post("/generate", body)
-    return found
-
-
 @pytest.mark.parametrize("sampling", [{}, {"frequency_penalty": 0.4, "min_new_tokens": 8}, {"repetition_penalty": 1.3}])
 def test_log_probabilities_and_penalties(changing: Server, plain: Server, sampling: dict[str, Any]) -> None:
     for family in ("chat", "json"):
-        expected, reply = (_with_logprobs(server, prompt_of(family), **sampling) for server in (plain, changing))
+        expected, reply = (
+            generate_with_logprobs(server, prompt_of(family), **sampling) for server in (plain, changing)
+        )
         assert reply["output_ids"] == expected["output_ids"]
         ours, theirs = (each["meta_info"]["output_token_logprobs"] for each in (reply, expected))
         assert [token for _, token, *_ in ours] == [token for _, token, *_ in theirs]

@@ -64,7 +64,7 @@ def test_the_summary_compares_with_plain_and_with_the_best_fixed_width() -> None
         _run("8", 200.0, {"a": 30.0, "b": 11.0}),
         _run("adaptive", 231.0, {"a": 35.0, "b": 8.0}),
     ]
-    (row,) = summary(runs, "adaptive", "plain", ["32", "8"])
+    (row,) = summary(runs, ["32", "8"])
     assert row["concurrency"] == 8 and row["traffic"] == "mixed"
     assert row["ratio_to_plain"] == 2.31 and row["ratio_to_best_fixed"] == 1.05
     assert row["kinds"] == {"a": 3.5, "b": 0.8}
