@@ -28,7 +28,7 @@ class Setup:
 
 
 _GPU_ARGS = (
-    *("--mem-fraction-static", "0.5", "--max-total-tokens", "65536", "--max-running-requests", "48"),
+    *("--mem-fraction-static", "0.8", "--max-total-tokens", "65536", "--max-running-requests", "48"),
     *("--cuda-graph-max-bs-decode", "8", "--cuda-graph-backend-prefill", "disabled"),
 )
 SETUPS = {

@@ -19,7 +19,7 @@ from tests.e2e.helpers import Reply, divergence_of, generate, tokens_per_cycle
 pytestmark = pytest.mark.gpu
 
 COMMON = (
-    *("--dtype", "bfloat16", "--mem-fraction-static", "0.3", "--max-total-tokens", "65536"),
+    *("--dtype", "bfloat16", "--mem-fraction-static", "0.8", "--max-total-tokens", "65536"),
     *("--max-running-requests", "16", "--cuda-graph-max-bs-decode", "4", "--context-length", "2048"),
     *("--cuda-graph-backend-prefill", "disabled"),  # they take minutes to make
 )

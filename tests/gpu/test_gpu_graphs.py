@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 BATCH_SIZES = (1, 2, 3, 4, 5)
 CAPTURED = ("--cuda-graph-bs-decode", "1", "2", "4")
-COMMON = ("--device", "cuda", "--max-total-tokens", "32768", "--mem-fraction-static", "0.6")
+COMMON = ("--device", "cuda", "--max-total-tokens", "32768", "--mem-fraction-static", "0.8")
 
 
 def _run_rounds(folder: Path, *flags: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from tests.e2e.helpers import divergence_of, generate
 pytestmark = pytest.mark.gpu
 
 COMMON = (
-    *("--dtype", "bfloat16", "--mem-fraction-static", "0.3", "--max-total-tokens", "65536", "--context-length", "2048"),
+    *("--dtype", "bfloat16", "--mem-fraction-static", "0.8", "--max-total-tokens", "65536", "--context-length", "2048"),
     *("--max-running-requests", "16", "--cuda-graph-max-bs-decode", "8"),
     *("--cuda-graph-backend-prefill", "disabled"),  # they take minutes to make
 )
