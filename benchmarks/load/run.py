@@ -11,7 +11,7 @@ the width: all have the same graphs and memory.
 - `decode`: waves of so many requests, the next one when all are answered. So no prefill comes between rounds, and
   decoding is timed alone: answers are short, 80 tokens in the mean, and prefills take a large share of the time.
 - `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
-  and all else included.
+  and all else included. Fixed widths do not run it.
 - `steps`: concurrency that rises and falls: plain SGLang, the largest width, and widths that follow.
 
 `summary` holds the ratios. Every finished run is written at once; `--resume` continues a file.
@@ -101,10 +101,12 @@ MODES = {
         ("--max-running-requests", "128", "--mem-fraction-static", "0.4", "--enable-metrics"),
         (1, 8, 16, 32),
         (
-            *(Setting(MIXED, concurrency, True) for concurrency in (1, 4, 8, 32, 64, 128)),
-            *(Setting(MIXED_WITH_FOREIGN, concurrency, False) for concurrency in (8, 32, 64, 128)),
+            # What tells most comes first: a machine may be lent for minutes.
+            *(Setting(MIXED, concurrency, True) for concurrency in (32, 128, 64, 8)),
             *(Setting(kind, 128, False) for kind in KINDS),
+            *(Setting(MIXED_WITH_FOREIGN, concurrency, False) for concurrency in (32, 128, 64, 8)),
             *(Setting(kind, 32, False) for kind in KINDS),
+            *(Setting(MIXED, concurrency, True) for concurrency in (1, 4)),
             Setting(ONCE, 1, False),
             *(Setting(kind, 8, False) for kind in KINDS),
             *(Setting(kind, 1, False) for kind in KINDS),
@@ -162,7 +164,7 @@ class Runs:
         answers, seconds, results = asyncio.run(waves(side, requests, setting.concurrency))
         figures = decode_figures(results, min(setting.concurrency, count))
         served = None
-        if setting.traffic in (MIXED, MIXED_WITH_FOREIGN):
+        if setting.traffic in (MIXED, MIXED_WITH_FOREIGN) and server in (PLAIN, ADAPTIVE):
             replies, serving, _ = asyncio.run(closed_loop(side, requests, setting.concurrency))
             served = round(sum(map(len, replies)) / serving, 1)
         digests = [digest(str(answer)) for answer in answers]

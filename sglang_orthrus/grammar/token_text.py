@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from sglang_orthrus.grammar.cursor import Ids, Masks
 
 # A forced string is followed for so many bytes per token that is wanted. Tokens of Qwen3 have 4.5 in the mean.
 BYTES_PER_TOKEN = 16
@@ -75,8 +78,15 @@ class TokenText:
         ids = (tuple(map(self._tokenizer.convert_tokens_to_ids, map(symbols.get, pair))) for pair in _PROBED)
         return [(first, second) for first, second in ids if first is not None and second is not None]
 
+    def allowed_bytes(self, mask: Masks) -> list[int]:
+        """The tokens of one byte each that a row allows. mask: [W]."""
+        ids, words, bits = self._single_bytes
+        found: list[int] = ids[(mask[words] >> bits & 1).nonzero()[0]].tolist()
+        return found
+
     @cached_property
-    def single_bytes(self) -> Sequence[int]:
-        """The tokens of one byte each."""
+    def _single_bytes(self) -> tuple[Ids, Ids, Ids]:
+        """The tokens of one byte each, and where their bits are in a row: words, and bits of these."""
         tokens = map(self._tokenizer.convert_tokens_to_ids, _BYTES)
-        return [token for token in tokens if token is not None]
+        ids = np.array([token for token in tokens if token is not None], np.int64)
+        return ids, ids >> 5, ids & 31

@@ -162,7 +162,7 @@ class XGrammarCursor:
         allowed = list[int]()
         nonzero: list[int] = (words != 0).nonzero()[0].tolist()
         if len(nonzero) > _MAX_FORCED_WORDS:
-            allowed = [token for token in self._text.single_bytes if is_allowed(token, words)]
+            allowed = self._text.allowed_bytes(words)
             if len(allowed) > 1 or any(is_allowed(token, words) for token in self._stop_ids):
                 return None
             nonzero = []

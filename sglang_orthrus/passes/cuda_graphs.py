@@ -9,6 +9,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusBlockInput, Phase
@@ -16,6 +17,8 @@ from sglang_orthrus.core import OrthrusBlockInput, Phase
 Forward = Callable[..., LogitsProcessorOutput]
 # Between two batch sizes of narrower widths.
 SPREAD = 1.2
+# Of a graph, before it is captured. The last one of the first graph tells how much memory graphs take.
+WARM_UPS = 2
 
 
 @depends_on(
@@ -27,6 +30,13 @@ SPREAD = 1.2
     "_next_token_logits_buffer_capacity_rows; a subclass shortens capture_bs",
     why="it has no spec input for plugins' algorithms, and one graph per batch size",
     until="it asks the algorithm for spec inputs and graph variants",
+)
+@depends_on(
+    "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend.capture_one",
+    "forward_fn",
+    what="known to call it twice before it captures it",
+    why="a round's graph warms up the graphs of its passes",
+    until="SGLang captures several graphs of a shape after one warm-up",
 )
 class OrthrusGraphRunner(DecodeCudaGraphRunner):
     """SGLang's decode graph runner with a graph per phase and batch size, over one set of buffers and one plan.
@@ -47,8 +57,9 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """What this runner's width can do."""
-        return tuple(Phase) if self.captured_req_width > 1 else (Phase.ROUND, Phase.VERIFY)
+        """What this runner's width can do, the whole round first."""
+        drafts = (Phase.DRAFT,) if self.captured_req_width > 1 else ()
+        return (Phase.ROUND, Phase.VERIFY, *drafts)
 
     def capture(self) -> None:
         """Capture every batch size; what a round leaves behind lies outside the memory that graphs share."""
@@ -65,10 +76,12 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
         variant_label: str | None = None,
         attention_variant: str | None = None,
     ) -> None:
-        """Capture every phase of a batch size."""
+        """Capture every phase of a batch size, the whole round first: it loads the kernels of its passes."""
         for phase in self.phases:
             self._phase = phase
-            run = self._round(forward) if phase is Phase.ROUND else forward
+            run, skipped = (self._round(forward), 1) if phase is Phase.ROUND else (forward, WARM_UPS)
+            if isinstance(self.backend, FullCudaGraphBackend):
+                run = _skipping(run, skipped)
             super().capture_one_shape(size, run, stream_idx, phase.value, attention_variant)
 
     def get_spec_info(self, num_tokens: int) -> OrthrusBlockInput:
@@ -137,6 +150,20 @@ def thinned(sizes: Sequence[int]) -> list[int]:
         if not kept or size >= SPREAD * kept[-1]:
             kept.append(size)
     return kept if kept[-1] == sizes[-1] else [*kept, sizes[-1]]
+
+
+def _skipping(forward: Forward, count: int) -> Forward:
+    """Leave out the first calls, which are warm-ups: they take most of the time of a capture."""
+    left = count
+
+    def run(*args: Any, **kwargs: Any) -> LogitsProcessorOutput:
+        nonlocal left
+        if left and not torch.cuda.is_current_stream_capturing():
+            left -= 1
+            return LogitsProcessorOutput(next_token_logits=None)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def _captured_input(phase: Phase, width: int) -> OrthrusBlockInput:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from sglang_orthrus.core import OrthrusBlockInput, Phase, RoundBatch, snapshot
 from sglang_orthrus.passes.attention import plans_in_graphs, wait_only_for_verifying
 from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.passes.cuda_graphs import NarrowGraphRunner, OrthrusGraphRunner
+
+logger = logging.getLogger(__name__)
 
 
 class Pass(NamedTuple):
@@ -118,12 +122,16 @@ class DualViewRunner:
         runner = self._model_runner
         if not self._narrow or not isinstance(runner.decode_cuda_graph_runner, OrthrusGraphRunner):
             return {}
+        started = time.perf_counter()
         before = get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)
         for width, profile in self._narrow.items():
             with self._at(width):
                 graphs = NarrowGraphRunner(runner, attn_backend=profile.backend, speculative_num_draft_tokens=width)
             self._narrow[width] = profile._replace(graphs=graphs)
-        return {"target_verify": before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)}
+        taken = before - get_available_gpu_memory(runner.device, runner.gpu_id, empty_cache=False)
+        seconds = time.perf_counter() - started
+        logger.info("ORTHRUS captured CUDA graphs of its narrower widths in %.1f s, %.2f GB.", seconds, taken)
+        return {"target_verify": taken}
 
     @property
     def graph_sizes(self) -> dict[int, list[int]]:

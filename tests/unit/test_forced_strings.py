@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
+from sglang_orthrus.grammar.cursor import is_allowed
 from sglang_orthrus.grammar.slow_masks import Deadline
 from sglang_orthrus.grammar.token_text import BYTES_PER_TOKEN, TokenText
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor
@@ -149,3 +151,12 @@ def test_a_token_is_spelled_in_bytes() -> None:
     for written in ("größe и 漢字", '{"a": 1}', "<tool_call>"):
         assert b"".join(map(text.spelling, text.encode(written))) == written.encode()
     assert len(text.probes) == 5
+
+
+def test_bytes_that_a_row_allows_are_found_at_once() -> None:
+    text = TokenText(TOKENIZER)
+    mask = np.random.default_rng(0).integers(-(2**31), 2**31, VOCABULARY // 32, dtype=np.int64).astype(np.int32)
+    wanted = {token for token in range(VOCABULARY) if len(text.spelling(token)) == 1 and is_allowed(token, mask)}
+    found = text.allowed_bytes(mask)
+    assert len(found) == len(set(found)) and set(found) == wanted
+    assert text.allowed_bytes(np.zeros_like(mask)) == []
