@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
+from sglang.srt.runtime_context import get_exec
 
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusBlockInput, Phase
 
 Forward = Callable[..., LogitsProcessorOutput]
-# Between two batch sizes of narrower widths.
-SPREAD = 1.2
 # Of a graph, before it is captured. The last one of the first graph tells how much memory graphs take.
 WARM_UPS = 2
 
@@ -135,21 +136,29 @@ class NarrowGraphRunner(OrthrusGraphRunner):
     capture_bs: list[int]
 
     def capture(self) -> None:
-        """Capture some of the batch sizes."""
-        self.capture_bs = thinned(self.capture_bs)
+        """Capture the batch sizes that the user named, or else those of plain decoding."""
+        if get_exec().graph.cuda_graph_bs_decode is None and not self.disable_padding:
+            self.capture_bs = as_in_plain_decoding(self.capture_bs)
         super().capture()
 
 
-def thinned(sizes: Sequence[int]) -> list[int]:
-    """Some of these ascending batch sizes: each at least `SPREAD` times the one before it, and the last one.
+@depends_on(
+    "sglang.srt.arg_groups.cuda_graph_hook:generate_decode_cuda_graph_batch_sizes",
+    "server_args",
+    "max_bs",
+    what="called for the batch sizes of a server without speculation",
+    why="SGLang captures more sizes for one that speculates, and every width captures its own",
+    until="SGLang captures graphs of several widths",
+)
+def as_in_plain_decoding(sizes: Sequence[int]) -> list[int]:
+    """Those of ascending batch sizes that SGLang captures without speculation, and the largest.
 
-    A batch is padded to the next size.
+    A batch is padded to the next size. Passes over some sizes are much slower than over the next smaller ones:
+    powers of two fill a GPU's tiles. So padding has to be what it is in plain SGLang.
     """
-    kept: list[int] = []
-    for size in sizes:
-        if not kept or size >= SPREAD * kept[-1]:
-            kept.append(size)
-    return kept if kept[-1] == sizes[-1] else [*kept, sizes[-1]]
+    plain = SimpleNamespace(speculative_algorithm=None, disable_cuda_graph_padding=False)
+    wanted = set(generate_decode_cuda_graph_batch_sizes(plain, sizes[-1]))
+    return [size for size in sizes if size in wanted]
 
 
 def _skipping(forward: Forward, count: int) -> Forward:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 
-from sglang_orthrus.passes.cuda_graphs import SPREAD, thinned
 from sglang_orthrus.round.cost_corrections import CostCorrections
 from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.width_controller import WidthController
@@ -66,14 +63,3 @@ def test_a_width_that_takes_longer_than_at_start_up_is_left() -> None:
         controller.observe(keys, width, [3 if width == 8 else 1] * 32, "grammar", {1: 0.005, 8: 0.030}[width])
     assert widths[0] == 8 and widths[-1] == 1
     assert controller.plan(keys, kind="no grammar").width == 8
-
-
-def test_graphs_of_narrow_widths_have_some_of_the_sizes() -> None:
-    sizes = [*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 129, 8)]
-    kept = thinned(sizes)
-    assert set(kept) <= set(sizes) and kept[0] == 1 and kept[-1] == 128
-    assert len(kept) < 0.65 * len(sizes)
-    for before, after in pairwise(kept):
-        between = [size for size in sizes if before < size < after]
-        assert all(size < SPREAD * before for size in between)
-    assert thinned([1]) == [1]

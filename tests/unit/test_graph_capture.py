@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_orthrus.passes.cuda_graphs import WARM_UPS, _skipping
+from sglang_orthrus.passes.cuda_graphs import WARM_UPS, _skipping, as_in_plain_decoding
 
 
 @pytest.mark.parametrize("skipped", range(WARM_UPS + 1))
@@ -32,3 +32,12 @@ def test_a_capture_without_warm_ups_is_not_left_out(monkeypatch: pytest.MonkeyPa
     calls = list[int]()
     _skipping(lambda: calls.append(1), WARM_UPS)()
     assert calls
+
+
+def test_narrow_widths_have_graphs_of_the_sizes_of_plain_decoding() -> None:
+    sizes = [*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 129, 8)]
+    kept = as_in_plain_decoding(sizes)
+    assert len(kept) < 0.65 * len(sizes)
+    assert {1, 2, 4, 8, 16, 32, 64, 128} <= set(kept) <= set(sizes)
+    assert as_in_plain_decoding([1, 2, 3]) == [1, 2, 3], "the largest stays"
+    assert as_in_plain_decoding([1]) == [1]
