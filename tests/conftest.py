@@ -43,12 +43,6 @@ def orthrus(shared_servers: Servers) -> Server:
 
 
 @pytest.fixture(scope="session")
-def orthrus_without_overlap(shared_servers: Servers) -> Server:
-    """The same with the synchronous scheduler."""
-    return shared_servers["orthrus_without_overlap"]
-
-
-@pytest.fixture(scope="session")
 def plain(shared_servers: Servers) -> Server:
     """The truth: the AR-only export served by SGLang without the plugin."""
     return shared_servers["plain"]
@@ -66,11 +60,8 @@ def small(shared_servers: Servers) -> Server:
 
 @pytest.fixture(scope="session")
 def narrow(shared_servers: Servers) -> Server:
-    """ORTHRUS with blocks narrower than the trained ones, llguidance, and seeds that count."""
+    """ORTHRUS with all else that is not the default, and does not need `small`.
+
+    The synchronous scheduler, two ranks on a CPU, blocks narrower than the trained ones, llguidance, seeds that count.
+    """
     return shared_servers["narrow"]
-
-
-@pytest.fixture(scope="session")
-def tiny(shared_servers: Servers) -> Server:
-    """ORTHRUS on random weights with a vocabulary small enough to count texts."""
-    return shared_servers["tiny"]

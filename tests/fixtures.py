@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -76,16 +76,6 @@ def write_checkpoint(
     }
     write_json(folder / "config.json", config)
     weights = {name: tensor.to(dtype) for name, tensor in random_weights(shape, seed).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def write_alike_views(folder: Path) -> Path:
-    """A random checkpoint with blocks of four, whose views are so much alike that drafts are sometimes right."""
-    write_checkpoint(folder, Shape(block=4))
-    weights = load_file(folder / "model.safetensors")
-    for name in [name for name in weights if "_diff." in name]:
-        weights[name] = 0.2 * weights[name] + 0.8 * weights[name.replace("_diff.", ".")]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

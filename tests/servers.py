@@ -19,7 +19,6 @@ from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS, SERVER_ARGS
 from sglang_orthrus.cli.server import Server, free_port, plain_env
 from sglang_orthrus.config import SLOW_MASK_MS
 from sglang_orthrus.models.checkpoint import export_ar
-from tests.fixtures import write_alike_views
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT_LENGTH = 2048
@@ -54,9 +53,12 @@ SMALL_ARGS = (
     *(*REASONING, NO_WHITE_SPACE, *KIT_ARGS),
 )
 NARROW_WIDTH = 8
+# A GPU machine would need two GPUs.
+TWO_RANKS = () if torch.cuda.is_available() else ("--tp-size", "2")
+CORE_FOR_EACH_RANK = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 NARROW_ARGS = (
-    *("--speculative-num-draft-tokens", str(NARROW_WIDTH), *LLGUIDANCE),
-    "--enable-deterministic-inference",
+    *("--speculative-num-draft-tokens", str(NARROW_WIDTH), *LLGUIDANCE, *TWO_RANKS),
+    *("--enable-deterministic-inference", WITHOUT_OVERLAP),
 )
 
 
@@ -88,11 +90,9 @@ def launches(folder: Path) -> dict[str, Launch]:
     small_env |= plugins_on_cpu(folder / "small", "forked", "graph_replay")
     return {
         "orthrus": Launch(NANO, (*ours, "--decode-log-interval", "2")),
-        "orthrus_without_overlap": Launch(NANO, (*ours, WITHOUT_OVERLAP), forked),
         "plain": Launch(export_ar(NANO, folder / "nano-ar"), TEST_ARGS, plain_env()),
         "small": Launch(thinker, (*ours, *SMALL_ARGS), small_env),
-        "narrow": Launch(NANO, (*ours, *NARROW_ARGS), forked),
-        "tiny": Launch(write_alike_views(folder / "tiny"), (*ORTHRUS_ARGS, *SETUP.args), forked),
+        "narrow": Launch(NANO, (*ours, *NARROW_ARGS), forked | CORE_FOR_EACH_RANK),
     }
 
 

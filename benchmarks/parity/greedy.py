@@ -58,9 +58,11 @@ NO_OVERLAP = ("--disable-overlap-schedule",)
 BATCH_SIZES = (1, 8)
 
 
-def trace_all(reference: Reference, prompts: Sequence[Prompt], stops: set[int]) -> list[Trace]:
-    """The reference loop on every prompt."""
-    traces = (reference.generate(prompt.ids, MAX_NEW_TOKENS, stops) for prompt in prompts)
+def trace_all(
+    reference: Reference, prompts: Sequence[Prompt], stops: set[int], width: int | None = None
+) -> list[Trace]:
+    """The reference loop on every prompt. width: of its blocks; the trained one by default."""
+    traces = (reference.generate(prompt.ids, MAX_NEW_TOKENS, stops, width=width) for prompt in prompts)
     return list(progress(traces, len(prompts), "reference"))
 
 

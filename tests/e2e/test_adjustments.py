@@ -77,7 +77,7 @@ def assert_follows(reference: Reference, ids: Sequence[int], options: dict[str, 
             return
 
 
-@pytest.fixture(scope="module", params=["orthrus", "orthrus_without_overlap"])
+@pytest.fixture(scope="module", params=["orthrus", "narrow"])
 def served(request: pytest.FixtureRequest) -> Server:
     server: Server = request.getfixturevalue(request.param)
     return server

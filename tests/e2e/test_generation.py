@@ -157,9 +157,9 @@ def test_requests_near_the_context_limit(orthrus: Server, plain: Server, referen
 
 
 @pytest.mark.parametrize("family", ["json", "tools"])
-def test_drafts_are_accepted(orthrus: Server, orthrus_without_overlap: Server, family: str) -> None:
+def test_drafts_are_accepted(orthrus: Server, narrow: Server, family: str) -> None:
     requests_ = [(prompt.ids, 256) for prompt in prompts() if prompt.family == family]
-    for replies in both(generate_together, (orthrus, orthrus_without_overlap), requests_, 1):
+    for replies in both(generate_together, (orthrus, narrow), requests_, 1):
         assert sum(map(tokens_per_cycle, replies)) / len(replies) > 4
 
 

@@ -103,11 +103,9 @@ def test_grammars_against_the_models_will(orthrus: Server, expected: dict[str, R
         assert is_valid(grammar, ours["text"])
 
 
-@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "synchronous"])
 def test_constrained_and_free_requests_share_a_batch_of_8(
-    orthrus: Server, orthrus_without_overlap: Server, plain: Server, expected: dict[str, Reply], overlap: bool
+    orthrus: Server, plain: Server, expected: dict[str, Reply]
 ) -> None:
-    server = orthrus if overlap else orthrus_without_overlap
     names = ("json", "regex", "structural tag", "200 properties", "invoice")
     free = [(prompt_of(family), NUM_TOKENS) for family in ("json", "qa", "think")]
     alone = [generate(plain, *request)["output_ids"] for request in free]
@@ -117,7 +115,7 @@ def test_constrained_and_free_requests_share_a_batch_of_8(
         "input_ids": [list(ids) for ids, _ in wanted],
         "sampling_params": [{"temperature": 0, "max_new_tokens": NUM_TOKENS, **grammar} for _, grammar in wanted],
     }
-    together = [reply["output_ids"] for reply in server.post("/generate", body)]
+    together = [reply["output_ids"] for reply in orthrus.post("/generate", body)]
     outputs = [expected[name]["output_ids"] for name in names]
     assert together == [*outputs[:2], *alone, *outputs[2:]]
 

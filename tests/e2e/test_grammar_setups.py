@@ -34,7 +34,7 @@ from sglang_orthrus.models.checkpoint import export_ar
 from tests.e2e.helpers import Reply, tokens_per_cycle
 from tests.e2e.serving import streaming
 from tests.patching import patched_sglang
-from tests.servers import LLGUIDANCE, NO_WHITE_SPACE, REASONING, SETUP, TEST_ARGS, WITHOUT_OVERLAP
+from tests.servers import LLGUIDANCE, NO_WHITE_SPACE, REASONING, SETUP, TEST_ARGS
 
 pytestmark = pytest.mark.e2e
 
@@ -47,8 +47,8 @@ THINK_END = TOKENIZER.convert_tokens_to_ids("</think>")
 
 @pytest.fixture(scope="module")
 def llguidance() -> Iterator[Server]:
-    """The other engine, white space anywhere; synchronous scheduling."""
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *LLGUIDANCE, WITHOUT_OVERLAP, env=SETUP.env) as server:
+    """The other engine, white space anywhere; overlap scheduling, which `narrow` lacks."""
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *LLGUIDANCE, env=SETUP.env) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ import requests
 import torch
 from scipy.stats import chi2
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 
 from benchmarks.common.equality import NEAR_TIE
 from benchmarks.common.reference import Reference
@@ -27,7 +27,6 @@ from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from sglang_orthrus.sampling.distributions import sorted_support
 from tests.e2e.helpers import Reply, adjusted, generate, prompt_of, prompts, tokens_per_cycle
-from tests.fixtures import write_alike_views
 from tests.servers import LLGUIDANCE, SETUP
 
 pytestmark = pytest.mark.e2e
@@ -37,12 +36,15 @@ SAMPLES = 400
 AT_ONCE = 20
 LENGTH = 4
 LETTERS_WANTED = 16
-PROMPT = (5, 17, 40, 3)
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the tiny tokenizer's ids
+TOKENIZER = Tokenizer.from_file(str(NANO / "tokenizer.json"))
+SPELLED = [TOKENIZER.decode([token]) for token in range(TOKENIZER.get_vocab_size())]
+(END,) = TOKENIZER.encode("<|im_end|>").ids
+# A name follows, and most drafts of it are wrong. Options leave few enough names to count them.
+PROMPT = tuple(TOKENIZER.encode("The ").ids)
 OPTIONS: dict[str, dict[str, Any]] = {
     "temperature and top_k": {"temperature": 1.6, "top_k": 3},
-    "top_p": {"temperature": 0.8, "top_p": 0.6},
-    "min_p": {"temperature": 1.2, "min_p": 0.2},
+    "top_p": {"temperature": 0.5, "top_p": 0.5},
+    "min_p": {"temperature": 0.5, "min_p": 0.3},
     "grammar": {"temperature": 2.0, "top_p": 0.95, "regex": "[a-f]{4}"},
     # What is allowed depends on the letters before, and most drafts are repaired or forced.
     "forced": {"temperature": 3.0, "regex": "a[b-d]fe|[bf]cda|e(ab|dc)[a-f]|d[a-f]{2}c"},
@@ -51,31 +53,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tiny_with_llguidance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = write_alike_views(tmp_path_factory.mktemp("tiny") / "model")
-    with Server(model, *ORTHRUS_ARGS, *SETUP.args, *LLGUIDANCE, env=SETUP.env) as server:
+def orthrus_with_llguidance() -> Iterator[Server]:
+    with Server(NANO, *ORTHRUS_ARGS, *SETUP.args, *LLGUIDANCE, env=SETUP.env) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def tiny_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The checkpoint of both tiny servers."""
-    return Reference(write_alike_views(tmp_path_factory.mktemp("reference") / "model"))
+@cache
+def beginnings_of(regex: str) -> set[str]:
+    """Of all texts that a grammar of ours allows, these texts included."""
+    texts = (text for text in map("".join, product("abcdef", repeat=LENGTH)) if re.fullmatch(regex, text))
+    return {text[:length] for text in texts for length in range(LENGTH + 1)}
 
 
 @cache
-def texts_of(regex: str) -> list[str]:
-    """All that a grammar of ours allows."""
-    return [text for text in map("".join, product("abcdef", repeat=LENGTH)) if re.fullmatch(regex, text)]
+def allowed_after(text: str, regex: str) -> list[int]:
+    """Tokens; the end alone where the text is whole."""
+    if len(text) == LENGTH:
+        return [END]
+    beginnings = beginnings_of(regex)
+    return [token for token, spelled in enumerate(SPELLED) if spelled and text + spelled in beginnings]
 
 
 def next_tokens(reference: Reference, ids: Sequence[int], options: dict[str, Any]) -> dict[int, float]:
     """What may follow, as plain SGLang masks and filters it."""
-    logits = reference.ar_logits(ids)[-1:]
+    logits = reference.ar_logits([*PROMPT, *ids])[-1:]
     if "regex" in options:
         allowed = torch.zeros(logits.shape[1], dtype=torch.bool)
-        text = "".join(LETTERS[token] for token in ids[len(PROMPT) :])
-        allowed[[LETTERS.index(full[len(text)]) for full in texts_of(options["regex"]) if full.startswith(text)]] = True
+        allowed[allowed_after("".join(SPELLED[token] for token in ids), options["regex"])] = True
         logits = logits.masked_fill(~allowed, float("-inf"))
     probs = torch.softmax(logits / options["temperature"], dim=-1)
     top_k = torch.tensor([options.get("top_k", 1 << 30)])
@@ -91,9 +95,9 @@ def expected_texts(reference: Reference, options: dict[str, Any]) -> dict[tuple[
         found = {
             (*text, token): mass * p
             for text, mass in found.items()
-            for token, p in next_tokens(reference, [*PROMPT, *text], options).items()
+            for token, p in ({} if END in text else next_tokens(reference, text, options)).items()
             if mass * p * SAMPLES > 1
-        }
+        } | {text: mass for text, mass in found.items() if END in text}
     return found
 
 
@@ -110,13 +114,14 @@ def misfit(texts: Sequence[tuple[int, ...]], expected: dict[tuple[int, ...], flo
     return float(chi2.sf(statistic, len(wanted) - 1))
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny_with_llguidance", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["orthrus", pytest.param("orthrus_with_llguidance", marks=pytest.mark.slow)])
 def sampled(request: pytest.FixtureRequest) -> dict[str, list[Reply]]:
     """Requests with every kind of option, mixed in every batch, greedy ones among them."""
     server: Server = request.getfixturevalue(request.param)
 
     def ask(options: dict[str, Any]) -> list[Reply]:
-        sampling = {"max_new_tokens": LENGTH, "ignore_eos": True, "n": AT_ONCE, **options}
+        # A text of a grammar ends with it.
+        sampling = {"max_new_tokens": LENGTH, "ignore_eos": "regex" not in options, "n": AT_ONCE, **options}
         return server.post("/generate", {"input_ids": list(PROMPT), "sampling_params": sampling})
 
     kinds = [{"temperature": 0}, *OPTIONS.values()]
@@ -128,18 +133,16 @@ def sampled(request: pytest.FixtureRequest) -> dict[str, list[Reply]]:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_served_texts_follow_the_distribution(
-    sampled: dict[str, list[Reply]], tiny_reference: Reference, name: str
-) -> None:
+def test_served_texts_follow_the_distribution(sampled: dict[str, list[Reply]], reference: Reference, name: str) -> None:
     """A correct server fails one of these with probability 1e-6."""
     texts = [tuple(reply["output_ids"]) for reply in sampled[name]]
-    expected = expected_texts(tiny_reference, OPTIONS[name])
+    expected = expected_texts(reference, OPTIONS[name])
     assert len(texts) == SAMPLES and len(set(texts)) > 10
     assert misfit(texts, expected) > FALSE_ALARM
 
 
-def test_rounds_of_the_tiny_model_end_everywhere(sampled: dict[str, list[Reply]]) -> None:
-    """Blocks of four that are accepted whole, and drafts that are rejected at once, were among the samples."""
+def test_drafts_of_the_samples_were_accepted_and_rejected(sampled: dict[str, list[Reply]]) -> None:
+    """Whole texts in one round, and texts of as many rounds as tokens, were among them."""
     rounds = {reply["meta_info"]["spec_verify_ct"] for replies in sampled.values() for reply in replies}
     assert {1, LENGTH - 1} <= rounds
 
@@ -204,8 +207,6 @@ ADJUSTED: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 def test_seeds_act_on_adjusted_logits(narrow: Server, reference: Reference) -> None:
     """Penalties, scaling, grammar mask, bias, custom processors, temperature, filters, noise; all in one batch."""
-    tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
-    texts = [tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())]
     ids = prompt_of("prose")
     requests_ = {name: {"temperature": 1.8, "sampling_seed": 11, **options} for name, options in ADJUSTED.items()}
 
@@ -224,11 +225,11 @@ def test_seeds_act_on_adjusted_logits(narrow: Server, reference: Reference) -> N
         for index, token in enumerate(tokens):
             row = logits[position + index].clone()
             if "regex" in options:
-                left = LETTERS_WANTED - sum(len(texts[said]) for said in tokens[:index])
+                left = LETTERS_WANTED - sum(len(SPELLED[said]) for said in tokens[:index])
                 if left == 0:
                     break  # the end of the text is all that is left
                 pattern = re.compile(f"[a-f]{{1,{left}}}")
-                row[[token for token in range(len(row)) if not pattern.fullmatch(texts[token])]] = float("-inf")
+                row[[token for token in range(len(row)) if not pattern.fullmatch(SPELLED[token])]] = float("-inf")
             row = adjusted(row, ids, tokens[:index], options)
             wanted = expected_token(row, options, position + index)
             if wanted != token:
