@@ -178,13 +178,13 @@ def test_neighbours_ask_for_different_numbers_of_log_probabilities(served: Serve
 
 
 @pytest.mark.parametrize("name", ["output", "top", "ids"])
-def test_log_probabilities_under_a_grammar(served: Server, plain: Server, name: str) -> None:
+def test_log_probabilities_under_a_grammar(orthrus: Server, plain: Server, name: str) -> None:
     """Alone, so that the last of the batch's requests ends behind a round that has begun."""
     options = {"regex": r"(yes|no), because [a-z]{3,12} is (one|two|three)\."}
-    ours, expected = both(ask, (served, plain), prompt_of("chat"), options, **LOGPROBS[name])
+    ours, expected = both(ask, (orthrus, plain), prompt_of("chat"), options, **LOGPROBS[name])
     assert expected["meta_info"]["finish_reason"]["type"] == "stop"
     assert_same_log_probabilities(ours, expected)
-    assert ask(served, prompt_of("chat"), options)["output_ids"] == ours["output_ids"]
+    assert ask(orthrus, prompt_of("chat"), options)["output_ids"] == ours["output_ids"]
 
 
 def test_log_probabilities_of_sampled_tokens_are_those_before_filters(served: Server, reference: Reference) -> None:
@@ -243,9 +243,9 @@ def test_scores_are_plain_sglangs(served: Server, plain: Server) -> None:
     assert [p for row in ours for p in row] == pytest.approx([p for row in theirs for p in row], rel=1e-3)
 
 
-def test_several_samples_of_a_request(served: Server) -> None:
+def test_several_samples_of_a_request(orthrus: Server) -> None:
     sampling = {"temperature": 1.5, "max_new_tokens": 24, "n": 4}
-    replies = served.post("/generate", {"input_ids": list(prompt_of("prose")), "sampling_params": sampling})
+    replies = orthrus.post("/generate", {"input_ids": list(prompt_of("prose")), "sampling_params": sampling})
     assert len(replies) == 4
     assert len({tuple(reply["output_ids"]) for reply in replies}) > 1
 
