@@ -1,0 +1,139 @@
+// Wires the page: servers' states, asking, stopping, replaying.
+
+import { Scale } from "./chart.js";
+import { Column } from "./column.js";
+import { clearErrors, readQuestion, showError, showExamples, showFilled } from "./form.js";
+import { answerEvents } from "./stream.js";
+import { watchServers } from "./servers.js";
+import { verdict } from "./verdict.js";
+
+const SLOWER = 10;
+const byId = (id) => document.getElementById(id);
+const scale = new Scale();
+const columns = {
+  orthrus: new Column("orthrus", "ORTHRUS", scale),
+  plain: new Column("plain", "Plain SGLang", scale),
+};
+let running = null;
+let states = {};
+
+function setVerdict([kind, sentence, remark]) {
+  const element = byId("verdict");
+  element.dataset.kind = kind;
+  element.textContent = sentence;
+  if (!remark) return;
+  const small = document.createElement("small");
+  small.textContent = remark;
+  element.append(small);
+}
+
+function updateButtons() {
+  byId("ask").disabled = running !== null || states.orthrus?.stage !== "ready";
+  byId("ask").textContent = states.plain?.stage === "ready" ? "Ask both" : "Ask ORTHRUS";
+  byId("stop").disabled = running === null;
+  byId("replay").disabled = running !== null || !columns.orthrus.end;
+}
+
+async function follow(column, question, signal) {
+  column.busy = true;
+  try {
+    for await (const event of answerEvents(column.side, question, signal)) {
+      column.take(event);
+      if (event.event === "error" && event.field) showError(event.field, event.message);
+    }
+  } finally {
+    column.busy = false;
+  }
+}
+
+/** Run a job that Stop can end; everything else waits. */
+async function run(job) {
+  running = new AbortController();
+  const { signal } = running;
+  updateButtons();
+  try {
+    await job(signal);
+  } catch (error) {
+    if (!signal.aborted) throw error;
+    setVerdict(["", "Stopped.", "Both requests were ended on the servers, too."]);
+  } finally {
+    running = null;
+    updateButtons();
+  }
+}
+
+async function ask() {
+  const question = readQuestion();
+  if (question === null) return;
+  const plainReady = states.plain?.stage === "ready";
+  const inTurn = byId("in-turn").checked;
+  const asked = plainReady ? [columns.orthrus, columns.plain] : [columns.orthrus];
+  scale.reset(states.orthrus.width ?? 32);
+  for (const column of asked) {
+    column.begin();
+    column.withSchema = Boolean(question.schema.trim());
+    column.hasMetrics = states[column.side].metrics;
+  }
+  setVerdict(["", "Asking …", ""]);
+  await run(async (signal) => {
+    if (inTurn) for (const column of asked) await follow(column, question, signal);
+    else await Promise.all(asked.map((column) => follow(column, question, signal)));
+    setVerdict(verdict(columns.orthrus, columns.plain, plainReady, inTurn));
+  });
+}
+
+function wait(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+}
+
+async function replayColumn(column, signal) {
+  const events = column.events;
+  column.begin(events.find(({ event }) => event === "marks")?.own);
+  const started = performance.now();
+  for (const event of events) {
+    if (event.ms) await wait(Math.max(0, SLOWER * event.ms - (performance.now() - started)), signal);
+    column.take(event);
+  }
+}
+
+async function replay() {
+  const sentence = [...byId("verdict").childNodes].map((node) => node.cloneNode(true));
+  const kind = byId("verdict").dataset.kind;
+  const shown = Object.values(columns).filter((column) => column.end);
+  const kept = shown.map((column) => [column, column.events]);
+  setVerdict(["", "The same answers, ten times as slow.", ""]);
+  await run(async (signal) => {
+    try {
+      await Promise.all(shown.map((column) => replayColumn(column, signal)));
+    } finally {
+      if (signal.aborted) for (const [column, events] of kept) restore(column, events);
+      byId("verdict").replaceChildren(...sentence);
+      byId("verdict").dataset.kind = kind;
+    }
+  }).catch(() => {});
+}
+
+function restore(column, events) {
+  column.begin();
+  for (const event of events) column.take(event);
+}
+
+byId("columns").append(columns.orthrus.element, columns.plain.element);
+byId("request").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (!byId("ask").disabled) ask();
+});
+byId("request").addEventListener("input", () => (clearErrors(), showFilled()));
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("request").requestSubmit();
+});
+byId("stop").addEventListener("click", () => running?.abort());
+byId("replay").addEventListener("click", replay);
+watchServers(columns, (changed) => {
+  states = changed;
+  updateButtons();
+});
+showExamples();

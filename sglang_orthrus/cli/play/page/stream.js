@@ -1,0 +1,48 @@
+// Talks to the page's own server. What comes back is data, and is only ever shown as text.
+
+/** The state of both servers. */
+export async function serverStates() {
+  const response = await fetch("/api/state");
+  if (!response.ok) throw new Error(response.statusText);
+  return response.json();
+}
+
+/** The events of one server's answer, as they come. Ending the loop early, or the signal, ends the request. */
+export async function* answerEvents(side, question, signal) {
+  let response;
+  try {
+    response = await fetch(`/api/answer/${side}`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(question),
+      signal,
+    });
+  } catch (error) {
+    if (signal.aborted) throw error;
+    yield { event: "error", message: "This page's own server has ended. Start it again.", field: null };
+    return;
+  }
+  if (!response.ok) {
+    yield { event: "error", message: await refusal(response), field: response.status === 400 ? "prompt" : null };
+    return;
+  }
+  yield* lines(response.body.pipeThrough(new TextDecoderStream()));
+}
+
+async function refusal(response) {
+  if (response.status === 413) return "This request is too large for the page.";
+  try {
+    return (await response.json()).message;
+  } catch {
+    return `${response.status} ${response.statusText}`;
+  }
+}
+
+async function* lines(chunks) {
+  let rest = "";
+  for await (const chunk of chunks) {
+    const parts = (rest + chunk).split("\n");
+    rest = parts.pop();
+    for (const part of parts) yield JSON.parse(part);
+  }
+}
