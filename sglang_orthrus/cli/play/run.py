@@ -68,32 +68,31 @@ def launching(checkpoint: str | None, folder: Path, extra: Sequence[str]) -> lis
         folder: where the autoregressive view goes, which plain SGLang serves.
         extra: SGLang's flags for both.
     """
-    source = checkpoint_folder(checkpoint)
+    model = checkpoint or str(NANO)
+    source = checkpoint_folder(model)
     shared = [*SERVER_ARGS, *gpu_share(extra), *extra]
     ports = list(_ports(4))
     orthrus_args = (*ORTHRUS_ARGS, "--enable-metrics", *shared, "--nccl-port", str(ports[0]))
     plain_args = (*shared, "--nccl-port", str(ports[1]))
 
     def make_orthrus(progress: Callable[[float, str], None]) -> Server:
-        return Server(source, *orthrus_args, port=ports[2], progress=progress)
+        return Server(model, *orthrus_args, port=ports[2], progress=progress)
 
     def make_plain(progress: Callable[[float, str], None]) -> Server:
-        model = export_ar(source, folder / "autoregressive-view")
-        return Server(model, *plain_args, port=ports[3], env=plain_env(), progress=progress)
+        exported = export_ar(source, folder / f"{Path(model).name}-ar")
+        return Server(exported, *plain_args, port=ports[3], env=plain_env(), progress=progress)
 
     orthrus, plain = Side(ORTHRUS), Side(PLAIN)
     return [(orthrus, partial(launch, orthrus, make_orthrus)), (plain, partial(launch, plain, make_plain))]
 
 
-def checkpoint_folder(checkpoint: str | None) -> Path:
+def checkpoint_folder(model: str) -> Path:
     """Where a checkpoint lies; one that is named as on the Hub is fetched first, as SGLang would."""
-    if checkpoint is None:
-        return NANO
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(checkpoint))
+    return Path(snapshot_download(model))
 
 
 def gpu_share(extra: Sequence[str]) -> tuple[str, ...]:

@@ -114,7 +114,9 @@ def launch(side: Side, make: Callable[[Callable[[float, str], None]], Server], s
     def progress(seconds: float, line: str) -> None:
         if stop.is_set():
             raise _StoppedError
-        side.tell(Stage.STARTING, line.split("] ", 1)[-1][:80])
+        # Other lines, such as warnings of libraries, tell nobody how far it is.
+        if line.startswith("["):
+            side.tell(Stage.STARTING, line.split("] ", 1)[-1][:80])
 
     try:
         with make(progress) as server:

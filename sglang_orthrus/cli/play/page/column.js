@@ -135,6 +135,7 @@ export class Column {
   figure(name, value, unit = "") {
     const cell = this.element.querySelector(`[data-figure="${name}"]`);
     cell.textContent = value;
+    cell.classList.toggle("unknown", value === "–");
     if (unit) {
       const small = document.createElement("small");
       small.textContent = ` ${unit}`;

@@ -29,7 +29,8 @@ function setVerdict([kind, sentence, remark]) {
 
 function updateButtons() {
   byId("ask").disabled = running !== null || states.orthrus?.stage !== "ready";
-  byId("ask").textContent = states.plain?.stage === "ready" ? "Ask both" : "Ask ORTHRUS";
+  const isAlone = states.orthrus?.stage === "ready" ? states.plain?.stage !== "ready" : states.plain?.stage === "absent";
+  byId("ask").textContent = isAlone ? "Ask ORTHRUS" : "Ask both";
   byId("stop").disabled = running === null;
   byId("replay").disabled = running !== null || !columns.orthrus.end;
 }
