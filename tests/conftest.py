@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.common.browser import NoBrowserError, chromium
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
@@ -74,3 +75,12 @@ def narrow(shared_servers: Servers) -> Server:
 def tiny(shared_servers: Servers) -> Server:
     """ORTHRUS on random weights with a vocabulary small enough to count texts."""
     return shared_servers["tiny"]
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """A browser for tests of the page; a machine without one skips them, and says what is missing."""
+    try:
+        return chromium()
+    except NoBrowserError as error:
+        pytest.skip(str(error))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.browser import DONE, ask, browser, opened, playing, ready, spans
 from sglang_orthrus.cli.server import Server
-from tests.e2e.browser import DONE, ask, browser, opened, playing, ready, spans
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -27,8 +27,8 @@ LONG = {"type": "array", "items": {"type": "integer"}, "minItems": 2000}
 
 
 @pytest.fixture(scope="module")
-def chrome() -> Iterator[Any]:
-    with browser() as running:
+def chrome(chromium_path: str) -> Iterator[Any]:
+    with browser(chromium_path) as running:
         yield running
 
 
@@ -155,6 +155,10 @@ def test_the_replay_shows_the_same_answers(page: Any) -> None:
     page.get_by_role("button", name="Replay slowly").click()
     page.get_by_text("ten times as slow").wait_for()
     page.wait_for_selector(DONE)
+    assert [spans(page, side) for side in ("orthrus", "plain")] == before
+    page.get_by_role("button", name="Replay slowly").click()
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_selector(DONE)
     assert page.inner_text("#verdict") == verdict
     assert [spans(page, side) for side in ("orthrus", "plain")] == before
 
@@ -175,6 +179,11 @@ def test_a_keyboard_is_enough(page: Any) -> None:
     page.keyboard.type("How do you work?")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(DONE)
+    page.focus("#ask")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#stop:disabled")
+    page.wait_for_selector(DONE)
+    assert page.evaluate("document.activeElement.id") == "ask"
     assert "I write in rounds." in "".join(spans(page, "orthrus"))
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.browser import ask, browser, opened, playing
+from benchmarks.common.browser import ask, browser, opened, playing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-def test_the_page_shows_servers_that_start_and_ctrl_c_ends_them() -> None:
-    with browser() as running, playing() as (url, process):
+def test_the_page_shows_servers_that_start_and_ctrl_c_ends_them(chromium_path: str) -> None:
+    with browser(chromium_path) as running, playing() as (url, process):
         with opened(running, url) as page:
             page.get_by_text("Starting, usually for less than a minute").first.wait_for()
             assert page.is_disabled("#ask")

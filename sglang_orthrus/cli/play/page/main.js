@@ -47,19 +47,24 @@ async function follow(column, question, signal) {
   }
 }
 
-/** Run a job that Stop can end; everything else waits. */
-async function run(job) {
+/** Run a job that Stop can end; everything else waits. stopped: what to do where it was ended. */
+async function run(job, stopped) {
+  const button = document.activeElement;
   running = new AbortController();
   const { signal } = running;
   updateButtons();
+  // A button that is switched off would lose the keyboard's place.
+  if (button.disabled) byId("stop").focus();
   try {
     await job(signal);
   } catch (error) {
     if (!signal.aborted) throw error;
-    setVerdict(["", "Stopped.", "Both requests were ended on the servers, too."]);
+    stopped();
   } finally {
     running = null;
+    const isAtStop = document.activeElement === byId("stop");
     updateButtons();
+    if (isAtStop) button.focus();
   }
 }
 
@@ -80,7 +85,7 @@ async function ask() {
     if (inTurn) for (const column of asked) await follow(column, question, signal);
     else await Promise.all(asked.map((column) => follow(column, question, signal)));
     setVerdict(verdict(columns.orthrus, columns.plain, plainReady, inTurn));
-  });
+  }, () => setVerdict(["", "Stopped.", "What still ran on the servers was ended, too."]));
 }
 
 function wait(milliseconds, signal) {
@@ -101,23 +106,20 @@ async function replayColumn(column, signal) {
 }
 
 async function replay() {
-  const sentence = [...byId("verdict").childNodes].map((node) => node.cloneNode(true));
-  const kind = byId("verdict").dataset.kind;
+  const { kind } = byId("verdict").dataset;
+  const sentence = [...byId("verdict").childNodes];
   const shown = Object.values(columns).filter((column) => column.end);
-  const kept = shown.map((column) => [column, column.events]);
+  const recorded = shown.map((column) => column.events);
   setVerdict(["", "The same answers, ten times as slow.", ""]);
-  await run(async (signal) => {
-    try {
-      await Promise.all(shown.map((column) => replayColumn(column, signal)));
-    } finally {
-      if (signal.aborted) for (const [column, events] of kept) restore(column, events);
-      byId("verdict").replaceChildren(...sentence);
-      byId("verdict").dataset.kind = kind;
-    }
-  }).catch(() => {});
+  await run(
+    (signal) => Promise.all(shown.map((column) => replayColumn(column, signal))),
+    () => shown.forEach((column, index) => showAtOnce(column, recorded[index])),
+  );
+  byId("verdict").replaceChildren(...sentence);
+  byId("verdict").dataset.kind = kind;
 }
 
-function restore(column, events) {
+function showAtOnce(column, events) {
   column.begin();
   for (const event of events) column.take(event);
 }

@@ -7,26 +7,25 @@ export async function serverStates() {
   return response.json();
 }
 
-/** The events of one server's answer, as they come. Ending the loop early, or the signal, ends the request. */
+/** The events of one server's answer, as they come. The signal ends the request. */
 export async function* answerEvents(side, question, signal) {
-  let response;
   try {
-    response = await fetch(`/api/answer/${side}`, {
+    const response = await fetch(`/api/answer/${side}`, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(question),
       signal,
     });
+    if (response.ok) yield* lines(response.body.pipeThrough(new TextDecoderStream()));
+    else yield failure(await refusal(response), response.status === 400 ? "prompt" : null);
   } catch (error) {
     if (signal.aborted) throw error;
-    yield { event: "error", message: "This page's own server has ended. Start it again.", field: null };
-    return;
+    yield failure(`This page's own server does not answer; start it again. (${error.message})`);
   }
-  if (!response.ok) {
-    yield { event: "error", message: await refusal(response), field: response.status === 400 ? "prompt" : null };
-    return;
-  }
-  yield* lines(response.body.pipeThrough(new TextDecoderStream()));
+}
+
+function failure(message, field = null) {
+  return { event: "error", message, field };
 }
 
 async function refusal(response) {

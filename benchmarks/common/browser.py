@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 
 from sglang_orthrus.cli.server import free_port
@@ -25,19 +25,27 @@ DONE = "#verdict:is([data-kind='equal'], [data-kind='different'], [data-kind='fa
 _SECONDS = 120
 
 
+class NoBrowserError(RuntimeError):
+    """There is no Chromium here, or nothing to drive it. The message says what to install."""
+
+
 def chromium() -> str:
-    """Its path; skips the test where there is none, or nothing to drive it."""
-    pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install '.[play]'")
+    """Its path.
+
+    Raises:
+        NoBrowserError: there is none.
+    """
+    if find_spec("playwright") is None:
+        raise NoBrowserError("needs Playwright: pip install '.[play]'")
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip(f"needs a Chromium: none of {', '.join(NAMES)} is on the path (Debian: apt-get install chromium)")
+        raise NoBrowserError(f"needs a Chromium, one of {', '.join(NAMES)} (Debian: apt-get install chromium)")
     return found
 
 
 @contextmanager
-def browser() -> Iterator[Any]:
-    """A headless browser."""
-    path = chromium()
+def browser(path: str) -> Iterator[Any]:
+    """A headless browser. path: of a Chromium."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -92,7 +100,7 @@ def opened(running: Any, url: str, **options: Any) -> Iterator[Any]:
     page.set_default_timeout(1e3 * _SECONDS)
     page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(url) or complaints.append(request.url))
+    page.on("request", lambda request: complaints.extend([] if request.url.startswith(url) else [request.url]))
     try:
         page.goto(url)
         yield page
