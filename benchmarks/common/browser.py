@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Both answers have ended, in one way or another.
 DONE = "#verdict:is([data-kind='equal'], [data-kind='different'], [data-kind='failed'])"
-_SECONDS = 120
+_SECONDS = 300
 
 
 class NoBrowserError(RuntimeError):

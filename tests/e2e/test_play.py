@@ -233,3 +233,4 @@ def test_a_server_that_is_missing_is_named(chrome: Any) -> None:
         page.wait_for_selector("#orthrus-server[data-stage='unreachable']")
         assert "No SGLang server answers at http://127.0.0.1:9" in page.inner_text("#orthrus .notice")
         assert page.is_disabled("#ask")
+        page.get_by_text("There is no ORTHRUS server.").wait_for()

@@ -7,6 +7,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,7 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from sglang_orthrus.cli.play.app import MOST_BYTES, PAGE, SIDES, application
 from sglang_orthrus.cli.play.arguments import add_arguments
-from sglang_orthrus.cli.play.run import NO_PLAIN, following, run
+from sglang_orthrus.cli.play.run import NO_PLAIN, checkpoint_folder, following, run
 from sglang_orthrus.cli.play.sides import ORTHRUS, PLAIN, Side, Stage, advice, follow
 from sglang_orthrus.cli.play.upstream import session
 from sglang_orthrus.cli.server import free_port
@@ -272,6 +273,12 @@ def test_arguments_that_contradict_each_other_are_refused(arguments: list[str], 
     assert parser.parse_args(["--url", "http://127.0.0.1:1/v1/"]).url == "http://127.0.0.1:1"
     with pytest.raises(SystemExit):
         parser.parse_args(["--url", "localhost:1"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint directory"):
+        checkpoint_folder(str(tmp_path / "nothing"))
+    assert checkpoint_folder(str(tmp_path)) == tmp_path
 
 
 def test_the_session_has_no_limit_on_an_answers_time() -> None:

@@ -90,6 +90,8 @@ def checkpoint_folder(model: str) -> Path:
     """Where a checkpoint lies; one that is named as on the Hub is fetched first, as SGLang would."""
     if Path(model).is_dir():
         return Path(model)
+    if model.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"there is no checkpoint directory {model}")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model))

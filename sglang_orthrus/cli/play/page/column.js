@@ -127,6 +127,8 @@ export class Column {
     const pre = this.notice.querySelector("pre");
     pre.hidden = !log;
     pre.textContent = log;
+    // The reason stands at the end.
+    pre.scrollTop = pre.scrollHeight;
     const progress = this.notice.querySelector("progress");
     progress.hidden = !isWaiting;
     progress.setAttribute("aria-label", `${this.title} is starting`);

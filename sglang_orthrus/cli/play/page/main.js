@@ -5,7 +5,7 @@ import { Column } from "./column.js";
 import { clearErrors, readQuestion, showError, showExamples, showFilled } from "./form.js";
 import { answerEvents } from "./stream.js";
 import { watchServers } from "./servers.js";
-import { verdict } from "./verdict.js";
+import { verdict, welcome } from "./verdict.js";
 
 const SLOWER = 10;
 const byId = (id) => document.getElementById(id);
@@ -16,6 +16,7 @@ const columns = {
 };
 let running = null;
 let states = {};
+let wasAsked = false;
 
 function setVerdict([kind, sentence, remark]) {
   const element = byId("verdict");
@@ -80,6 +81,7 @@ async function ask() {
     column.withSchema = Boolean(question.schema.trim());
     column.hasMetrics = states[column.side].metrics;
   }
+  wasAsked = true;
   setVerdict(["", "Asking …", ""]);
   await run(async (signal) => {
     if (inTurn) for (const column of asked) await follow(column, question, signal);
@@ -138,5 +140,7 @@ byId("replay").addEventListener("click", replay);
 watchServers(columns, (changed) => {
   states = changed;
   updateButtons();
+  // Until the first answer, the verdict's place says what to do.
+  if (!wasAsked && byId("verdict").textContent !== welcome(states)) setVerdict(["", welcome(states), ""]);
 });
 showExamples();

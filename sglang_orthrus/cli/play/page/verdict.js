@@ -2,6 +2,15 @@
 
 import { count, seconds } from "./words.js";
 
+/** What to say before anything was asked. */
+export function welcome({ orthrus, plain }) {
+  if (!orthrus) return "This page's own server does not answer. Start it again.";
+  if (orthrus.stage === "starting") return "The servers are starting. Choose an example, or type a message.";
+  if (orthrus.stage !== "ready") return "There is no ORTHRUS server. Its column says why.";
+  if (plain.stage === "starting") return "Plain SGLang is still starting. ORTHRUS can be asked.";
+  return "Choose an example, or type a message, and ask.";
+}
+
 /** What to say when both have ended: [kind, sentence, remark]. */
 export function verdict(orthrus, plain, plainReady, inTurn) {
   const failed = [orthrus, plain].filter((column) => column.error);
