@@ -1,4 +1,4 @@
-# Run it:   demo, serve.
+# Run it:   demo, serve, play (a page that shows both answers side by side).
 # Check it: check (linters, types, unit and contract tests), test (check, and the servers), test-all (the slow tests, too).
 #           Parts of test-all, with figures: parity, seeded, adjustments, kits, structured, soak, fuzz.
 # Others:   lint, style, types, bench, clean. Everything lives in .venv, made once.
@@ -12,7 +12,7 @@ BESIDE := -n logical --maxprocesses 4 --dist loadfile tests/unit tests/contract
 # OpenMP threads that spin for long stall when servers and tests share few cores.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo serve check test test-all parity seeded adjustments kits structured soak fuzz bench lint style types clean
+.PHONY: demo serve play check test test-all parity seeded adjustments kits structured soak fuzz bench lint style types clean
 # What fails within seconds comes first.
 .NOTPARALLEL:
 
@@ -22,13 +22,16 @@ demo: .venv/.installed
 serve: .venv/.installed
 	$(BIN)/python -m sglang_orthrus serve
 
+play: .venv/.installed
+	$(BIN)/python -m sglang_orthrus play
+
 check: lint
 	$(PYTEST) -m "not slow" $(BESIDE)
 
 test: check
 	$(PYTEST) -m "not slow" tests/e2e tests/gpu
 
-test-all: lint
+test-all: lint .venv/.play-extra
 	$(PYTEST) $(BESIDE)
 	$(PYTEST) tests/e2e tests/gpu
 
@@ -91,6 +94,10 @@ clean:
 
 .venv/.fuzz-extra: .venv/.test-extra
 	$(BIN)/pip install --disable-pip-version-check -e '.[fuzz]'
+	@touch $@
+
+.venv/.play-extra: .venv/.test-extra
+	$(BIN)/pip install --disable-pip-version-check -e '.[play]'
 	@touch $@
 
 .venv/.bench-extra: .venv/.installed

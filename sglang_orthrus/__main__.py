@@ -1,4 +1,4 @@
-"""Command line: `python -m sglang_orthrus demo | serve | doctor | export-ar | graft`."""
+"""Command line: `python -m sglang_orthrus demo | serve | play | doctor | export-ar | graft`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from sglang_orthrus.cli.play import arguments as play
 from sglang_orthrus.cli.server import Server, ServerError
 from sglang_orthrus.models.checkpoint import export_ar
 
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     serving = commands.add_parser("serve", help="serve a checkpoint (default: the bundled one) with ORTHRUS")
     serving.add_argument("model", nargs="?", help="checkpoint directory or model name")
     serving.add_argument("--port", type=int, default=30000)
+    play.add_arguments(commands.add_parser("play", help="a page that shows both answers to a request, side by side"))
     commands.add_parser("doctor", help="tell what would keep ORTHRUS from starting with the SGLang flags that follow")
     exporting = commands.add_parser("export-ar", help="write a checkpoint's autoregressive view as plain Qwen3")
     exporting.add_argument("source", type=Path)
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     grafting.add_argument("target", type=Path, help="the directory to write")
     grafting.add_argument("--adapter", type=Path, help="a PEFT LoRA adapter to merge into the fine-tune")
     arguments, extra = parser.parse_known_args(argv)
-    if extra and arguments.command not in ("serve", "doctor"):
+    if extra and arguments.command not in ("serve", "play", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
 
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
@@ -76,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
             return grafted(arguments)
         if arguments.command == "serve":
             return serve(arguments.model, arguments.port, extra)
+        if arguments.command == "play":
+            from sglang_orthrus.cli.play.run import run
+
+            return run(arguments, extra)
         if arguments.command == "doctor":
             from sglang_orthrus.cli import doctor
 

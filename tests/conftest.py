@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.common.browser import NoBrowserError, chromium
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.cli.server import Server
@@ -65,3 +66,12 @@ def narrow(shared_servers: Servers) -> Server:
     The synchronous scheduler, two ranks on a CPU, blocks narrower than the trained ones, llguidance, seeds that count.
     """
     return shared_servers["narrow"]
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """A browser for tests of the page; a machine without one skips them, and says what is missing."""
+    try:
+        return chromium()
+    except NoBrowserError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,22 @@
+"""What the metrics of ORTHRUS say of drafts under a grammar. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+_DRAFTS = re.compile(r'^sglang_orthrus:grammar_drafts_total\{[^}]*change="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
+
+
+def grammar_drafts(metrics: str) -> Counter[str]:
+    """Drafts by what a grammar made of them: `none`, `repaired` or `forced`, from Prometheus's text."""
+    counts = Counter[str]()
+    for change, value in _DRAFTS.findall(metrics):
+        counts[change] += int(float(value))
+    return counts
+
+
+def since(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """What was counted in between."""
+    return {change: after.get(change, 0) - before.get(change, 0) for change in ("none", "repaired", "forced")}
