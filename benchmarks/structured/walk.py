@@ -65,7 +65,7 @@ def backends(tokenizer: Any) -> dict[str, BaseGrammarBackend]:
 def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block], bs: int, mode: DraftMode) -> Any:
     """Rounds of `bs` requests at random places of random answers."""
     rng, templates = random.Random(0), dict[str, Any]()
-    metrics = GrammarMetrics(log_interval=1 << 30, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=1 << 30, model_name=None)
     grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, metrics)
     taken, scratch = [], torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
     for _ in range(WARM_UP + ROUNDS):
