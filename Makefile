@@ -1,7 +1,8 @@
 # Run it:   demo, serve.
 # Check it: check (linters, types, unit and contract tests), test (check, and the servers), test-all (the slow tests, too).
 #           Parts of test-all, with figures: parity, seeded, adjustments, kits, structured, soak, fuzz.
-# Others:   lint, style, types, bench, clients (installs clients of other people for test-all), clean.
+# Others:   lint, style, types, bench, clean; clients (installs clients of other people for test-all),
+#           tokenizer (fetches Qwen3's, for grammars on the real vocabulary).
 # Everything lives in .venv and .venv-clients, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
@@ -16,7 +17,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Each has an environment of its own, since SGLang pins openai and others exactly.
 CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/requirements-*.txt))
 
-.PHONY: demo serve check test test-all clients parity seeded adjustments kits structured soak fuzz bench lint style types clean
+.PHONY: demo serve check test test-all clients parity seeded adjustments kits structured tokenizer soak fuzz bench lint style types clean
 # What fails within seconds comes first.
 .NOTPARALLEL:
 
@@ -54,6 +55,9 @@ structured: .venv/.test-extra
 	$(BIN)/python -m benchmarks.structured cpu
 	$(BIN)/python -m benchmarks.structured.walk benchmarks/results/walk-cpu.json
 	$(PYTEST) tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
+
+tokenizer: .venv/.installed
+	$(BIN)/python -m benchmarks.common.qwen3_tokenizer
 
 soak: .venv/.test-extra
 	$(BIN)/python -m benchmarks.volume.soak
