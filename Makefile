@@ -1,7 +1,9 @@
 # Run it:   demo, serve, play (a page that shows both answers side by side).
 # Check it: check (linters, types, unit and contract tests), test (check, and the servers), test-all (the slow tests, too).
 #           Parts of test-all, with figures: parity, seeded, adjustments, kits, structured, soak, fuzz.
-# Others:   lint, style, types, bench, clean. Everything lives in .venv, made once.
+# Others:   lint, style, types, bench, clean; clients (installs clients of other people for test-all),
+#           tokenizer (fetches Qwen3's, for grammars on the real vocabulary).
+# Everything lives in .venv and .venv-clients, made once.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -12,7 +14,10 @@ BESIDE := -n logical --maxprocesses 4 --dist loadfile tests/unit tests/contract
 # OpenMP threads that spin for long stall when servers and tests share few cores.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo serve play check test test-all parity seeded adjustments kits structured soak fuzz bench lint style types clean
+# Each has an environment of its own, since SGLang pins openai and others exactly.
+CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/requirements-*.txt))
+
+.PHONY: demo serve play check test test-all clients parity seeded adjustments kits structured tokenizer soak fuzz bench lint style types clean
 # What fails within seconds comes first.
 .NOTPARALLEL:
 
@@ -31,9 +36,11 @@ check: lint
 test: check
 	$(PYTEST) -m "not slow" tests/e2e tests/gpu
 
-test-all: lint .venv/.play-extra
+test-all: lint clients .venv/.play-extra
 	$(PYTEST) $(BESIDE)
 	$(PYTEST) tests/e2e tests/gpu
+
+clients: $(CLIENTS)
 
 parity: .venv/.test-extra
 	$(BIN)/python -m benchmarks.parity
@@ -51,6 +58,9 @@ structured: .venv/.test-extra
 	$(BIN)/python -m benchmarks.structured cpu
 	$(BIN)/python -m benchmarks.structured.walk benchmarks/results/walk-cpu.json
 	$(PYTEST) tests/e2e/test_grammar.py tests/e2e/test_grammar_setups.py
+
+tokenizer: .venv/.installed
+	$(BIN)/python -m benchmarks.common.qwen3_tokenizer
 
 soak: .venv/.test-extra
 	$(BIN)/python -m benchmarks.volume.soak
@@ -72,7 +82,7 @@ types: .venv/.test-extra
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-clients .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
 .venv/.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..."; exit 1; }
@@ -102,4 +112,9 @@ clean:
 
 .venv/.bench-extra: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+.venv-clients/%/.installed: tests/clients/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -r $<
 	@touch $@

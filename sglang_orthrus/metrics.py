@@ -6,6 +6,7 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -30,29 +31,101 @@ class RoundPath(Enum):
     EAGER = "eager"
 
 
+# A round of one request takes tenths of a millisecond; a batch on few cores may take tens of them.
+_BUCKETS = tuple(
+    milliseconds / 1e3 for milliseconds in (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 500)
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A metric that is exported beside SGLang's. All of them have the label `model_name`, as SGLang's own have.
+
+    Args:
+        name: with its unit, and with `_total` for a counter, as Prometheus wants it. The colon is SGLang's custom.
+        help: for `/metrics`.
+        label: that tells counters apart; a histogram has none.
+        values: of the label; those of `width` are the server's.
+    """
+
+    name: str
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ()
+
+    def counters(self, model_name: str, values: Sequence[str] = ()) -> dict[str, Any]:
+        """Counters by the label's value. All are exported as 0 at first, so that a rate sees the first event."""
+        # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
+        from prometheus_client import Counter
+
+        counter = Counter(self.name, self.help, ("model_name", self.label))
+        return {value: counter.labels(model_name, value) for value in self.values or values}
+
+    def histogram(self, model_name: str) -> Any:
+        """A histogram of seconds."""
+        from prometheus_client import Histogram
+
+        return Histogram(self.name, self.help, ("model_name",), buckets=_BUCKETS).labels(model_name)
+
+
+ROUNDS = Family(
+    "sglang_orthrus:rounds_total",
+    "Rounds of draft and verification, by how they ran.",
+    "path",
+    tuple(path.value for path in RoundPath),
+)
+WIDTHS = {
+    name: Family(f"sglang_orthrus:width_{name}_total", text, "width")
+    for name, text in (
+        ("rounds", "Rounds, by width."),
+        ("requests", "Requests of rounds, each counted once per round, by width."),
+        ("tokens", "Tokens that rounds committed, by width."),
+        ("probes", "Rounds that were to learn about their width, by width."),
+        ("seconds", "Estimated seconds of rounds, by width."),
+        ("plain_seconds", "Estimated seconds of plain decoding for the same tokens, by width."),
+    )
+}
+GRAMMAR_DRAFTS = Family(
+    "sglang_orthrus:grammar_drafts_total",
+    "Drafts of requests with a grammar, by what the grammar made of them.",
+    "change",
+    tuple(change.name.lower() for change in DraftChange),
+)
+GRAMMAR_BLOCKS = Family(
+    "sglang_orthrus:grammar_blocks_total",
+    "Blocks of requests with a grammar, by which of their masks were filled.",
+    "masks",
+    ("all", "needed", "cut"),
+)
+CHOOSE_SECONDS = Family(
+    "sglang_orthrus:grammar_choose_seconds",
+    "Seconds per round in which grammars repaired drafts; verification waits for it.",
+)
+WALK_SECONDS = Family(
+    "sglang_orthrus:grammar_walk_seconds",
+    "Seconds per round in which grammars repaired drafts and filled masks.",
+)
+FAMILIES = (ROUNDS, *WIDTHS.values(), GRAMMAR_DRAFTS, GRAMMAR_BLOCKS, CHOOSE_SECONDS, WALK_SECONDS)
+
+
 class RoundMetrics:
     """Counts rounds by path.
 
     Args:
         log_interval: a log line every so many rounds, as SGLang's `--decode-log-interval` does for its own.
-        with_metrics: whether to export `sglang_orthrus:rounds_total{path=...}` beside SGLang's metrics.
+        model_name: of exported metrics; None exports none.
     """
 
-    def __init__(self, log_interval: int, with_metrics: bool) -> None:
+    def __init__(self, log_interval: int, model_name: str | None) -> None:
         self._log_interval = log_interval
         self._since_log: Counter[RoundPath] = Counter()
-        self._metric: Any = None
-        if with_metrics:
-            # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
-            from prometheus_client import Counter as PrometheusCounter
-
-            self._metric = PrometheusCounter("sglang_orthrus:rounds", "Rounds by the way they were run.", ("path",))
+        self._counters = {} if model_name is None else ROUNDS.counters(model_name)
 
     def count(self, path: RoundPath) -> None:
         """Count one round."""
         self._since_log[path] += 1
-        if self._metric is not None:
-            self._metric.labels(path=path.value).inc()
+        if self._counters:
+            self._counters[path.value].inc()
         if self._since_log.total() >= self._log_interval:
             counts = (self._since_log[path] for path in RoundPath)
             logger.info("ORTHRUS rounds: %d in one CUDA graph, %d in two, %d eager", *counts)
@@ -84,45 +157,28 @@ class WidthMetrics:
 
     Args:
         log_interval: a log line every so many rounds.
-        with_metrics: whether to export counters beside SGLang's metrics, by `width`:
-            `sglang_orthrus:width_rounds_total`, `..._requests_total`, `..._tokens_total`, `..._probes_total`,
-            `..._seconds_total` and `..._plain_seconds_total`.
+        model_name: of exported metrics; None exports none.
+        widths: that rounds may have.
     """
 
-    def __init__(self, log_interval: int, with_metrics: bool) -> None:
+    def __init__(self, log_interval: int, model_name: str | None, widths: Sequence[int]) -> None:
         self._log_interval = log_interval
         self._since_log = 0
-        self._counters: dict[str, Any] = {}
-        if with_metrics:
-            # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
-            from prometheus_client import Counter as PrometheusCounter
-
-            for name, text in (
-                ("rounds", "Rounds by their width."),
-                ("requests", "Requests in rounds, by width."),
-                ("tokens", "Tokens by their round's width."),
-                ("probes", "Rounds that were to learn about a width."),
-                ("seconds", "Estimated time of rounds, by width."),
-                ("plain_seconds", "What plain decoding would have taken for the tokens of these rounds."),
-            ):
-                self._counters[name] = PrometheusCounter(f"sglang_orthrus:width_{name}", text, ("width",))
+        self._counters: dict[str, dict[str, Any]] = {}
+        if model_name is not None:
+            values = [str(width) for width in widths]
+            self._counters = {name: family.counters(model_name, values) for name, family in WIDTHS.items()}
 
     def count(self, figures: WidthFigures, report: Callable[[], object]) -> None:
         """Count one round. report: what the log line says, asked for only then."""
         self._since_log += 1
         if self._counters:
             counts = figures._asdict() | {"rounds": 1, "probes": int(figures.is_probe)}
-            for name, counter in self._counters.items():
-                counter.labels(width=str(figures.width)).inc(counts[name])
+            for name, by_width in self._counters.items():
+                by_width[str(figures.width)].inc(counts[name])
         if self._since_log >= self._log_interval:
             logger.info("ORTHRUS widths: %s", report())
             self._since_log = 0
-
-
-# A round of one request takes tenths of a millisecond; a batch on few cores may take tens of them.
-_BUCKETS = tuple(
-    milliseconds / 1e3 for milliseconds in (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 500)
-)
 
 
 class GrammarMetrics:
@@ -130,41 +186,20 @@ class GrammarMetrics:
 
     Args:
         log_interval: a log line every so many rounds that have a grammar.
-        with_metrics: whether to export `sglang_orthrus:grammar_drafts_total{change="none"|"repaired"|"forced"}`,
-            `sglang_orthrus:grammar_blocks_total{masks="all"|"needed"|"cut"}` and the histograms
-            `sglang_orthrus:grammar_choose_seconds`, which verification waits for, and
-            `sglang_orthrus:grammar_walk_seconds`, with the masks, beside SGLang's metrics.
+        model_name: of exported metrics; None exports none.
     """
 
-    def __init__(self, log_interval: int, with_metrics: bool) -> None:
+    def __init__(self, log_interval: int, model_name: str | None) -> None:
         self._log_interval = log_interval
         self._drafts = np.zeros(len(DraftChange), np.int64)
         self._choose_seconds: list[float] = []
         self._seconds: list[float] = []
-        self._drafts_metric: Any = None
-        self._blocks_metric: Any = None
-        self._choose_metric: Any = None
-        self._seconds_metric: Any = None
-        if with_metrics:
-            # SGLang sets the directory of multi-process metrics before its processes start; the import reads it.
-            from prometheus_client import Counter, Histogram
-
-            self._drafts_metric = Counter(
-                "sglang_orthrus:grammar_drafts_total", "Drafts by what a grammar made of them.", ("change",)
-            )
-            self._blocks_metric = Counter(
-                "sglang_orthrus:grammar_blocks_total", "Blocks by which of their masks were filled.", ("masks",)
-            )
-            self._choose_metric = Histogram(
-                "sglang_orthrus:grammar_choose_seconds",
-                "Time per round for the grammars of the batch: drafts.",
-                buckets=_BUCKETS,
-            )
-            self._seconds_metric = Histogram(
-                "sglang_orthrus:grammar_walk_seconds",
-                "Time per round for the grammars of the batch: drafts and masks.",
-                buckets=_BUCKETS,
-            )
+        self._is_exported = model_name is not None
+        if model_name is not None:
+            self._drafts_by_change = GRAMMAR_DRAFTS.counters(model_name)
+            self._blocks_by_masks = GRAMMAR_BLOCKS.counters(model_name)
+            self._choose_histogram = CHOOSE_SECONDS.histogram(model_name)
+            self._walk_histogram = WALK_SECONDS.histogram(model_name)
 
     def count(
         self,
@@ -187,17 +222,14 @@ class GrammarMetrics:
         seconds = choose_seconds + masks_seconds
         self._choose_seconds.append(choose_seconds)
         self._seconds.append(seconds)
-        if self._drafts_metric is not None:
+        if self._is_exported:
             for change in DraftChange:
-                self._drafts_metric.labels(change=change.name.lower()).inc(int(drafts[change]))
-            for masks, count in (
-                ("needed", num_sparse),
-                ("cut", num_cut),
-                ("all", len(changes) - num_sparse - num_cut),
-            ):
-                self._blocks_metric.labels(masks=masks).inc(count)
-            self._choose_metric.observe(choose_seconds)
-            self._seconds_metric.observe(seconds)
+                self._drafts_by_change[change.name.lower()].inc(int(drafts[change]))
+            num_whole = len(changes) - num_sparse - num_cut
+            for masks, count in (("needed", num_sparse), ("cut", num_cut), ("all", num_whole)):
+                self._blocks_by_masks[masks].inc(count)
+            self._choose_histogram.observe(choose_seconds)
+            self._walk_histogram.observe(seconds)
         if len(self._seconds) >= self._log_interval:
             num_drafts = self._drafts.sum()
             logger.info(

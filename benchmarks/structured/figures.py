@@ -36,16 +36,16 @@ def grammar_counts(before: Mapping[str, float], after: Mapping[str, float]) -> R
     """What grammars did between two readings of the metrics: drafts by change, rounds by the time of their walks."""
     new = {name: value - before.get(name, 0.0) for name, value in after.items()}
 
-    def label(name: str) -> str:
-        return name.partition('="')[2].partition('"')[0]
+    def label(name: str, key: str) -> str:
+        return name.partition(f'{key}="')[2].partition('"')[0]
 
-    drafts = {label(name): value for name, value in new.items() if "drafts_total" in name}
+    drafts = {label(name, "change"): value for name, value in new.items() if "drafts_total" in name}
     if not sum(drafts.values()):
         return {}
     found: Row = {"drafts": drafts}
     for time in TIMES:
         buckets = {name: value for name, value in new.items() if f"{time}_seconds_bucket" in name}
-        found[f"{time}_buckets"] = {label(name[name.index("le=") :]): value for name, value in buckets.items()}
+        found[f"{time}_buckets"] = {label(name, "le"): value for name, value in buckets.items()}
     return found
 
 

@@ -1,18 +1,22 @@
 """Time of the grammar walk on a vocabulary of 151,936 tokens: python -m benchmarks.structured.walk [OUT.json]
 
-No server and no model pass: nano's real draft blocks, and `BlockGrammars` as the worker calls it. The tokenizer is
-nano's with made-up words behind its 4,096 tokens, so that blocks mean the same and masks have the size of Qwen3's.
+No server and no model pass: nano's real draft blocks, and `BlockGrammars` as the worker calls it. The vocabulary is one
+of two:
+
+- `qwen3`: Qwen3's own, and nano's blocks spelled in it (`respell`). Used where it was fetched (`make tokenizer`).
+- `made-up`: nano's with made-up words behind its 4,096 tokens, so that masks have the size of Qwen3's.
 
 Times per round, for all requests of a batch: choose_ms from candidates on the host to drafts, which a verify pass waits
 for; masks_ms from there to masks, during that pass; walk_ms both. Copies to a GPU are not in them. choose_cpu_ms,
-masks_cpu_ms and cpu_ms: processor time of the same, over all threads; on a busy machine the better figures.
+masks_cpu_ms and cpu_ms: processor time of the same, over all threads; on a busy machine the better figures. repaired,
+forced: shares of drafts.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +32,18 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common.provenance import provenance
+from benchmarks.common.qwen3_tokenizer import VOCABULARY, qwen3_tokenizer
 from benchmarks.common.wide_tokenizer import widened_tokenizer
-from benchmarks.structured.cases import END, Block, blocks, foreign_cases, own_cases
+from benchmarks.structured.cases import END, Block, blocks, fast, foreign_cases, nano, own_cases
+from benchmarks.structured.respell import respelled
 from sglang_orthrus.cli.demo import NANO
 from sglang_orthrus.config import DraftMode
+from sglang_orthrus.core import DraftChange
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES, BlockGrammars, CandidatesCopy
 from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.metrics import GrammarMetrics
 
-VOCABULARY = 151_936
+MADE_UP, QWEN3 = "made-up", "qwen3"
 WIDTH = 32
 CONCURRENCIES = (1, 32)
 ROUNDS = 100
@@ -65,8 +72,9 @@ def backends(tokenizer: Any) -> dict[str, BaseGrammarBackend]:
 def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block], bs: int, mode: DraftMode) -> Any:
     """Rounds of `bs` requests at random places of random answers."""
     rng, templates = random.Random(0), dict[str, Any]()
-    metrics = GrammarMetrics(log_interval=1 << 30, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=1 << 30, model_name=None)
     grammars = BlockGrammars(mode, WIDTH, "cpu", tokenizer, metrics)
+    counts = np.zeros(len(DraftChange), np.int64)
     taken, scratch = [], torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
     for _ in range(WARM_UP + ROUNDS):
         chosen, reqs = rng.choices(drafted, k=bs), []
@@ -84,9 +92,15 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
         drafts = grammars.repair(reqs, range(bs), candidates, VOCABULARY)
         between = _clocks()
         grammars.masks(drafts)
+        for repaired in drafts.blocks:
+            if repaired is not None:
+                counts += np.bincount(repaired.repair.changes, minlength=len(counts))
         taken.append((start, between, _clocks()))
     starts, betweens, ends = np.moveaxis(np.array(taken[WARM_UP:]), 1, 0)
-    found: dict[str, Any] = {}
+    shares = counts / counts.sum()
+    found: dict[str, Any] = {
+        change.name.lower(): round(float(shares[change]), 3) for change in (DraftChange.REPAIRED, DraftChange.FORCED)
+    }
     for name, milliseconds in (
         ("walk", 1e3 * (ends - starts)),
         ("choose", 1e3 * (betweens - starts)),
@@ -103,14 +117,27 @@ def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
+def vocabulary(name: str) -> tuple[PreTrainedTokenizerFast, dict[str, list[Block]]]:
+    """A tokenizer, and blocks in its tokens by the set of their prompts."""
+    drafted = {"own": list(blocks(own_cases(6))), "tests/data": list(blocks(foreign_cases()[::11]))}
+    if name == MADE_UP:
+        return wide_tokenizer(), drafted
+    tokenizer = qwen3_tokenizer()
+    if tokenizer is None:
+        raise SystemExit("Qwen3's tokenizer is missing: make tokenizer")
+    ours = fast(nano()[0])
+    return tokenizer, {key: list(respelled(found, ours, tokenizer, END)) for key, found in drafted.items()}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path)
+    default = QWEN3 if qwen3_tokenizer() is not None else MADE_UP
+    parser.add_argument("--vocabulary", choices=(MADE_UP, QWEN3), default=default)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = wide_tokenizer()
-    drafted = {
-        "own": list(blocks(own_cases(6))),
-        "tests/data": list(blocks(foreign_cases()[::11])),
-    }
-    result: dict[str, Any] = {"provenance": provenance(), "vocabulary": VOCABULARY, "rows": []}
+    tokenizer, drafted = vocabulary(options.vocabulary)
+    result: dict[str, Any] = {"provenance": provenance(), "vocabulary": options.vocabulary, "rows": []}
     for name, backend in backends(tokenizer).items():
         for prompts, found in drafted.items():
             for mode in (DraftMode.REPAIR, DraftMode.OFF):
@@ -118,8 +145,8 @@ def main() -> None:
                     setting = {"backend": name, "prompts": prompts, "mode": mode.value, "concurrency": bs}
                     result["rows"].append(setting | measure(backend, tokenizer, found, bs, mode))
                     print(json.dumps(result["rows"][-1]), flush=True)
-                    if len(sys.argv) > 1:
-                        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                    if options.out is not None:
+                        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.model_runner import SamplingPrewarmResult
-from sglang.srt.runtime_context import get_exec, get_observability, get_parallel, get_schedule, get_spec
+from sglang.srt.runtime_context import (
+    get_exec,
+    get_observability,
+    get_parallel,
+    get_schedule,
+    get_serving,
+    get_spec,
+)
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from sglang_orthrus import ranks
@@ -86,9 +93,9 @@ class OrthrusWorker(BaseSpecWorker):
         self._history = History(self.device)
         sampling_backend = get_exec().kernel.sampling_backend
         replace_sampler(self.model_runner, FirstTokenSampler())
-        reporting = (get_observability().decode_log_interval, get_observability().enable_metrics)
-        self._metrics = RoundMetrics(*reporting)
         ranks.use_group(get_parallel().tp_group)
+        reporting = _reporting()
+        self._metrics = RoundMetrics(*reporting)
         grammars = (GrammarsAcrossRanks if ranks.are_several() else BlockGrammars)(
             DraftMode.from_env(),
             self.speculative_num_draft_tokens,
@@ -156,7 +163,7 @@ class OrthrusWorker(BaseSpecWorker):
             pairs = zip(costs.widths, row.seconds, strict=True)
             times = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
             logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, times)
-        metrics = WidthMetrics(get_observability().decode_log_interval, get_observability().enable_metrics)
+        metrics = WidthMetrics(*_reporting(), self._widths)
         # Retracted requests are remembered, too.
         return Policy(self._widths, WidthController(costs, max_requests=2 * max_requests), metrics)
 
@@ -262,3 +269,10 @@ def _publish(on_publish: Publish | None, new_seq_lens: torch.Tensor) -> None:
     """The synchronous scheduler passes no callback and reads `new_seq_lens` off the result."""
     if on_publish is not None:
         on_publish(new_seq_lens)
+
+
+def _reporting() -> tuple[int, str | None]:
+    """Rounds between log lines, and the label of metrics. Of several ranks, which run the same rounds, one exports."""
+    observability = get_observability()
+    is_exporting = observability.enable_metrics and ranks.is_first()
+    return observability.decode_log_interval, get_serving().served_model_name if is_exporting else None

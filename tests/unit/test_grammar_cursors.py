@@ -245,7 +245,7 @@ def request(grammar: BaseGrammarObject | None, finished: bool = False) -> Any:
 
 
 def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(backend: BaseGrammarBackend) -> None:
-    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=100, model_name=None)
     grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, metrics)
     ended = backend.dispatch_regex("a")
     for token in (*ENCODE("a"), END):
@@ -280,7 +280,7 @@ def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGr
     tags = {"begin": "<tool_call>", "schema": {"type": "boolean"}, "end": "</tool_call>"}
     tag = json.dumps({"type": "structural_tag", "structures": [tags], "triggers": ["<tool_call>"]})
     grammar = backend.dispatch_structural_tag(tag)
-    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=100, model_name=None)
     grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, metrics)
     text = [*ENCODE("None of it."), END]
     candidates = torch.tensor([*text, *[7] * (WIDTH - 1 - len(text))])[None, :, None]
@@ -300,7 +300,7 @@ def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGr
 
 
 def test_no_request_is_constrained_twice_or_past_its_end() -> None:
-    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=100, model_name=None)
     grammars = BlockGrammars(DraftMode.OFF, WIDTH, "cpu", TOKENIZER, metrics)
     assert grammars.rows_of([request(None), request(BaseGrammarObject()), request(BaseGrammarObject(), True)]) == [1]
     assert grammars.num_candidates == 1

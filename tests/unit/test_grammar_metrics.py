@@ -10,6 +10,7 @@ import pytest
 from sglang_orthrus.core import DraftChange
 from sglang_orthrus.metrics import GrammarMetrics
 
+NANO = {"model_name": "nano"}
 CHANGES = [
     np.array([DraftChange.NONE, DraftChange.FORCED, DraftChange.FORCED, DraftChange.NONE], np.int8),
     np.array([DraftChange.REPAIRED, DraftChange.NONE, DraftChange.NONE, DraftChange.NONE], np.int8),
@@ -17,7 +18,7 @@ CHANGES = [
 
 
 def test_a_log_line_sums_up_every_interval(caplog: pytest.LogCaptureFixture) -> None:
-    metrics = GrammarMetrics(log_interval=2, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=2, model_name=None)
     with caplog.at_level(logging.INFO):
         for seconds in (0.001, 0.003, 0.005):
             metrics.count(CHANGES, seconds / 4, seconds * 3 / 4)
@@ -29,7 +30,7 @@ def test_a_log_line_sums_up_every_interval(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_rounds_without_drafts_have_times_and_no_shares(caplog: pytest.LogCaptureFixture) -> None:
-    metrics = GrammarMetrics(log_interval=2, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=2, model_name=None)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             metrics.count([np.zeros(0, np.int8)] * 2, 0.001, 0.003)
@@ -42,14 +43,14 @@ def test_rounds_without_drafts_have_times_and_no_shares(caplog: pytest.LogCaptur
 def test_the_metrics_count_drafts_and_time() -> None:
     from prometheus_client import REGISTRY
 
-    metrics = GrammarMetrics(log_interval=100, with_metrics=True)
+    metrics = GrammarMetrics(log_interval=100, model_name="nano")
     for _ in range(2):
         metrics.count(CHANGES, 0.0005, 0.0015, 1)
     name = "sglang_orthrus:grammar_drafts_total"
-    counts = [REGISTRY.get_sample_value(name, {"change": change}) for change in ("none", "repaired", "forced")]
+    counts = [REGISTRY.get_sample_value(name, {"change": change, **NANO}) for change in ("none", "repaired", "forced")]
     assert counts == [10, 2, 4]
     name = "sglang_orthrus:grammar_blocks_total"
-    assert [REGISTRY.get_sample_value(name, {"masks": masks}) for masks in ("all", "needed")] == [2, 2]
+    assert [REGISTRY.get_sample_value(name, {"masks": masks, **NANO}) for masks in ("all", "needed")] == [2, 2]
     for times, seconds in (("choose", 0.001), ("walk", 0.004)):
-        assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_count") == 2
-        assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_sum") == pytest.approx(seconds)
+        assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_count", NANO) == 2
+        assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_sum", NANO) == pytest.approx(seconds)

@@ -43,7 +43,7 @@ WIDTHS = (8, 1, 32, 16, 1, 31, 2, 32, 1, 8)
 
 def block_grammars(max_width: int = WIDTH, seconds: float = float("inf")) -> BlockGrammars:
     return BlockGrammars(
-        DraftMode.REPAIR, max_width, "cpu", TOKENIZER, GrammarMetrics(log_interval=3, with_metrics=False), seconds
+        DraftMode.REPAIR, max_width, "cpu", TOKENIZER, GrammarMetrics(log_interval=3, model_name=None), seconds
     )
 
 

@@ -63,7 +63,7 @@ class Judged:
 
 
 def block_grammars(seconds: float = float("inf")) -> BlockGrammars:
-    metrics = GrammarMetrics(log_interval=100, with_metrics=False)
+    metrics = GrammarMetrics(log_interval=100, model_name=None)
     return BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", TOKENIZER, metrics, seconds)
 
 
