@@ -36,7 +36,7 @@ check: lint
 test: check
 	$(PYTEST) -m "not slow" tests/e2e tests/gpu
 
-test-all: lint clients .venv/.play-extra
+test-all: lint clients .venv/.slow-extra
 	$(PYTEST) $(BESIDE)
 	$(PYTEST) tests/e2e tests/gpu
 
@@ -106,8 +106,8 @@ clean:
 	$(BIN)/pip install --disable-pip-version-check -e '.[fuzz]'
 	@touch $@
 
-.venv/.play-extra: .venv/.test-extra
-	$(BIN)/pip install --disable-pip-version-check -e '.[play]'
+.venv/.slow-extra: .venv/.test-extra
+	$(BIN)/pip install --disable-pip-version-check -e '.[play,package,fuzz]'
 	@touch $@
 
 .venv/.bench-extra: .venv/.installed

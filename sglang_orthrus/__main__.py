@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     serving.add_argument("model", nargs="?", help="checkpoint directory or model name")
     serving.add_argument("--port", type=int, default=30000)
     play.add_arguments(commands.add_parser("play", help="a page that shows both answers to a request, side by side"))
-    commands.add_parser("doctor", help="tell what would keep ORTHRUS from starting with the SGLang flags that follow")
+    examining = commands.add_parser(
+        "doctor", help="tell what would keep ORTHRUS from starting with the SGLang flags that follow"
+    )
+    examining.add_argument("--url", help="tell what a running server says of its rounds instead")
     exporting = commands.add_parser("export-ar", help="write a checkpoint's autoregressive view as plain Qwen3")
     exporting.add_argument("source", type=Path)
     exporting.add_argument("target", type=Path)
@@ -83,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 
             return run(arguments, extra)
         if arguments.command == "doctor":
-            from sglang_orthrus.cli import doctor
+            from sglang_orthrus.cli import doctor, running
 
-            return doctor.run(extra)
+            return running.run(arguments.url) if arguments.url else doctor.run(extra)
         from sglang_orthrus.cli import demo
 
         return demo.run()

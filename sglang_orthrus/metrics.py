@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -44,14 +44,23 @@ class Family:
     Args:
         name: with its unit, and with `_total` for a counter, as Prometheus wants it. The colon is SGLang's custom.
         help: for `/metrics`.
-        label: that tells counters apart; a histogram has none.
+        label: that tells counters and gauges apart; a histogram has none.
         values: of the label; those of `width` are the server's.
+        second_label: of a gauge.
     """
 
     name: str
     help: str
     label: str = ""
     values: tuple[str, ...] = ()
+    second_label: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Prometheus' word for it."""
+        if self.name.endswith("_total"):
+            return "counter"
+        return "gauge" if self.label else "histogram"
 
     def counters(self, model_name: str, values: Sequence[str] = ()) -> dict[str, Any]:
         """Counters by the label's value. All are exported as 0 at first, so that a rate sees the first event."""
@@ -60,6 +69,15 @@ class Family:
 
         counter = Counter(self.name, self.help, ("model_name", self.label))
         return {value: counter.labels(model_name, value) for value in self.values or values}
+
+    def set_gauges(self, model_name: str, figures: Mapping[tuple[str, str], float]) -> None:
+        """Gauges by the values of both labels, which stay as they are."""
+        from prometheus_client import Gauge
+
+        labels = ("model_name", self.label, self.second_label)
+        gauge = Gauge(self.name, self.help, labels, multiprocess_mode="mostrecent")
+        for values, figure in figures.items():
+            gauge.labels(model_name, *values).set(figure)
 
     def histogram(self, model_name: str) -> Any:
         """A histogram of seconds."""
@@ -85,6 +103,12 @@ WIDTHS = {
         ("plain_seconds", "Estimated seconds of plain decoding for the same tokens, by width."),
     )
 }
+WIDTH_COSTS = Family(
+    "sglang_orthrus:width_cost_seconds",
+    "Seconds of a round as timed at start-up, by width and by requests in the batch.",
+    "width",
+    second_label="requests",
+)
 GRAMMAR_DRAFTS = Family(
     "sglang_orthrus:grammar_drafts_total",
     "Drafts of requests with a grammar, by what the grammar made of them.",
@@ -105,7 +129,7 @@ WALK_SECONDS = Family(
     "sglang_orthrus:grammar_walk_seconds",
     "Seconds per round in which grammars repaired drafts and filled masks.",
 )
-FAMILIES = (ROUNDS, *WIDTHS.values(), GRAMMAR_DRAFTS, GRAMMAR_BLOCKS, CHOOSE_SECONDS, WALK_SECONDS)
+FAMILIES = (ROUNDS, *WIDTHS.values(), WIDTH_COSTS, GRAMMAR_DRAFTS, GRAMMAR_BLOCKS, CHOOSE_SECONDS, WALK_SECONDS)
 
 
 class RoundMetrics:
@@ -158,16 +182,18 @@ class WidthMetrics:
     Args:
         log_interval: a log line every so many rounds.
         model_name: of exported metrics; None exports none.
-        widths: that rounds may have.
+        costs: seconds of a round by width, for every width that rounds may have, and by batch size.
     """
 
-    def __init__(self, log_interval: int, model_name: str | None, widths: Sequence[int]) -> None:
+    def __init__(self, log_interval: int, model_name: str | None, costs: Mapping[int, Mapping[int, float]]) -> None:
         self._log_interval = log_interval
         self._since_log = 0
         self._counters: dict[str, dict[str, Any]] = {}
         if model_name is not None:
-            values = [str(width) for width in widths]
+            values = [str(width) for width in costs]
             self._counters = {name: family.counters(model_name, values) for name, family in WIDTHS.items()}
+            seconds = {(str(width), str(size)): cost for width, row in costs.items() for size, cost in row.items()}
+            WIDTH_COSTS.set_gauges(model_name, seconds)
 
     def count(self, figures: WidthFigures, report: Callable[[], object]) -> None:
         """Count one round. report: what the log line says, asked for only then."""

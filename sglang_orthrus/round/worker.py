@@ -159,11 +159,13 @@ class OrthrusWorker(BaseSpecWorker):
         with torch.inference_mode():
             seconds = time_rounds(self._passes, self.model_runner, self._widths, sizes, _TIMING_SECONDS)
         costs = RoundCosts(seconds, graph_sizes)
-        for row in costs.as_rows():
+        rows = costs.as_rows()
+        for row in rows:
             pairs = zip(costs.widths, row.seconds, strict=True)
             times = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
             logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, times)
-        metrics = WidthMetrics(*_reporting(), self._widths)
+        timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
+        metrics = WidthMetrics(*_reporting(), timed)
         # Retracted requests are remembered, too.
         return Policy(self._widths, WidthController(costs, max_requests=2 * max_requests), metrics)
 

@@ -38,8 +38,9 @@ def test_the_page_lists_every_metric_with_its_label_and_no_other() -> None:
     assert set(listed) == OURS
     for family in FAMILIES:
         kind, label = listed[family.name]
-        assert kind == ("counter" if family.label else "histogram")
+        assert kind == family.kind
         assert label.startswith(f"`{family.label}`") or (not family.label and label == "-")
+        assert not family.second_label or label.endswith(f", `{family.second_label}`")
         for value in family.values:
             assert f"`{value}`" in label
 
@@ -58,7 +59,8 @@ def test_no_module_makes_metrics_but_the_one_that_lists_them() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_names_and_help_texts_follow_the_conventions(family: Family) -> None:
     assert re.fullmatch(r"sglang_orthrus:[a-z_]+", family.name)
-    assert family.name.endswith("_total" if family.label else "_seconds")
+    assert family.name.endswith(("_total", "_seconds"))
+    assert family.kind != "counter" or family.name.endswith("_total")
     assert re.fullmatch(r"[A-Z].*\.", family.help)
 
 

@@ -38,7 +38,7 @@ def test_the_metrics_of_widths_count_what_rounds_brought(caplog: pytest.LogCaptu
         labels = {"width": str(width), "model_name": "nano"}
         return REGISTRY.get_sample_value(f"sglang_orthrus:width_{name}_total", labels)
 
-    metrics = WidthMetrics(2, "nano", (1, 8))
+    metrics = WidthMetrics(2, "nano", {1: {4: 0.25}, 8: {4: 0.5}})
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             metrics.count(WidthFigures(8, True, requests=3, tokens=9, seconds=0.5, plain_seconds=1.5), lambda: "said")
@@ -46,3 +46,5 @@ def test_the_metrics_of_widths_count_what_rounds_brought(caplog: pytest.LogCaptu
     names = ("rounds", "requests", "tokens", "probes", "seconds", "plain_seconds")
     assert [count(name, 8) for name in names] == [2, 6, 18, 2, 1, 3]
     assert [count(name, 1) for name in names] == [0] * 6
+    labels = {"width": "8", "requests": "4", "model_name": "nano"}
+    assert REGISTRY.get_sample_value("sglang_orthrus:width_cost_seconds", labels) == 0.5
