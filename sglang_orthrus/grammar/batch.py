@@ -18,6 +18,7 @@ from sglang_orthrus.config import DraftMode
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.grammar.cursor import Cursor, Ids
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
+from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
@@ -179,21 +180,27 @@ class BlockGrammars:
         "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.fill_vocab_mask_batched",
         "entries",
         "vocab_mask",
-        what="called for rounds that draft nothing, as SGLang calls it for a decode step",
-        why="such a round is a decode step",
+        what="called where llguidance fills the masks of rounds that draft nothing, as SGLang does for a decode step",
+        why="such a round is a decode step, and llguidance fills its masks in parallel",
         until=SHARED_BY_WORKERS,
     )
     def next_masks(self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int) -> GrammarMask:
         """What may follow the committed text of every constrained request: one row each.
 
-        For rounds that draft nothing. Host work, while a GPU verifies.
+        For rounds that draft nothing. Host work, while a GPU verifies. SGLang has XGrammar fill one mask after the
+        other, here several threads do it.
         """
         grammars = [reqs[row].grammar for row in rows]
         masks = grammars[0].allocate_vocab_mask(vocab_size=vocab_size, batch_size=len(rows), device=self._device)
         entries = [
             GrammarRow(number, grammar) for number, grammar in enumerate(grammars) if not grammar.is_terminated()
         ]
-        grammars[0].fill_vocab_mask_batched(entries, masks)
+        cursors = [cursor_of(entry.grammar, self.text, masks[entry.row :]) for entry in entries]
+        if any(isinstance(cursor, GuidanceCursor) for cursor in cursors):
+            grammars[0].fill_vocab_mask_batched(entries, masks)
+        else:
+            own = [masks[entry.row : entry.row + 1] for entry in entries]
+            self._filler.fill_next(list(zip(cursors, own, strict=True)))
         return GrammarMask(grammars[0], grammars[0].move_vocab_mask(masks, self._device))
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:

@@ -11,6 +11,7 @@ from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.config import DraftMode
+from sglang_orthrus.grammar import masks as masks_module
 from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers
@@ -133,6 +134,24 @@ def test_rounds_of_any_width_follow_one_another(backend: BaseGrammarBackend) -> 
                 assert own.repair.match == other.repair.match
                 assert own.repair.changes.tolist() == other.repair.changes.tolist()
         world.commit([reqs[row].grammar for row in rows], ours, masks)
+
+
+@pytest.mark.parametrize("alone", [0.0, 60.0], ids=["several threads", "one thread"])
+def test_masks_of_rounds_that_draft_nothing_are_sglangs(
+    backend: BaseGrammarBackend, alone: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks_module, "ALONE_SECONDS", alone)
+    world, grammars = World(backend), block_grammars()
+    for _ in range(12):
+        world.turn()
+        rows = grammars.rows_of(world.reqs)
+        found = grammars.next_masks(world.reqs, rows, VOCABULARY).vocab_mask
+        for row, mask in zip(rows, found, strict=True):
+            grammar = world.reqs[row].grammar
+            wanted = torch.full((1, VOCABULARY // 32), -1, dtype=torch.int32)
+            if not grammar.is_terminated():
+                grammar.fill_vocab_mask(wanted, 0)
+            assert torch.equal(mask, wanted[0])
 
 
 @pytest.mark.parametrize("seconds", [60.0, 0.0], ids=["few masks", "no time"])
