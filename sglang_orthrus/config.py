@@ -1,4 +1,4 @@
-"""What the checkpoint says of its diffusion view, and what environment variables set (docs/structured.md)."""
+"""What the checkpoint says of its diffusion view, and what environment variables set (docs/serving.md)."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ plain SGLang's, and ORTHRUS must give them, but for near ties. At every setting 
 - at concurrency 1 also requests with pauses in between: time to first token of a server that is idle.
 
 Every finished setting is written at once. `--resume` continues the file where it ends, if model, arguments, source
-and GPU are the same; otherwise it refuses. `--servers` and `--settings` measure a part. docs/benchmarks.md explains
-the figures.
+and GPU are the same; otherwise it refuses. `--servers` and `--settings` measure a part. docs/benchmarks_method.md
+explains the figures.
 """
 
 from __future__ import annotations

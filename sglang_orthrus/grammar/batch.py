@@ -28,7 +28,8 @@ from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.metrics import GrammarMetrics
 
 # What a grammar allows may lie deep in a distribution, as white space does where the model wants none. On the schemas
-# of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle (docs/structured.md).
+# of tests/data with white space anywhere, 16 candidates give a tenth fewer tokens per cycle
+# (docs/structured_measured.md).
 NUM_CANDIDATES = 64
 # A grammar may change drafts for so long, in processor time; common ones take a tenth of that.
 MIN_REPAIR_SECONDS = 0.005

@@ -20,7 +20,7 @@ from sglang_orthrus.grammar.cursor import Cursor, Ids, Match, best_allowed
 from sglang_orthrus.grammar.slow_masks import NO_DEADLINE, Deadline
 
 # Each repair is a guess, and a block is accepted up to the first wrong one. On the schemas of tests/data six guesses a
-# block give as many tokens per cycle as any number of them, in less time (docs/structured.md).
+# block give as many tokens per cycle as any number of them, in less time (docs/structured_measured.md).
 MAX_REPAIRS = 6
 # So many candidates are tried before a mask is filled, which costs as much as some twenty of them. The slow masks,
 # inside strings of bounded length, allow so much that these suffice.
