@@ -156,9 +156,9 @@ def assert_same_log_probabilities(reply: Reply, expected: Reply) -> None:
         assert token == other_token or "top_" in place
 
 
-def test_neighbours_ask_for_different_numbers_of_log_probabilities(served: Server, plain: Server) -> None:
+def test_neighbours_ask_for_different_numbers_of_log_probabilities(orthrus: Server, plain: Server) -> None:
     """In one prefill batch; large numbers are selected for each request by itself."""
-    for server in (served, plain):
+    for server in (orthrus, plain):
         server.get("/flush_cache?timeout=30")
     numbers = [3, 200, 0, 4096]
     ids = [prompt_of("prose"), prompt_of("json"), prompt_of("chat"), prompt_of("arith")]
@@ -170,7 +170,7 @@ def test_neighbours_ask_for_different_numbers_of_log_probabilities(served: Serve
         "top_logprobs_num": numbers,
     }
     for own, number, reply, expected in zip(
-        ids, numbers, served.post("/generate", body), plain.post("/generate", body), strict=True
+        ids, numbers, orthrus.post("/generate", body), plain.post("/generate", body), strict=True
     ):
         assert_same_log_probabilities(reply, expected)
         top = reply["meta_info"].get("input_top_logprobs") or ()

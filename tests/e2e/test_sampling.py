@@ -43,8 +43,7 @@ SPELLED = [TOKENIZER.decode([token]) for token in range(TOKENIZER.get_vocab_size
 PROMPT = tuple(TOKENIZER.encode("The ").ids)
 OPTIONS: dict[str, dict[str, Any]] = {
     "temperature and top_k": {"temperature": 1.6, "top_k": 3},
-    "top_p": {"temperature": 0.5, "top_p": 0.5},
-    "min_p": {"temperature": 0.5, "min_p": 0.3},
+    "top_p and min_p": {"temperature": 0.5, "top_p": 0.9, "min_p": 0.3},
     "grammar": {"temperature": 2.0, "top_p": 0.95, "regex": "[a-f]{3}"},
     # What is allowed depends on the letters before, and most drafts are repaired or forced.
     "forced": {"temperature": 3.0, "regex": "a[b-d]f|[bf]cd|e(ab|dc)|d[a-f]c"},
