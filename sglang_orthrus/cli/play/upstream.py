@@ -30,7 +30,9 @@ class UpstreamError(Exception):
 def session() -> aiohttp.ClientSession:
     """For all requests to the servers. An answer may take as long as it likes; a server that is gone is noticed."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-    return aiohttp.ClientSession(timeout=timeout, read_bufsize=_READ_BUFFER)
+    # SGLang closes a connection that was idle for five seconds. A request on it just then would be lost.
+    connector = aiohttp.TCPConnector(force_close=True)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_READ_BUFFER)
 
 
 async def answer(
