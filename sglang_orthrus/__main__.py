@@ -86,9 +86,14 @@ def main(argv: list[str] | None = None) -> int:
 
             return run(arguments, extra)
         if arguments.command == "doctor":
-            from sglang_orthrus.cli import doctor, running
+            # The doctor imports SGLang only where a failure of that is a finding.
+            if arguments.url:
+                from sglang_orthrus.cli import running
 
-            return running.run(arguments.url) if arguments.url else doctor.run(extra)
+                return running.run(arguments.url)
+            from sglang_orthrus.cli import doctor
+
+            return doctor.run(extra)
         from sglang_orthrus.cli import demo
 
         return demo.run()
