@@ -20,6 +20,7 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 from tokenizers import Tokenizer
 
 from benchmarks.common.equality import NEAR_TIE
+from benchmarks.common.greedy import stop_ids
 from benchmarks.common.reference import Reference
 from benchmarks.parity.seeded import FILTERS, Case, cases
 from benchmarks.parity.seeded_rules import margin, noise
@@ -38,7 +39,7 @@ LENGTH = 3
 LETTERS_WANTED = 16
 TOKENIZER = Tokenizer.from_file(str(NANO / "tokenizer.json"))
 SPELLED = [TOKENIZER.decode([token]) for token in range(TOKENIZER.get_vocab_size())]
-(END,) = TOKENIZER.encode("<|im_end|>").ids
+STOPS = stop_ids(NANO)
 # A name follows, and most drafts of it are wrong. Options leave few enough names to count them.
 PROMPT = tuple(TOKENIZER.encode("The ").ids)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -66,9 +67,7 @@ def beginnings_of(regex: str) -> set[str]:
 
 @cache
 def allowed_after(text: str, regex: str) -> list[int]:
-    """Tokens; the end alone where the text is whole."""
-    if len(text) == LENGTH:
-        return [END]
+    """Tokens, unless the text is whole."""
     beginnings = beginnings_of(regex)
     return [token for token, spelled in enumerate(SPELLED) if spelled and text + spelled in beginnings]
 
@@ -87,16 +86,23 @@ def next_tokens(reference: Reference, ids: Sequence[int], options: dict[str, Any
     return {int(token): float(filtered[token]) for token in filtered.nonzero().flatten()}
 
 
+def is_whole(ids: Sequence[int], options: dict[str, Any]) -> bool:
+    """Whether a grammar allows nothing but one of the stop tokens."""
+    return "regex" in options and len("".join(SPELLED[token] for token in ids)) == LENGTH
+
+
 def expected_texts(reference: Reference, options: dict[str, Any]) -> dict[tuple[int, ...], float]:
-    """Texts and their probabilities; those that are hardly ever seen are left out."""
+    """Texts without a stop token, and their probabilities; those that are hardly ever seen are left out."""
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
-        found = {
+        whole = {text: mass for text, mass in found.items() if is_whole(text, options)}
+        found = whole | {
             (*text, token): mass * p
             for text, mass in found.items()
-            for token, p in ({} if END in text else next_tokens(reference, text, options)).items()
+            if text not in whole
+            for token, p in next_tokens(reference, text, options).items()
             if mass * p * SAMPLES > 1
-        } | {text: mass for text, mass in found.items() if END in text}
+        }
     return found
 
 
@@ -135,7 +141,7 @@ def sampled(request: pytest.FixtureRequest) -> dict[str, list[Reply]]:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_served_texts_follow_the_distribution(sampled: dict[str, list[Reply]], reference: Reference, name: str) -> None:
     """A correct server fails one of these with probability 1e-6."""
-    texts = [tuple(reply["output_ids"]) for reply in sampled[name]]
+    texts = [tuple(token for token in reply["output_ids"] if token not in STOPS) for reply in sampled[name]]
     expected = expected_texts(reference, OPTIONS[name])
     assert len(texts) == SAMPLES and len(set(texts)) > 10
     assert misfit(texts, expected) > FALSE_ALARM
