@@ -163,7 +163,7 @@ def test_a_server_that_is_gone_is_noticed() -> None:
         side = client.app[SIDES][ORTHRUS]
         side.url = f"http://127.0.0.1:{free_port()}"
         (error,) = await events_of(client)
-        assert error["event"] == "error" and "does not answer" in error["message"] and side.is_lost.is_set()
+        assert error["event"] == "error" and "does not answer" in error["message"] and side.is_unreachable.is_set()
 
     served(test)
 

@@ -85,7 +85,7 @@ async def answer(request: web.Request) -> web.StreamResponse:
     async with aclosing(upstream.answer(request.app[HTTP], side.url, question, side.has_metrics)) as events:
         async for event in events:
             if event.pop("lost", False):
-                side.is_lost.set()
+                side.is_unreachable.set()
             await response.write(json.dumps(event).encode() + b"\n")
     await response.write_eof()
     return response

@@ -33,13 +33,13 @@ class Side:
 
     Attributes:
         words: for people, on what is happening, or what to do.
-        is_lost: set where a request finds a running server gone.
+        is_unreachable: set where a request finds a running server gone.
     """
 
     def __init__(self, name: str, stage: Stage = Stage.STARTING, words: str = "") -> None:
         self.name = name
         self.url: str | None = None
-        self.is_lost = threading.Event()
+        self.is_unreachable = threading.Event()
         self._since = time.monotonic()
         self._state: dict[str, Any] = {}
         self.tell(stage, words)
@@ -72,7 +72,7 @@ class Side:
         response.raise_for_status()
         info = response.json()
         self.url = url
-        self.is_lost.clear()
+        self.is_unreachable.clear()
         self.tell(Stage.READY, advice(self.name, info), **facts_of(info))
 
 
@@ -141,5 +141,5 @@ def follow(side: Side, url: str, stop: threading.Event) -> None:
             side.tell(Stage.UNREACHABLE, f"No SGLang server answers at {url} ({reason}). Start one; this page retries.")
             stop.wait(_RETRY_SECONDS)
             continue
-        while not stop.wait(_RETRY_SECONDS / 4) and not side.is_lost.is_set():
+        while not stop.wait(_RETRY_SECONDS / 4) and not side.is_unreachable.is_set():
             pass
