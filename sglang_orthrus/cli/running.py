@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import requests
 
+from sglang_orthrus.cli.samples import Sample, parse
 from sglang_orthrus.metrics import WIDTH_COSTS, WIDTHS
 
-_SAMPLE = re.compile(r"^(sglang_orthrus:\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _TIMEOUT = 10
-
-
-class Sample(NamedTuple):
-    """A line of `/metrics`."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
 
 
 def run(url: str) -> int:
@@ -58,12 +48,6 @@ def report(info: Mapping[str, Any], metrics: str) -> Iterator[str]:
         yield from traffic(samples)
     else:
         yield "All blocks have that width: ORTHRUS_WIDTHS names no other."
-
-
-def parse(metrics: str) -> Iterator[Sample]:
-    """ORTHRUS's own counters and gauges in Prometheus's text."""
-    for name, labels, value in _SAMPLE.findall(metrics):
-        yield Sample(name, dict(_LABEL.findall(labels)), float(value))
 
 
 def costs(samples: list[Sample]) -> Iterator[str]:

@@ -196,12 +196,12 @@ class BlockGrammars:
         entries = [
             GrammarRow(number, grammar) for number, grammar in enumerate(grammars) if not grammar.is_terminated()
         ]
-        cursors = [cursor_of(entry.grammar, self.text, masks[entry.row :]) for entry in entries]
-        if any(isinstance(cursor, GuidanceCursor) for cursor in cursors):
+        own = [masks[entry.row : entry.row + 1] for entry in entries]
+        to_fill = [(cursor_of(entry.grammar, self.text, mask), mask) for entry, mask in zip(entries, own, strict=True)]
+        if any(isinstance(cursor, GuidanceCursor) for cursor, _ in to_fill):
             grammars[0].fill_vocab_mask_batched(entries, masks)
         else:
-            own = [masks[entry.row : entry.row + 1] for entry in entries]
-            self._filler.fill_next(list(zip(cursors, own, strict=True)))
+            self._filler.fill_next(to_fill)
         return GrammarMask(grammars[0], grammars[0].move_vocab_mask(masks, self._device))
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 
-_DRAFTS = re.compile(r'^sglang_orthrus:grammar_drafts_total\{[^}]*change="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
+from sglang_orthrus.cli.samples import parse
 
 
 def grammar_drafts(metrics: str) -> Counter[str]:
     """Drafts by what a grammar made of them: `none`, `repaired` or `forced`, from Prometheus's text."""
     counts = Counter[str]()
-    for change, value in _DRAFTS.findall(metrics):
-        counts[change] += int(float(value))
+    for sample in parse(metrics):
+        if sample.name == "sglang_orthrus:grammar_drafts_total":
+            counts[sample.labels["change"]] += int(sample.value)
     return counts
 
 
