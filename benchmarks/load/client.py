@@ -16,6 +16,8 @@ from benchmarks.load.figures import Result, parse
 from benchmarks.load.recorder import control_file
 from benchmarks.load.traffic import Request
 
+# Requests in flight at which new ones are sent, as a share of the concurrency.
+REFILL = 0.75
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -48,21 +50,33 @@ class Side:
         return self.records.stat().st_size if self.records.exists() else 0
 
 
-async def waves(
+async def refilled(
     side: Side, requests: Sequence[Request], concurrency: int
 ) -> tuple[list[list[int]], float, list[Result]]:
-    """Send so many at a time, and the next ones when all are answered: no prefill comes between their rounds.
+    """Send so many at a time; when a quarter of them are answered, send as many new ones at once.
+
+    So a batch has requests of every age, as under a steady load, and yet rounds follow rounds without prefills between.
 
     Returns: see `closed_loop`.
     """
     async with _session() as session:
         await _prepare(session, side)
         offset, started = side.size, time.perf_counter()
-        answers: list[list[int]] = []
-        for first in range(0, len(requests), concurrency):
-            wave = requests[first : first + concurrency]
-            answers += await asyncio.gather(*(_ask(session, side, request) for request in wave))
+        tasks: list[asyncio.Task[list[int]]] = []
+        running: set[asyncio.Task[list[int]]] = set()
+        while len(tasks) < len(requests):
+            for request in requests[len(tasks) : len(tasks) + concurrency - len(running)]:
+                tasks.append(asyncio.create_task(_ask(session, side, request)))
+                running.add(tasks[-1])
+            while len(running) > refill_at(concurrency):
+                _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        answers = await asyncio.gather(*tasks)
     return answers, time.perf_counter() - started, side.since(offset)
+
+
+def refill_at(concurrency: int) -> int:
+    """Requests in flight at which new ones are sent."""
+    return min(concurrency - 1, int(concurrency * REFILL))
 
 
 async def closed_loop(

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 # Servers that are compared.
 ADAPTIVE, PLAIN = "adaptive", "plain"
-# Results of fewer requests come when most of a wave have been answered.
-FULL = 0.75
+# Results of fewer requests, as a share of the concurrency, come before the first or after the last requests.
+FULL = 0.6
 
 
 class Result(NamedTuple):

@@ -8,11 +8,13 @@ Greedy requests, with the prompts and grammars of `benchmarks.load.traffic`. Two
 Both write down their results (`benchmarks.load.recorder`). Fixed widths run on the server that adapts, which is told
 the width: all have the same graphs and memory.
 
-- `decode`: waves of so many requests, the next one when all are answered. So no prefill comes between rounds, and
-  decoding is timed alone: answers are short, 80 tokens in the mean, and prefills take a large share of the time.
+- `decode`: so many requests; when a quarter of them are answered, as many new ones are sent at once. Rounds that follow
+  a round are timed. So decoding is timed alone, under a steady load: answers are short, 80 tokens in the mean, and
+  prefills take a large share of the time.
 - `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
   and all else included. Fixed widths do not run it.
 - `steps`: concurrency that rises and falls: plain SGLang, the largest width, and widths that follow.
+- `open`: an open loop (`benchmarks.load.open_loop`) of these three, from light load to more than plain SGLang serves.
 
 `summary` holds the ratios. Every finished run is written at once; `--resume` continues a file.
 """
@@ -34,8 +36,10 @@ from typing import Any
 
 from benchmarks.common.plugins import with_plugins
 from benchmarks.common.provenance import RESULTS, provenance
-from benchmarks.load.client import Side, closed_loop, in_steps, waves
+from benchmarks.load import open_loop
+from benchmarks.load.client import Side, closed_loop, in_steps, refilled
 from benchmarks.load.figures import ADAPTIVE, PLAIN, decode_figures, summary, timeline
+from benchmarks.load.open_loop import SHARES
 from benchmarks.load.recorder import RECORDS_ENV
 from benchmarks.load.traffic import FOREIGN, KINDS, MIXED, MIXED_WITH_FOREIGN, ONCE, SCHEMA, Traffic
 from benchmarks.speed.measures import digest
@@ -47,7 +51,7 @@ from sglang_orthrus.models.checkpoint import export_ar
 
 _RECORDER = {"recorder": "benchmarks.load.recorder"}
 # Requests of a run, at least, and per request in flight.
-_LEAST, _WAVES = 18, 3
+_LEAST, _PER_SLOT = 18, 4
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,14 @@ class Mode:
         widths: that rounds may have, ascending.
         settings: in order.
         steps: (seconds, requests in flight), one after another.
+        shares: of the requests per second that plain SGLang serves in a closed loop: arrivals in an open one.
     """
 
     args: tuple[str, ...]
     widths: tuple[int, ...]
     settings: tuple[Setting, ...]
     steps: tuple[tuple[float, int], ...]
+    shares: tuple[float, ...] = SHARES
 
     def limited(self, traffic: Sequence[str] | None, concurrency: Sequence[int] | None) -> Mode:
         """A part of it; None for all."""
@@ -83,7 +89,9 @@ class Mode:
             if (traffic is None or setting.traffic in traffic)
             and (concurrency is None or setting.concurrency in concurrency)
         ]
-        return replace(self, settings=tuple(settings), steps=self.steps if traffic is None else ())
+        if traffic is None:
+            return replace(self, settings=tuple(settings))
+        return replace(self, settings=tuple(settings), steps=(), shares=())
 
 
 MODES = {
@@ -122,13 +130,15 @@ class Runs:
 
     Args:
         mode: what is measured.
+        model: the dual-view checkpoint.
         sides: servers by name.
         result: the JSON so far.
     """
 
-    def __init__(self, mode: Mode, traffic: Traffic, sides: dict[str, Side], result: dict[str, Any], out: Path) -> None:
+    def __init__(self, mode: Mode, model: Path, sides: dict[str, Side], result: dict[str, Any], out: Path) -> None:
         self._mode = mode
-        self._traffic = traffic
+        self._model = model
+        self._traffic = Traffic(model)
         self._sides = sides
         self._result = result
         self._out = out
@@ -142,7 +152,7 @@ class Runs:
                 asyncio.run(closed_loop(side, self._traffic.take(traffic, count), 8))
 
     def all(self) -> None:
-        """Every setting that the result lacks, and the steps."""
+        """What the result lacks."""
         for setting in self._mode.settings:
             for server in (PLAIN, *(self._fixed if setting.with_fixed else ()), ADAPTIVE):
                 self._run(server, setting)
@@ -152,16 +162,35 @@ class Runs:
                 results = asyncio.run(in_steps(side, self._traffic.take(MIXED, 9 * 400), self._mode.steps))
                 self._result["steps"][server] = timeline(results)
                 self._write()
+        for share, server in product(self._mode.shares, (PLAIN, self._fixed[0], ADAPTIVE)):
+            self._run_open(server, share)
+
+    def _run_open(self, server: str, share: float) -> None:
+        key = {"server": server, "share": share}
+        if any(key.items() <= run.items() for run in self._result["open"]):
+            return
+        rate = share * self._served_by_plain()
+        requests = self._traffic.take(MIXED, open_loop.num_requests(rate))
+        figures = open_loop.measure(self._side(server).url, self._model, requests, rate)
+        self._result["open"].append(key | {"rate": round(rate, 2)} | figures)
+        self._write()
+        print(f"{server} {share}: {figures}", file=sys.stderr, flush=True)
+
+    def _served_by_plain(self) -> float:
+        """Requests per second, in a closed loop of the mix, at the most requests in flight."""
+        runs = [run for run in self._result["runs"] if run["server"] == PLAIN and run["traffic"] == MIXED]
+        most = max(runs, key=lambda run: run["concurrency"])
+        return float(most["requests"] * most["serve_tokens_per_second"] / most["tokens"])
 
     def _run(self, server: str, setting: Setting) -> None:
         """server: `plain`, `adaptive` or a width."""
         key = {"server": server, "traffic": setting.traffic, "concurrency": setting.concurrency}
         if self._find(key) is not None:
             return
-        count = 1 if setting.traffic == ONCE else max(_LEAST, _WAVES * setting.concurrency)
+        count = 1 if setting.traffic == ONCE else max(_LEAST, _PER_SLOT * setting.concurrency)
         requests = self._traffic.take(setting.traffic, count)
         side = self._side(server)
-        answers, seconds, results = asyncio.run(waves(side, requests, setting.concurrency))
+        answers, seconds, results = asyncio.run(refilled(side, requests, setting.concurrency))
         figures = decode_figures(results, min(setting.concurrency, count))
         served = None
         if setting.traffic in (MIXED, MIXED_WITH_FOREIGN) and server in (PLAIN, ADAPTIVE):
@@ -248,13 +277,12 @@ def main() -> None:
     mode = MODES[options.mode].limited(options.traffic, options.concurrency)
     args = [part for text in options.server_arg for part in shlex.split(text)]
     out = options.out or RESULTS / f"load-{options.mode}.json"
-    result: dict[str, Any] = {"summary": [], "runs": [], "steps": {}, "args": [*mode.args, *args]}
+    result: dict[str, Any] = {"summary": [], "runs": [], "steps": {}, "open": [], "args": [*mode.args, *args]}
     if options.resume and out.exists():
         result = json.loads(out.read_text())
     result["provenance"] = provenance()
-    traffic = Traffic(options.model)
     with running(options.running) if options.running else servers(mode, options.model, args) as sides:
-        runs = Runs(mode, traffic, sides, result, out)
+        runs = Runs(mode, options.model, sides, result, out)
         runs.warm_up()
         runs.all()
     print(json.dumps(result["summary"], indent=1))

@@ -26,7 +26,6 @@ from sglang.benchmark.datasets.common import BaseDataset, DatasetRow
 
 from benchmarks.common.greedy import Prompt
 from benchmarks.speed.measures import Request, chunks_of
-from sglang_orthrus.cli.server import Server
 
 # Its command line knows the names of its own data sets only.
 _DATASET, _BACKEND = "custom", "sglang"
@@ -41,9 +40,11 @@ class Load:
     """A closed loop: `concurrency` requests in flight until all prompts are answered.
 
     Attributes:
+        concurrency: also the number of warm-up requests.
         new_tokens: the most tokens of an answer.
         to_the_end: whether the end of text ends an answer; otherwise all have `new_tokens` tokens.
         pause: seconds between an answer and the next request.
+        rate: requests per second, at random times (a Poisson process): an open loop, any number in flight.
     """
 
     prompts: Sequence[Prompt]
@@ -51,9 +52,10 @@ class Load:
     new_tokens: int
     to_the_end: bool
     pause: float = 0.0
+    rate: float | None = None
 
 
-def run_load(server: Server, model: Path, load: Load) -> tuple[dict[str, Any], list[Request]]:
+def run_load(url: str, model: Path, load: Load) -> tuple[dict[str, Any], list[Request]]:
     """SGLang's metrics, and the requests in the order of the prompts.
 
     As many warm-up requests as run at once come first, then the prefix cache is emptied.
@@ -79,7 +81,7 @@ def run_load(server: Server, model: Path, load: Load) -> tuple[dict[str, Any], l
         with (
             mock.patch.dict(DATASET_MAPPING, {_DATASET: _dataset(load, names)}),
             mock.patch.dict(serving.ASYNC_REQUEST_FUNCS, {_BACKEND: kept}),
-            mock.patch.object(sys, "argv", ["serving", *flags(server.url, model, load, result)]),
+            mock.patch.object(sys, "argv", ["serving", *flags(url, model, load, result)]),
             log.open("w") as stream,
             contextlib.redirect_stdout(stream),
         ):
@@ -98,10 +100,12 @@ def is_complete(output: Any, load: Load) -> bool:
 
 def flags(url: str, model: Path, load: Load, result: Path) -> list[str]:
     """The load generator's command line."""
+    pace = ("--max-concurrency", load.concurrency) if load.rate is None else ("--request-rate", load.rate)
     return [
         *("--backend", _BACKEND, "--base-url", url, "--model", str(model), "--tokenizer", str(model)),
         *("--dataset-name", _DATASET, "--num-prompts", str(len(load.prompts)), "--temperature", "0"),
-        *("--max-concurrency", str(load.concurrency), "--warmup-requests", str(load.concurrency), "--flush-cache"),
+        *("--warmup-requests", str(load.concurrency), "--flush-cache"),
+        *map(str, pace),
         *("--ready-check-timeout-sec", "0", "--disable-tqdm", "--output-file", str(result)),
         *(("--disable-ignore-eos",) if load.to_the_end else ()),
     ]

@@ -344,15 +344,15 @@ def measure(server: Server, model: Path, setting: Setting, pool: PromptPool) -> 
 
     started = time.monotonic()
     prompts = pool.take(setting.requests, setting.context)
-    metrics, requests = run_load(server, model, Load(prompts, setting.concurrency, MAX_NEW_TOKENS, to_the_end=True))
+    metrics, requests = run_load(server.url, model, Load(prompts, setting.concurrency, MAX_NEW_TOKENS, to_the_end=True))
     idle_ttft_ms = None
     if setting.concurrency == 1:
         lone = pool.take(LONE_REQUESTS, setting.context)
-        _, alone = run_load(server, model, Load(lone, 1, LONE_TOKENS, to_the_end=False, pause=LONE_PAUSE))
+        _, alone = run_load(server.url, model, Load(lone, 1, LONE_TOKENS, to_the_end=False, pause=LONE_PAUSE))
         idle_ttft_ms = median_ttft_ms(alone)
     before = len(step_seconds(server, setting.concurrency))
     _, decoded = run_load(
-        server,
+        server.url,
         model,
         Load(prompts[: setting.decodes], setting.concurrency, setting.decode_tokens, to_the_end=False),
     )

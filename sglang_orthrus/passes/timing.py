@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -16,9 +16,30 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.passes.runner import DualViewRunner
 
+# Tokens of every request's context, and of longer ones, which tell what a token of context takes.
 _CONTEXT = 512
-_IN_A_ROW = 2
+_LONG_CONTEXT = 2048
+_LEAST_CONTEXT = 1
+# The most requests that have them.
+_LONG_BATCH = 32
+# Rounds are timed in a row for so long, since the host is ahead of a GPU only after the first.
+_SECONDS_IN_A_ROW = 0.04
+_LEAST_IN_A_ROW = 2
 _REPEATS = 2
+
+
+class RoundTimes(NamedTuple):
+    """What greedy rounds took.
+
+    Attributes:
+        seconds: width -> batch size -> seconds of a round behind a context of `context` tokens per request.
+        context: these tokens.
+        context_seconds: width -> seconds that one more token of context takes; empty if the KV pool is too small.
+    """
+
+    seconds: Mapping[int, Mapping[int, float]]
+    context: int
+    context_seconds: Mapping[int, float]
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -28,11 +49,12 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def time_rounds(
-    passes: DualViewRunner, model_runner: Any, widths: Sequence[int], sizes: Iterable[int], seconds: float
-) -> dict[int, dict[int, float]]:
-    """Seconds of a greedy round by width and batch size, of small batches first until `seconds` are over.
+    passes: DualViewRunner, model_runner: Any, widths: Sequence[int], sizes: Sequence[int], seconds: float
+) -> RoundTimes:
+    """Time a greedy round by width and batch size, small batches first until `seconds` are over.
 
-    Every width has the same sizes, one at least. Needs an empty KV pool, whose content it overwrites.
+    Every width has the same sizes, one at least. Needs an empty KV pool, whose content it overwrites, with room for a
+    block of the smallest size.
 
     Args:
         passes: whose graphs are captured, if they are.
@@ -43,13 +65,25 @@ def time_rounds(
     """
     found: dict[int, dict[int, float]] = {width: {} for width in widths}
     end = time.monotonic() + seconds
+    sizes = [size for size in sizes if _longest_context(model_runner, size, max(widths)) >= _LEAST_CONTEXT]
+    # The largest batch has it, too.
+    context = min(_CONTEXT, _longest_context(model_runner, sizes[-1], max(widths)))
     for size in sizes:
-        batch = _batch(model_runner, size, max(widths))
-        if batch is None or (time.monotonic() > end and found[widths[0]]):
+        if time.monotonic() > end and found[widths[0]]:
             break
+        batch = _batch(model_runner, size, context, max(widths))
         for width in widths:
             found[width][size] = _time(passes, model_runner, batch, width)
-    return found
+    size = max(size for size in found[widths[0]] if size <= max(_LONG_BATCH, sizes[0]))
+    longer = min(_LONG_CONTEXT, _longest_context(model_runner, size, max(widths)))
+    if longer < 2 * context:
+        return RoundTimes(found, context, {})
+    batch = _batch(model_runner, size, longer, max(widths))
+    slopes = {
+        width: (_time(passes, model_runner, batch, width) - found[width][size]) / (size * (longer - context))
+        for width in widths
+    }
+    return RoundTimes(found, context, slopes)
 
 
 def _time(passes: DualViewRunner, model_runner: Any, batch: ScheduleBatch, width: int) -> float:
@@ -66,20 +100,25 @@ def _time(passes: DualViewRunner, model_runner: Any, batch: ScheduleBatch, width
             block = torch.cat((block[:, :1], best_tokens(draft.hidden_states[:, :-1])), dim=1)
         best_tokens(passes.verify(passes.prepare_verify(round_batch, draft), block).hidden_states)
 
-    def wait() -> None:
+    def seconds_of(rounds: int) -> float:
+        started = time.perf_counter()
+        for _ in range(rounds):
+            run()
         if batch.seq_lens.is_cuda:
             torch.cuda.synchronize()
+        return (time.perf_counter() - started) / rounds
 
-    run()
-    wait()
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        for _ in range(_IN_A_ROW):
-            run()
-        wait()
-        times.append((time.perf_counter() - started) / _IN_A_ROW)
-    return min(times)
+    seconds_of(1)
+    rounds = max(_LEAST_IN_A_ROW, round(_SECONDS_IN_A_ROW / seconds_of(1)))
+    return min(seconds_of(rounds) for _ in range(_REPEATS))
+
+
+def _longest_context(model_runner: Any, size: int, width: int) -> int:
+    """Tokens of context that so many requests may have; not positive if there are too many."""
+    rows, columns = model_runner.req_to_token_pool.req_to_token.shape
+    if size >= rows:
+        return 0
+    return int(min(columns - width, model_runner.max_total_num_tokens // size - width))
 
 
 @depends_on(
@@ -95,13 +134,9 @@ def _time(passes: DualViewRunner, model_runner: Any, batch: ScheduleBatch, width
     why="passes take SGLang's batches",
     until="SGLang times passes of plugins' algorithms",
 )
-def _batch(model_runner: Any, size: int, width: int) -> ScheduleBatch | None:
-    """A decode batch of greedy requests with some context, on slots that nobody owns yet; None if the pool is small."""
+def _batch(model_runner: Any, size: int, context: int, width: int) -> ScheduleBatch:
+    """A decode batch of greedy requests with some context, on slots that nobody owns yet."""
     pool = model_runner.req_to_token_pool
-    rows, columns = pool.req_to_token.shape
-    context = min(_CONTEXT, columns - width, model_runner.max_total_num_tokens // size - width)
-    if size >= rows or context < 1:
-        return None
     params = SamplingParams(temperature=0.0, max_new_tokens=1)
     params.normalize(None)
     reqs = [Req(str(number), "", array("q", [0]), params) for number in range(size)]

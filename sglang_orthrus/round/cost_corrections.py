@@ -17,8 +17,13 @@ from sglang_orthrus.round.costs import FloatArray
 
 # Weight of a new round, once the mean of the first ones would give it less.
 WEIGHT = 1 / 16
+# What was timed at start-up counts as so many rounds.
+START_UP_ROUNDS = 1.0
 # One round may be slow for any reason. It counts as at most so many times what was expected.
 MOST_AT_ONCE = 2.0
+# While rounds have other widths, what was learnt of one fades by half in so many of them. So a width that was slow once
+# is tried again.
+HALF_LIFE = 256.0
 # Batch sizes between two powers of two share their factors.
 _NUM_SIZES = 16
 
@@ -56,7 +61,10 @@ class _Table:
     def __init__(self, num_widths: int) -> None:
         # A column more: what stands for a width that was not seen.
         self._factors = np.ones((_NUM_SIZES, num_widths + 1))
-        self._rounds = np.zeros((_NUM_SIZES, num_widths), np.int64)
+        # Rounds that a factor rests on, and rounds of this size until the last of them.
+        self._rounds = np.zeros((_NUM_SIZES, num_widths + 1))
+        self._seen_at = np.zeros((_NUM_SIZES, num_widths + 1))
+        self._clock = np.zeros((_NUM_SIZES, 1))
         # By size: which of all factors stand for the widths.
         self._sources: dict[int, npt.NDArray[np.int64]] = {}
 
@@ -64,23 +72,27 @@ class _Table:
         """[K]."""
         if size not in self._sources:
             self._sources[size] = self._nearest(size)
-        return np.asarray(self._factors.ravel()[self._sources[size]])
+        faded = 1.0 + (self._factors - 1.0) * np.exp2((self._seen_at - self._clock) / HALF_LIFE)
+        return np.asarray(faded.ravel()[self._sources[size]])
 
     def observe(self, size: int, width: int, factor: float) -> None:
-        known, rounds = float(self._factors[size, width]), int(self._rounds[size, width])
-        if not rounds:
+        known = float(self.factors(size)[width])
+        if not self._rounds[size, width]:
             self._sources.clear()
-            known = factor
+        rounds = self._rounds[size, width] * np.exp2((self._seen_at - self._clock)[size, width] / HALF_LIFE)
         limited = min(max(factor, known / MOST_AT_ONCE), known * MOST_AT_ONCE)
-        self._factors[size, width] = known + max(WEIGHT, 1.0 / (rounds + 1)) * (limited - known)
-        self._rounds[size, width] = rounds + 1
+        weight = max(WEIGHT, 1.0 / (rounds + 1.0 + START_UP_ROUNDS))
+        self._factors[size, width] = known + weight * (limited - known)
+        self._rounds[size, width] = rounds + 1.0
+        self._clock[size] += 1.0
+        self._seen_at[size, width] = self._clock[size, 0]
 
     def _nearest(self, size: int) -> npt.NDArray[np.int64]:
-        num_widths = self._rounds.shape[1]
-        distance = np.abs(np.arange(_NUM_SIZES) - size)[:, None] + np.where(self._rounds > 0, 0, 2 * _NUM_SIZES)
-        nearest = distance.argmin(0)
-        columns = np.where(self._rounds.any(0), np.arange(num_widths), num_widths)
-        return np.asarray(nearest * (num_widths + 1) + columns)
+        seen = self._rounds[:, :-1] > 0
+        num_widths = seen.shape[1]
+        distance = np.abs(np.arange(_NUM_SIZES) - size)[:, None] + np.where(seen, 0, 2 * _NUM_SIZES)
+        columns = np.where(seen.any(0), np.arange(num_widths), num_widths)
+        return np.asarray(distance.argmin(0) * (num_widths + 1) + columns)
 
 
 def _size(num_requests: int) -> int:

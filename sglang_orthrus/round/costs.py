@@ -35,6 +35,8 @@ class RoundCosts:
         graph_sizes: width -> batch sizes that have a CUDA graph; a batch without a graph of its own size is padded to
             the next one, and costs as much. A batch larger than all of them, or of a width that is not named here,
             runs as it is.
+        context: tokens of every request's context behind which these rounds ran.
+        context_seconds: width -> seconds that a round takes more for one more token of context of any request.
 
     Raises:
         ValueError: a width has no measurement, or one that is not positive.
@@ -44,6 +46,8 @@ class RoundCosts:
         self,
         seconds: Mapping[int, Mapping[int, float]],
         graph_sizes: Mapping[int, Sequence[int]] | None = None,
+        context: int = 0,
+        context_seconds: Mapping[int, float] | None = None,
     ) -> None:
         if not seconds or not all(seconds.values()):
             raise ValueError("every width needs a measurement")
@@ -56,9 +60,13 @@ class RoundCosts:
         }
         self._graph_sizes = {width: sorted(sizes) for width, sizes in (graph_sizes or {}).items()}
         self._rows: dict[int, FloatArray] = {}
+        self._context = context
+        by_width = context_seconds or {}
+        # A wider round attends at least as long.
+        self._context_seconds = np.maximum.accumulate([max(0.0, by_width.get(width, 0.0)) for width in self.widths])
 
     def seconds(self, width: int, batch_size: int) -> float:
-        """Of a round of this width.
+        """Of a round of this width, behind the context of the measurements.
 
         Raises:
             KeyError: the width was not measured.
@@ -67,13 +75,19 @@ class RoundCosts:
             raise KeyError(width)
         return max(self._interpolated(other, batch_size) for other in self.widths if other <= width)
 
-    def row(self, batch_size: int) -> FloatArray:
-        """Seconds of a round at every width: [widths], not to be written to."""
+    def row(self, batch_size: int, context: int | None = None) -> FloatArray:
+        """Seconds of a round at every width: [widths], not to be written to.
+
+        context: tokens of all requests' contexts; those of the measurements if it is not given.
+        """
         row = self._rows.get(batch_size)
         if row is None:
             row = np.array([self.seconds(width, batch_size) for width in self.widths])
             self._rows[batch_size] = row
-        return row
+        if context is None:
+            return row
+        # Less context saves no more than half, so that an error of the slope cannot make a round free.
+        return np.asarray(np.maximum(row + self._context_seconds * (context - batch_size * self._context), row / 2))
 
     def as_rows(self) -> list[CostRow]:
         """The costs at every batch size that was measured at any width."""

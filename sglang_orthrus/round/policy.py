@@ -13,6 +13,9 @@ from sglang_orthrus.metrics import WidthFigures, WidthMetrics
 from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.logit_adjustments import are_adjusted
 
+# Contexts are counted again after so many rounds of the same requests.
+_CONTEXT_ROUNDS = 16
+
 
 class RoundPlan(NamedTuple):
     """How a round is to run.
@@ -34,6 +37,7 @@ class _Planned(NamedTuple):
     Attributes:
         is_probe: whether it was to learn about its width.
         has_grammar: of any of its requests. Such rounds take longer.
+        context: tokens of all its requests' contexts, about.
         follows_round: whether the time between its result and the one before is its own: no prefill ran between them.
     """
 
@@ -42,6 +46,7 @@ class _Planned(NamedTuple):
     width: int
     is_probe: bool
     has_grammar: bool
+    context: int
     follows_round: bool
 
 
@@ -69,6 +74,8 @@ class Policy:
         # Of the last round, which the next one mostly has again.
         self._reqs: list[Any] = []
         self._rids: list[str] = []
+        self._context = 0
+        self._context_age = 0
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
@@ -82,7 +89,7 @@ class Policy:
         """The result of the oldest round that has none: accepted drafts of each of its requests."""
         if self._controller is None:
             return
-        reqs, rids, width, is_probe, has_grammar, follows_round = self._planned.popleft()
+        reqs, rids, width, is_probe, has_grammar, context, follows_round = self._planned.popleft()
         now = time.perf_counter()
         measured = now - self._observed_at if follows_round else None
         self._observed_at = now
@@ -91,7 +98,7 @@ class Policy:
             0 if req.finished() or req.is_retracted else accepted + 1
             for req, accepted in zip(reqs, num_accepted, strict=True)
         ]
-        result = self._controller.observe(rids, width, lens, has_grammar, measured)
+        result = self._controller.observe(rids, width, lens, has_grammar, measured, context)
         if self._metrics is not None:
             self._metrics.count(WidthFigures(width, is_probe, *result), self._controller.report)
 
@@ -112,8 +119,15 @@ class Policy:
             for req in reqs:
                 self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
             self._reqs, self._rids = list(reqs), [req.rid for req in reqs]
-        width, is_probe = self._controller.plan(self._rids, kind=has_grammar)
-        self._planned.append(_Planned(self._reqs, self._rids, width, is_probe, has_grammar, self._follows_round))
+            self._context_age = _CONTEXT_ROUNDS
+        if self._context_age >= _CONTEXT_ROUNDS:
+            self._context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs)
+            self._context_age = 0
+        self._context_age += 1
+        width, is_probe = self._controller.plan(self._rids, has_grammar, self._context)
+        self._planned.append(
+            _Planned(self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._follows_round)
+        )
         self._follows_round = True
         return width
 

@@ -25,6 +25,8 @@ from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, li
 DEFAULT_FLOOR = 0.8
 # Of all rounds' time, what probes may cost. Single results vary; this keeps them within 3 %.
 DEFAULT_PROBE_SHARE = 0.02
+# When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
+LARGE_CHANGE = 1.5
 
 
 class RoundWidth(NamedTuple):
@@ -129,6 +131,8 @@ class WidthController:
         self._floor = SpeedFloor(floor if self._knows_plain else 0.0, max_requests)
         self._probes = Probes(self.widths, probe_share) if probe_share and len(self.widths) > 1 else None
         self._current: int | None = None
+        # In the batch for which it was chosen.
+        self._num_requests = 1
         self._patience = 0
         self._rounds: Counter[int] = Counter()
         self._requests: Counter[int] = Counter()
@@ -149,20 +153,21 @@ class WidthController:
         self._rates.forget(key)
         self._floor.forget(key)
 
-    def plan(self, keys: Sequence[Hashable], kind: Hashable = None) -> RoundWidth:
+    def plan(self, keys: Sequence[Hashable], kind: Hashable = None, context: int | None = None) -> RoundWidth:
         """The width of the next round.
 
         Args:
             keys: [R] its requests, at least one.
-            kind: what rounds have in common that take alike, apart from their size and width.
+            kind: what rounds have in common that take alike, apart from their size, context and width.
+            context: tokens of all their contexts; those that start-up timed if it is not given.
         """
-        row = self._seconds_of(len(keys), kind)
+        row = self._seconds_of(len(keys), kind, context)
         seconds = row[self._columns]
         tokens = self._rates.expected(keys)
         rounds_seen = self._rates.rounds_seen(keys)
         allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
         totals = tokens.sum(0)
-        current, is_limited = self._choose(totals, seconds, allowed)
+        current, is_limited = self._choose(len(keys), totals, seconds, allowed)
         probe = None
         if self._probes is not None and not is_limited:
             probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen.sum(0), allowed)
@@ -177,6 +182,7 @@ class WidthController:
         accept_lens: Sequence[int],
         kind: Hashable = None,
         measured: float | None = None,
+        context: int | None = None,
     ) -> RoundResult:
         """Of a round that `plan` chose the width of, when its result is known.
 
@@ -186,12 +192,14 @@ class WidthController:
             accept_lens: [R] tokens that it committed of each; 0 where it did not count.
             kind: as planned.
             measured: seconds since the result before; None if something else ran meanwhile.
+            context: as planned.
         """
         index = self.widths.index(width)
         if measured is not None:
             column = self._columns[index]
-            self._corrections.observe(kind, len(keys), column, measured / self._costs.row(len(keys))[column])
-        row = self._seconds_of(len(keys), kind)
+            factor = measured / float(self._costs.row(len(keys), context)[column])
+            self._corrections.observe(kind, len(keys), column, factor)
+        row = self._seconds_of(len(keys), kind, context)
         seconds = float(row[self._columns[index]])
         total = int(sum(accept_lens))
         num_requests = sum(accept_len > 0 for accept_len in accept_lens)
@@ -223,13 +231,18 @@ class WidthController:
             num_limited=self._num_limited,
         )
 
-    def _seconds_of(self, num_requests: int, kind: Hashable) -> FloatArray:
+    def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""
-        return self._costs.row(num_requests) * self._corrections.factors(kind, num_requests)
+        return self._costs.row(num_requests, context) * self._corrections.factors(kind, num_requests)
 
-    def _choose(self, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None) -> tuple[int, bool]:
+    def _choose(
+        self, num_requests: int, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None
+    ) -> tuple[int, bool]:
         """The next width by its index, current from then on, and whether the floor rules out a better one."""
-        chosen = choose_width(totals, seconds, self._current, allowed, self._patience)
+        is_like_before = 1 / LARGE_CHANGE < num_requests / self._num_requests < LARGE_CHANGE
+        chosen = choose_width(totals, seconds, self._current if is_like_before else None, allowed, self._patience)
+        if chosen != self._current or not is_like_before:
+            self._num_requests = num_requests
         best = int(np.argmax(totals / seconds))
         is_limited = allowed is not None and not allowed[best]
         self._num_limited += is_limited

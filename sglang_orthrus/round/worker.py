@@ -157,13 +157,18 @@ class OrthrusWorker(BaseSpecWorker):
         largest = min(max_requests, max(graph_sizes[self._widths[-1]], default=_EAGER_BATCH))
         sizes = batch_sizes(largest)
         with torch.inference_mode():
-            seconds = time_rounds(self._passes, self.model_runner, self._widths, sizes, _TIMING_SECONDS)
-        costs = RoundCosts(seconds, graph_sizes)
+            times = time_rounds(self._passes, self.model_runner, self._widths, sizes, _TIMING_SECONDS)
+        costs = RoundCosts(times.seconds, graph_sizes, times.context, times.context_seconds)
         rows = costs.as_rows()
         for row in rows:
             pairs = zip(costs.widths, row.seconds, strict=True)
-            times = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
-            logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, times)
+            by_width = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
+            logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, by_width)
+        logger.info(
+            "ORTHRUS timed these rounds behind %d tokens of context each; 10,000 more take milliseconds by width: %s",
+            times.context,
+            ", ".join(f"{width}: {1e7 * cost:.2f}" for width, cost in times.context_seconds.items()) or "not timed",
+        )
         timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
         metrics = WidthMetrics(*_reporting(), timed)
         # Retracted requests are remembered, too.

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.load import plot
 from benchmarks.load.figures import ADAPTIVE, PLAIN
 from benchmarks.load.run import MODES, Runs, Setting, servers
-from benchmarks.load.traffic import FOREIGN, MIXED, Traffic
+from benchmarks.load.traffic import FOREIGN, MIXED
 from sglang_orthrus.cli.demo import NANO
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -20,11 +20,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 def test_a_load_is_measured_and_drawn(tmp_path: Path) -> None:
     settings = (Setting(MIXED, 2, True), Setting(FOREIGN, 2, False))
-    mode = replace(MODES["cpu"], settings=settings, steps=((1.5, 1), (1.5, 3)))
+    mode = replace(MODES["cpu"], settings=settings, steps=((1.5, 1), (1.5, 3)), shares=(0.5,))
     out = tmp_path / "load.json"
-    result: dict[str, Any] = {"summary": [], "runs": [], "steps": {}, "provenance": {"gpu": None, "cpu": "some"}}
+    result: dict[str, Any] = {
+        "summary": [],
+        "runs": [],
+        "steps": {},
+        "open": [],
+        "provenance": {"gpu": None, "cpu": "some"},
+    }
     with servers(mode, NANO, []) as sides:
-        Runs(mode, Traffic(NANO, per_kind=4), sides, result, out).all()
+        Runs(mode, NANO, sides, result, out).all()
     written = json.loads(out.read_text())
     assert [(run["server"], run["traffic"]) for run in written["runs"]] == [
         *((server, MIXED) for server in (PLAIN, "32", "16", "8", "1", ADAPTIVE)),
@@ -42,6 +48,8 @@ def test_a_load_is_measured_and_drawn(tmp_path: Path) -> None:
     assert rows == {(MIXED, 2), (FOREIGN, 2)}
     assert all(row["ratio_to_plain"] > 0 for row in written["summary"])
     assert set(written["steps"]) == {PLAIN, "32", ADAPTIVE}
+    assert [run["server"] for run in written["open"]] == [PLAIN, "32", ADAPTIVE]
+    assert all(0 < run["median_ttft_ms"] <= run["p99_ttft_ms"] for run in written["open"])
     pytest.importorskip("matplotlib")
     for file in plot.draw(written, tmp_path / "img"):
         assert file.stat().st_size > 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_orthrus.round.cost_corrections import CostCorrections
+from sglang_orthrus.round.cost_corrections import HALF_LIFE, CostCorrections
 from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.width_controller import WidthController
 
@@ -37,15 +37,40 @@ def test_a_factor_follows_when_times_change() -> None:
     assert corrections.factors("kind", 4)[0] == pytest.approx(4.0, rel=0.05)
 
 
+def test_a_width_that_was_slow_once_is_tried_again() -> None:
+    """The first round of plain decoding took twenty times as long as at start-up; all later ones would not."""
+    costs = RoundCosts({1: {1: 0.005, 64: 0.005}, 8: {1: 0.010, 64: 0.010}})
+    controller = WidthController(costs, probe_share=0.0)
+    controller.start("key", "class")
+    widths = []
+    for _ in range(400):
+        width, _ = controller.plan(["key"])
+        is_first = width == 1 and 1 not in widths
+        widths.append(width)
+        controller.observe(["key"], width, [1], None, 0.1 if is_first else {1: 0.005, 8: 0.010}[width])
+    assert widths.count(1) > 380
+
+
+def test_what_was_learnt_of_a_width_fades_while_others_are_used() -> None:
+    corrections = CostCorrections(2)
+    _learn(corrections, 4, 0, 3.0)
+    for _ in range(round(HALF_LIFE)):
+        corrections.observe("kind", 4, 1, 1.0)
+    assert corrections.factors("kind", 4)[0] == pytest.approx(2.0, abs=0.1)
+    for _ in range(round(HALF_LIFE)):
+        corrections.observe("kind", 64, 1, 1.0)
+    assert corrections.factors("kind", 4)[0] == pytest.approx(2.0, abs=0.1), "rounds of other sizes say nothing"
+
+
 def test_a_batch_size_that_was_not_seen_is_as_far_off_as_the_nearest() -> None:
     corrections = CostCorrections(3)
-    corrections.observe("kind", 32, 0, 2.0)
-    corrections.observe("kind", 64, 2, 5.0)
-    assert corrections.factors("kind", 1).tolist() == [2.0, 1.0, 5.0], "nobody has seen the middle width"
-    assert corrections.factors("kind", 40).tolist() == [2.0, 1.0, 5.0], "sizes between powers of two are one"
-    corrections.observe("kind", 2, 0, 3.0)
-    assert corrections.factors("kind", 1).tolist() == [3.0, 1.0, 5.0]
-    assert corrections.factors("kind", 100).tolist() == [2.0, 1.0, 5.0]
+    _learn(corrections, 32, 0, 2.0)
+    _learn(corrections, 64, 2, 5.0)
+    assert corrections.factors("kind", 1) == pytest.approx([2.0, 1.0, 5.0], rel=0.1), "nobody has seen the middle width"
+    assert corrections.factors("kind", 40) == pytest.approx([2.0, 1.0, 5.0], rel=0.1), "32 to 63 are one"
+    _learn(corrections, 2, 0, 3.0)
+    assert corrections.factors("kind", 1) == pytest.approx([3.0, 1.0, 5.0], rel=0.1)
+    assert corrections.factors("kind", 100) == pytest.approx([2.0, 1.0, 5.0], rel=0.1)
     assert corrections.factors("other", 32).tolist() == [1.0, 1.0, 1.0]
 
 
@@ -63,3 +88,8 @@ def test_a_width_that_takes_longer_than_at_start_up_is_left() -> None:
         controller.observe(keys, width, [3 if width == 8 else 1] * 32, "grammar", {1: 0.005, 8: 0.030}[width])
     assert widths[0] == 8 and widths[-1] == 1
     assert controller.plan(keys, kind="no grammar").width == 8
+
+
+def _learn(corrections: CostCorrections, num_requests: int, width: int, factor: float) -> None:
+    for _ in range(60):
+        corrections.observe("kind", num_requests, width, factor)

@@ -61,6 +61,20 @@ def test_measurements_in_the_wrong_order_are_averaged() -> None:
     assert not_decreasing([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
 
 
+def test_context_costs_what_it_was_measured_to_cost() -> None:
+    costs = RoundCosts(MEASURED, context=100, context_seconds={1: 0.001, 8: 0.002})
+    assert list(costs.row(8, 800)) == list(costs.row(8))
+    assert costs.row(8, 1800) == pytest.approx([1.5 + 1.0, 2.7 + 2.0])
+    assert costs.row(8, 300) == pytest.approx([1.5 - 0.5, 2.7 - 1.0])
+
+
+def test_errors_of_measured_contexts_are_limited() -> None:
+    """A slope below zero is none, a wider round has at least a narrower one's, and no round gets free."""
+    costs = RoundCosts(MEASURED, context=100, context_seconds={1: 0.001, 8: -0.002})
+    assert costs.row(8, 1800) == pytest.approx([2.5, 3.7])
+    assert RoundCosts(MEASURED, context=5000, context_seconds={1: 1.0}).row(1, 0) == pytest.approx([0.5, 1.0])
+
+
 def test_a_table_has_a_row_for_every_measured_size() -> None:
     rows = RoundCosts({1: {1: 1.0, 4: 2.0}, 8: {2: 3.0}}).as_rows()
     assert [row.batch_size for row in rows] == [1, 2, 4]

@@ -128,3 +128,32 @@ def test_a_slow_request_beside_fast_ones_keeps_its_share() -> None:
     # Width 8 brings the others most: so many of its rounds, which take 2.66 plain steps, leave the slow one its share.
     assert np.mean(np.array(widths) > 1) == pytest.approx((1 / 0.8 - 1) / 1.66, abs=0.03)
     assert controller.report().num_limited > 1000
+
+
+def test_long_contexts_change_the_width() -> None:
+    """Behind long contexts plain decoding costs half of a round of two passes, which commits five tokens."""
+    seconds = {1: {1: 0.006, 64: 0.006}, 8: {1: 0.036, 64: 0.036}}
+    costs = RoundCosts(seconds, context=100, context_seconds={1: 1e-7, 8: 2e-7})
+    controller = WidthController(costs, probe_share=0.0, floor=0.0)
+    keys = list(range(32))
+    for key in keys:
+        controller.start(key, GREEDY)
+    for context, expected in ((3200, 1), (3_200_000, 8), (3200, 1)):
+        for _ in range(20):
+            width, _ = controller.plan(keys, context=context)
+            controller.observe(keys, width, [min(width, 5)] * 32, context=context)
+        assert width == expected
+
+
+def test_the_best_width_is_taken_at_once_when_many_more_requests_run() -> None:
+    """Width 8 is 5 % better with 64 requests: too little to leave another width for, were the batch as before."""
+    costs = RoundCosts({8: {1: 0.010, 64: 0.025}, 16: {1: 0.010, 64: 0.0296}})
+    controller = WidthController(costs, probe_share=0.0)
+    controller.start("first", GREEDY)
+    lens = {8: 8, 16: 9}
+    assert run(controller, ["first"], lens, 200)[-1] == 16
+    keys = [f"request {number}" for number in range(64)]
+    for key in keys:
+        controller.start(key, GREEDY)
+    # Requests are like the first one at the start.
+    assert run(controller, keys, lens, 1) == [8]
