@@ -11,6 +11,10 @@ ARCHITECTURES = ("OrthrusLM", "OrthrusForCausalLM")
 GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
 SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
 WIDTHS = "ORTHRUS_WIDTHS"
+# Its value for one width alone.
+LARGEST = "largest"
+# The widths below the largest that rounds may have if the variable is unset.
+_NARROWER = (1, 8, 16, 32)
 
 
 def is_orthrus(hf_config: Any) -> bool:
@@ -79,23 +83,30 @@ class DraftMode(Enum):
 
 
 def widths_from_env(largest: int) -> tuple[int, ...]:
-    """The widths that rounds may have, ascending, by `ORTHRUS_WIDTHS`: numbers with commas between them.
+    """The widths that rounds may have, ascending, by `ORTHRUS_WIDTHS`: numbers with commas between them, or `largest`.
+
+    If it is unset, they are 1, 8, 16 and 32, as far as they are smaller than the largest, and the largest.
 
     Args:
-        largest: `--speculative-num-draft-tokens`, the only width if the variable is unset.
+        largest: `--speculative-num-draft-tokens`.
 
     Raises:
         ValueError: naming the value and the fix.
     """
     value = os.environ.get(WIDTHS)
     if value is None:
+        return (*(width for width in _NARROWER if width < largest), largest)
+    if value == LARGEST:
         return (largest,)
     try:
         widths = sorted({int(part) for part in value.split(",")})
     except ValueError:
         widths = []
     if not widths or widths[0] < 1:
-        raise ValueError(f"{WIDTHS}={value}: use numbers of tokens with commas between them, as in 1,8,16,{largest}.")
+        raise ValueError(
+            f"{WIDTHS}={value}: use numbers of tokens with commas between them, as in 1,8,16,{largest}, or {LARGEST} "
+            "for that width alone, or unset it."
+        )
     if widths[-1] != largest:
         raise ValueError(
             f"{WIDTHS}={value}: the largest width is {largest}, as --speculative-num-draft-tokens says; set that flag "

@@ -22,6 +22,7 @@ import psutil
 
 from benchmarks.common.greedy import collect, load_prompts
 from benchmarks.common.provenance import provenance
+from benchmarks.common.setups import ONE_WIDTH
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 
@@ -84,7 +85,7 @@ def part_of(frames: Sequence[str]) -> str:
 
 def run() -> dict[str, Any]:
     """Start, serve, sample."""
-    server = Server(NANO, *ORTHRUS_ARGS, "--dtype", "float32")
+    server = Server(NANO, *ORTHRUS_ARGS, "--dtype", "float32", env=ONE_WIDTH)
     started = time.perf_counter()
     try:
         server.start()

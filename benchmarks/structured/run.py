@@ -32,6 +32,7 @@ import requests
 from tokenizers import Tokenizer
 
 from benchmarks.common.provenance import RESULTS, provenance
+from benchmarks.common.setups import ONE_WIDTH
 from benchmarks.common.slices import Slice
 from benchmarks.structured.cases import Case, foreign_cases, is_valid, own_cases, tool_cases
 from benchmarks.structured.figures import SETTING, grammar_counts, rates
@@ -112,7 +113,7 @@ def launch(mode: str, name: str, model: Path, exported: Path, args: Sequence[str
     common = (*ARGS[mode], "--enable-metrics", "--decode-log-interval", "1000000", *args)
     if name.startswith("plain"):
         return Server(exported, *common, env=plain_env())
-    return Server(model, *ORTHRUS_ARGS, *common, env={GRAMMAR_DRAFT: name})
+    return Server(model, *ORTHRUS_ARGS, *common, env={GRAMMAR_DRAFT: name, **ONE_WIDTH})
 
 
 def rows(options: argparse.Namespace) -> Iterator[Answer]:

@@ -12,7 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_spec
 
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusBlockInput, Phase
@@ -20,6 +20,9 @@ from sglang_orthrus.core import OrthrusBlockInput, Phase
 Forward = Callable[..., LogitsProcessorOutput]
 # Of a graph, before it is captured. The last one of the first graph tells how much memory graphs take.
 WARM_UPS = 2
+# Of a graph that drafts, if there are several widths. On an H200, 1,024 rows (8B shape) take 2.5 plain steps of 128
+# requests; rounds of twice as many rows won at no batch size.
+MOST_ROWS = 1024
 
 
 @depends_on(
@@ -28,9 +31,16 @@ WARM_UPS = 2
     "attn_backend",
     "speculative_num_draft_tokens",
     what="subclassed; overrides capture, capture_one_shape, get_spec_info, can_run_graph, _resolve_lora_variant, "
-    "_next_token_logits_buffer_capacity_rows; a subclass shortens capture_bs",
+    "_next_token_logits_buffer_capacity_rows",
     why="it has no spec input for plugins' algorithms, and one graph per batch size",
     until="it asks the algorithm for spec inputs and graph variants",
+)
+@depends_on(
+    "sglang.srt.model_executor.cuda_graph_config:PhaseConfig",
+    "bs",
+    what="another list while a runner of one of several widths is made",
+    why="the runner takes its batch sizes and the size of its buffers from there",
+    until="SGLang captures graphs of several widths",
 )
 @depends_on(
     "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend.capture_one",
@@ -130,16 +140,40 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
         return run
 
 
-class NarrowGraphRunner(OrthrusGraphRunner):
-    """Graphs of a narrower width, of fewer batch sizes: every width takes time at start-up, and memory."""
+class LargestGraphRunner(OrthrusGraphRunner):
+    """Graphs of the largest of several widths, of fewer batch sizes: every width takes time at start-up, and memory.
 
-    capture_bs: list[int]
+    Sizes that the user named are captured all.
+    """
 
-    def capture(self) -> None:
-        """Capture the batch sizes that the user named, or else those of plain decoding."""
-        if get_exec().graph.cuda_graph_bs_decode is None and not self.disable_padding:
-            self.capture_bs = as_in_plain_decoding(self.capture_bs)
-        super().capture()
+    def __init__(self, model_runner: Any, **kwargs: Any) -> None:
+        graph = get_exec().graph
+        sizes = graph.cuda_graph_config.decode.bs
+        if sizes and graph.cuda_graph_bs_decode is None and not graph.disable_cuda_graph_padding:
+            width = kwargs.get("speculative_num_draft_tokens") or get_spec().speculative_num_draft_tokens
+            graph.cuda_graph_config.decode.bs = self._worthwhile(sizes, int(width))
+        try:
+            super().__init__(model_runner, **kwargs)
+        finally:
+            graph.cuda_graph_config.decode.bs = sizes
+
+    def _worthwhile(self, sizes: Sequence[int], width: int) -> list[int]:
+        return worthwhile(sizes, width)
+
+
+class NarrowGraphRunner(LargestGraphRunner):
+    """Graphs of a narrower width."""
+
+    def _worthwhile(self, sizes: Sequence[int], width: int) -> list[int]:
+        return worthwhile(as_in_plain_decoding(sizes), width)
+
+
+def worthwhile(sizes: Sequence[int], width: int) -> list[int]:
+    """Those of ascending batch sizes whose rounds are short enough to win; at least one.
+
+    Many rows keep a GPU busy: their rounds take as much longer as they are wider, and cannot win over narrower ones.
+    """
+    return [size for size in sizes if width == 1 or size * width <= MOST_ROWS] or list(sizes[:1])
 
 
 @depends_on(

@@ -12,6 +12,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_orthrus import ranks
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.passes.runner import DualViewRunner
@@ -19,7 +20,6 @@ from sglang_orthrus.passes.runner import DualViewRunner
 # Tokens of every request's context, and of longer ones, which tell what a token of context takes.
 _CONTEXT = 512
 _LONG_CONTEXT = 2048
-_LEAST_CONTEXT = 1
 # The most requests that have them.
 _LONG_BATCH = 32
 # Rounds are timed in a row for so long, since the host is ahead of a GPU only after the first.
@@ -49,39 +49,42 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def time_rounds(
-    passes: DualViewRunner, model_runner: Any, widths: Sequence[int], sizes: Sequence[int], seconds: float
+    passes: DualViewRunner, model_runner: Any, sizes: Mapping[int, Sequence[int]], seconds: float
 ) -> RoundTimes:
     """Time a greedy round by width and batch size, small batches first until `seconds` are over.
 
-    Every width has the same sizes, one at least. Needs an empty KV pool, whose content it overwrites, with room for a
-    block of the smallest size.
+    Needs an empty KV pool, whose content it overwrites, with room for a block of the smallest size. All tensor-parallel
+    ranks time the same rounds.
 
     Args:
         passes: whose graphs are captured, if they are.
         model_runner: SGLang's.
-        widths: to be timed.
-        sizes: ascending batch sizes.
+        sizes: width -> ascending batch sizes, the smallest of which all have in common.
         seconds: time to take, about.
     """
-    found: dict[int, dict[int, float]] = {width: {} for width in widths}
+    found: dict[int, dict[int, float]] = {width: {} for width in sizes}
+    widest = max(sizes)
     end = time.monotonic() + seconds
-    sizes = [size for size in sizes if _longest_context(model_runner, size, max(widths)) >= _LEAST_CONTEXT]
+    fitting = [
+        size for size in sorted(set().union(*sizes.values())) if _longest_context(model_runner, size, widest) > 0
+    ]
     # The largest batch has it, too.
-    context = min(_CONTEXT, _longest_context(model_runner, sizes[-1], max(widths)))
-    for size in sizes:
-        if time.monotonic() > end and found[widths[0]]:
+    context = min(_CONTEXT, _longest_context(model_runner, fitting[-1], widest))
+    for size in fitting:
+        if size > fitting[0] and _first_rank_says(time.monotonic() > end):
             break
-        batch = _batch(model_runner, size, context, max(widths))
-        for width in widths:
+        batch = _batch(model_runner, size, context, widest)
+        for width in (width for width in sizes if size in sizes[width]):
             found[width][size] = _time(passes, model_runner, batch, width)
-    size = max(size for size in found[widths[0]] if size <= max(_LONG_BATCH, sizes[0]))
-    longer = min(_LONG_CONTEXT, _longest_context(model_runner, size, max(widths)))
+    size = max(size for size in found[widest] if size <= max(_LONG_BATCH, fitting[0]))
+    longer = min(_LONG_CONTEXT, _longest_context(model_runner, size, widest))
     if longer < 2 * context:
         return RoundTimes(found, context, {})
-    batch = _batch(model_runner, size, longer, max(widths))
+    batch = _batch(model_runner, size, longer, widest)
     slopes = {
         width: (_time(passes, model_runner, batch, width) - found[width][size]) / (size * (longer - context))
-        for width in widths
+        for width in sizes
+        if size in found[width]
     }
     return RoundTimes(found, context, slopes)
 
@@ -109,8 +112,13 @@ def _time(passes: DualViewRunner, model_runner: Any, batch: ScheduleBatch, width
         return (time.perf_counter() - started) / rounds
 
     seconds_of(1)
-    rounds = max(_LEAST_IN_A_ROW, round(_SECONDS_IN_A_ROW / seconds_of(1)))
+    [rounds] = ranks.numbers_from_first([max(_LEAST_IN_A_ROW, round(_SECONDS_IN_A_ROW / seconds_of(1)))])
     return min(seconds_of(rounds) for _ in range(_REPEATS))
+
+
+def _first_rank_says(answer: bool) -> bool:
+    [said] = ranks.numbers_from_first([int(answer)])
+    return bool(said)
 
 
 def _longest_context(model_runner: Any, size: int, width: int) -> int:

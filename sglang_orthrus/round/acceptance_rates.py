@@ -21,12 +21,12 @@ IntArray = npt.NDArray[np.int64]
 # A request's rounds lose half of their weight in so many more of its rounds.
 HALF_LIFE = 16.0
 # The same for the rounds of a class ...
-CLASS_HALF_LIFE = 256.0
+CLASS_HALF_LIFE = 128.0
 # ... to which a request's first rounds contribute most: half as much after so many. New requests are expected to be
 # like others were, and those that draft badly have many more rounds than there are of them.
 FIRST_ROUNDS = 8.0
 # A new request is expected to be like its class, as if so many rounds of it had been seen ...
-PRIOR_ROUNDS = 2.0
+PRIOR_ROUNDS = 1.0
 # ... and this expectation loses half of its weight in so many rounds.
 PRIOR_HALF_LIFE = 4.0
 # The same for a new class. Nine of ten drafts accepted: with few requests, a new server begins at its widest.

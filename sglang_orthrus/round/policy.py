@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
+from sglang_orthrus import ranks
 from sglang_orthrus.metrics import WidthFigures, WidthMetrics
 from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.logit_adjustments import are_adjusted
@@ -55,8 +56,9 @@ class Policy:
 
     Args:
         widths: that rounds may have, ascending.
-        controller: chooses among them; None for the largest always.
+        controller: chooses among them; None for the largest always, or on ranks that take over what rank 0 chooses.
         metrics: of widths.
+        is_shared: whether rank 0 chooses widths for all ranks, whose clocks differ.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class Policy:
         widths: Sequence[int],
         controller: WidthController | None = None,
         metrics: WidthMetrics | None = None,
+        is_shared: bool = False,
     ) -> None:
+        self._is_shared = is_shared
         self._widths = tuple(widths)
         self._controller = controller
         self._metrics = metrics
@@ -79,8 +83,11 @@ class Policy:
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
+        width = self._width(batch.reqs, bool(batch.has_grammar))
+        if self._is_shared:
+            [width] = ranks.numbers_from_first([width])
         return RoundPlan(
-            self._width(batch.reqs, bool(batch.has_grammar)),
+            width,
             may_fuse=_is_greedy_without_options(batch),
             is_deferred=bool(batch.has_grammar) and can_defer,
         )

@@ -16,7 +16,6 @@ from sglang.srt.runtime_context import (
     get_exec,
     get_observability,
     get_parallel,
-    get_schedule,
     get_serving,
     get_spec,
 )
@@ -33,7 +32,7 @@ from sglang_orthrus.grammar.across_ranks import GrammarsAcrossRanks
 from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath, WidthMetrics
 from sglang_orthrus.passes.attention import register_flashinfer, set_workspace_size, workspace_bytes
-from sglang_orthrus.passes.cuda_graphs import OrthrusGraphRunner
+from sglang_orthrus.passes.cuda_graphs import LargestGraphRunner, OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.passes.timing import batch_sizes, time_rounds
 from sglang_orthrus.round.costs import RoundCosts
@@ -107,11 +106,11 @@ class OrthrusWorker(BaseSpecWorker):
         self._policy = Policy(self._widths)
         self._round = Round(self._passes, self._history, grammars, self.model_runner, sampling_backend)
         # The pools and graphs are made after this, and requests arrive later still.
-        use_graph_runner(self.model_runner, OrthrusGraphRunner)
+        use_graph_runner(self.model_runner, OrthrusGraphRunner if len(self._widths) == 1 else LargestGraphRunner)
         if self.device != "cpu":
             model = self.model_runner.model_config
             size = workspace_bytes(
-                get_schedule().max_running_requests,
+                max(get_exec().graph.cuda_graph_config.decode.bs or [1]),
                 config.block_size,
                 model.num_attention_heads,
                 model.num_key_value_heads,
@@ -153,11 +152,13 @@ class OrthrusWorker(BaseSpecWorker):
     def _adaptive_policy(self) -> Policy:
         """Widths that follow traffic, by what rounds cost on this machine."""
         graph_sizes = self._passes.graph_sizes
-        max_requests = get_schedule().max_running_requests
-        largest = min(max_requests, max(graph_sizes[self._widths[-1]], default=_EAGER_BATCH))
-        sizes = batch_sizes(largest)
+        max_requests = self.model_runner.max_running_requests
+        sizes = {
+            width: batch_sizes(min(max_requests, max(graph_sizes[width], default=_EAGER_BATCH)))
+            for width in self._widths
+        }
         with torch.inference_mode():
-            times = time_rounds(self._passes, self.model_runner, self._widths, sizes, _TIMING_SECONDS)
+            times = time_rounds(self._passes, self.model_runner, sizes, _TIMING_SECONDS)
         costs = RoundCosts(times.seconds, graph_sizes, times.context, times.context_seconds)
         rows = costs.as_rows()
         for row in rows:
@@ -172,7 +173,8 @@ class OrthrusWorker(BaseSpecWorker):
         timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
         metrics = WidthMetrics(*_reporting(), timed)
         # Retracted requests are remembered, too.
-        return Policy(self._widths, WidthController(costs, max_requests=2 * max_requests), metrics)
+        controller = WidthController(costs, max_requests=2 * max_requests) if ranks.is_first() else None
+        return Policy(self._widths, controller, metrics, is_shared=ranks.are_several())
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The oldest round's result is on the host."""

@@ -186,8 +186,9 @@ def reserve(model_runner: Any, widths: Sequence[int], sampling_backend: str) -> 
             f"--mem-fraction-static {schedule.mem_fraction_static} leaves too little memory to choose tokens in "
             "rounds; use a smaller value."
         ) from error
-    # Counts of penalised requests come on top, as many as may run.
-    peak += schedule.max_running_requests * vocab_size * 4
+    # Counts of penalised requests come on top: as many as may run, by default those of the largest graph.
+    num_requests = schedule.max_running_requests or max(get_exec().graph.cuda_graph_config.decode.bs or [1])
+    peak += num_requests * vocab_size * 4
     if graph_pool_borrow_enabled():
         disable_graph_pool_borrow("ORTHRUS chooses tokens between two graphs, in memory of its own")
     model_runner.sampling_prewarm_result = SamplingPrewarmResult(sampling_headroom_bytes=peak)

@@ -20,7 +20,6 @@ from sglang_orthrus.server_args.refusals import (
 __all__ = ["ATTENTION_BACKENDS", "NAME", "OrthrusAlgorithm", "Refused", "flag_refusals", "validate_server_args"]
 
 NAME = "ORTHRUS"
-DEFAULT_MAX_RUNNING_REQUESTS = 48
 
 
 @depends_on(
@@ -99,8 +98,6 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         # The KV reservation is the larger of steps * topk and the largest width.
         server_args.speculative_num_steps = block_size
         server_args.speculative_eagle_topk = 1
-        if server_args.max_running_requests is None:
-            server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
         for field, backend in attention_backends(server_args).items():
             if server_args.device == "cuda" and backend not in ATTENTION_BACKENDS and not is_given(server_args, field):
                 setattr(server_args, field, ATTENTION_BACKENDS[0])

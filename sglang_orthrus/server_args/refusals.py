@@ -10,7 +10,6 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.versions import require_supported_sglang
 from sglang_orthrus.config import (
     ARCHITECTURES,
-    WIDTHS,
     DraftMode,
     DualViewConfig,
     is_orthrus,
@@ -192,12 +191,6 @@ def _rank_refusals(args: Any) -> Iterator[str]:
         return
     if args.device != "cpu":
         yield f"{_flag('tp_size', args.tp_size)}: ORTHRUS was not tried on several GPUs yet; use --tp-size 1."
-    widths = os.environ.get(WIDTHS, "")
-    if "," in widths:
-        yield (
-            f"{WIDTHS}={widths}: with {_flag('tp_size', args.tp_size)} every rank would choose by its own clock; name "
-            "one width, or unset the environment variable."
-        )
 
 
 def _triton_refusals(args: Any) -> Iterator[str]:

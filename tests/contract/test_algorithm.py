@@ -16,6 +16,7 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_orthrus.compat import versions
+from sglang_orthrus.cpu import platform
 from sglang_orthrus.plugin import register
 from sglang_orthrus.server_args import refusals
 from sglang_orthrus.server_args.algorithm import ATTENTION_BACKENDS, OrthrusAlgorithm, Refused
@@ -83,7 +84,13 @@ def test_the_checkpoint_decides_the_widths(checkpoint: Path) -> None:
     # What SGLang reserves per decode is twice the larger of these two.
     assert _resolved(args, "speculative_num_steps") == 8
     assert not _resolved(args, "disable_overlap_schedule")
-    assert _resolved(args, "max_running_requests") == 48
+
+
+def test_as_many_requests_run_as_in_plain_sglang(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own speculative algorithms allow 48, and so does the CPU platform to any server."""
+    monkeypatch.setattr(platform, "DEFAULT_MAX_RUNNING_REQUESTS", None)
+    assert _resolved(_resolve(checkpoint), "max_running_requests") is None
+    assert _resolved(_resolve(checkpoint, "--max-running-requests", "7"), "max_running_requests") == 7
 
 
 def test_a_narrower_width_still_reserves_a_whole_block(checkpoint: Path) -> None:
@@ -280,14 +287,6 @@ def test_widths_end_with_the_largest(checkpoint: Path, monkeypatch: pytest.Monke
 def test_several_gpus_are_refused(checkpoint: Path) -> None:
     with pytest.raises(Refused, match="--tp-size 2: ORTHRUS was not tried on several GPUs yet; use --tp-size 1"):
         _resolve(checkpoint, "--device", "cuda", "--tp-size", "2")
-
-
-def test_several_ranks_have_one_width(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ORTHRUS_WIDTHS", "8")
-    _resolve(checkpoint, "--device", "cpu", "--tp-size", "2")
-    monkeypatch.setenv("ORTHRUS_WIDTHS", "1,8")
-    with pytest.raises(Refused, match=r"ORTHRUS_WIDTHS=1,8: with --tp-size 2 .* name one width"):
-        _resolve(checkpoint, "--device", "cpu", "--tp-size", "2")
 
 
 def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None:

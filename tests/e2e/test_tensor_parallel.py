@@ -18,7 +18,7 @@ from benchmarks.common.greedy import stop_ids
 from benchmarks.common.reference import Reference
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
-from sglang_orthrus.config import SLOW_MASK_MS
+from sglang_orthrus.config import SLOW_MASK_MS, WIDTHS
 from tests.e2e.helpers import (
     Reply,
     assert_same_outputs,
@@ -51,8 +51,8 @@ GRAMMARS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def defaults() -> Iterator[Server]:
-    """Seeds count. No time for masks: where the clock ends a block, only rank 0's counts."""
-    env = {**SETUP.env, SLOW_MASK_MS: "0", **CORE_FOR_EACH_RANK}
+    """Widths that follow traffic, and seeds that count. Where the clock ends a block, only rank 0's counts."""
+    env = {**SETUP.env, SLOW_MASK_MS: "0", WIDTHS: "1,8,16,32", **CORE_FOR_EACH_RANK}
     flags = (*TWO_RANKS, "--enable-deterministic-inference")
     with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *flags, env=env, timeout=600) as server:
         yield server
@@ -70,12 +70,12 @@ def test_greedy_texts_are_plain_sglangs(two_ranks: Server, plain: Server, refere
     assert_same_outputs(reference, plain, requests, generate_together(two_ranks, requests, in_flight))
 
 
-def test_drafts_are_as_good_as_on_one_rank(two_ranks: Server, reference: Reference) -> None:
+def test_drafts_are_as_good_as_on_one_rank(narrow: Server, reference: Reference) -> None:
     """A shard that drafted for itself would show here alone."""
-    width = two_ranks.get("/server_info").json()["speculative_num_draft_tokens"]
+    width = narrow.get("/server_info").json()["speculative_num_draft_tokens"]
     for prompt in prompts()[::9]:
         trace = reference.generate(prompt.ids, 96, stop_ids(NANO), width=width)
-        reply = generate(two_ranks, prompt.ids, 96)
+        reply = generate(narrow, prompt.ids, 96)
         assert reply["meta_info"]["spec_verify_ct"] == pytest.approx(trace.rounds, rel=0.15)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_orthrus.config import DualViewConfig, is_orthrus
+from sglang_orthrus.config import WIDTHS, DualViewConfig, is_orthrus, widths_from_env
 
 
 def test_the_released_values_are_read() -> None:
@@ -34,3 +34,32 @@ def test_the_architecture_decides_not_the_model_type(name: str) -> None:
     assert is_orthrus(SimpleNamespace(architectures=[name], model_type="qwen3"))
     assert not is_orthrus(SimpleNamespace(architectures=["Qwen3ForCausalLM"], model_type="qwen3"))
     assert not is_orthrus(SimpleNamespace(architectures=None))
+
+
+@pytest.mark.parametrize(
+    ("value", "largest", "expected"),
+    [
+        (None, 32, (1, 8, 16, 32)),
+        (None, 48, (1, 8, 16, 32, 48)),
+        (None, 16, (1, 8, 16)),
+        (None, 12, (1, 8, 12)),
+        (None, 4, (1, 4)),
+        ("largest", 32, (32,)),
+        ("32", 32, (32,)),
+        ("16,1,32,16", 32, (1, 16, 32)),
+    ],
+)
+def test_widths_follow_traffic_unless_one_is_fixed(
+    value: str | None, largest: int, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(WIDTHS, raising=False)
+    if value is not None:
+        monkeypatch.setenv(WIDTHS, value)
+    assert widths_from_env(largest) == expected
+
+
+@pytest.mark.parametrize("value", ["", "all", "0,32", "8,,32", "1,8"])
+def test_other_widths_are_refused_with_the_value_and_the_fix(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WIDTHS, value)
+    with pytest.raises(ValueError, match=f"ORTHRUS_WIDTHS={value}: .*32"):
+        widths_from_env(32)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_orthrus.passes.cuda_graphs import WARM_UPS, _skipping, as_in_plain_decoding
+from sglang_orthrus.passes import cuda_graphs
+from sglang_orthrus.passes.cuda_graphs import (
+    MOST_ROWS,
+    WARM_UPS,
+    LargestGraphRunner,
+    NarrowGraphRunner,
+    OrthrusGraphRunner,
+    _skipping,
+    as_in_plain_decoding,
+    worthwhile,
+)
+
+SIZES = [*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 257, 8)]
 
 
 @pytest.mark.parametrize("skipped", range(WARM_UPS + 1))
@@ -35,9 +48,46 @@ def test_a_capture_without_warm_ups_is_not_left_out(monkeypatch: pytest.MonkeyPa
 
 
 def test_narrow_widths_have_graphs_of_the_sizes_of_plain_decoding() -> None:
-    sizes = [*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 129, 8)]
-    kept = as_in_plain_decoding(sizes)
-    assert len(kept) < 0.65 * len(sizes)
-    assert {1, 2, 4, 8, 16, 32, 64, 128} <= set(kept) <= set(sizes)
+    kept = as_in_plain_decoding(SIZES)
+    assert len(kept) < 0.75 * len(SIZES)
+    assert {1, 2, 4, 8, 16, 32, 64, 128, 256} <= set(kept) <= set(SIZES)
     assert as_in_plain_decoding([1, 2, 3]) == [1, 2, 3], "the largest stays"
     assert as_in_plain_decoding([1]) == [1]
+
+
+def test_rounds_of_many_rows_are_not_captured() -> None:
+    assert worthwhile(SIZES, 1) == SIZES, "plain decoding is always worth it"
+    for width in (8, 16, 32):
+        assert worthwhile(SIZES, width)[-1] == MOST_ROWS // width
+    assert worthwhile([500], 32) == [500], "a runner has one graph at least"
+
+
+@pytest.mark.parametrize(
+    ("named", "no_padding", "is_narrow", "expected"),
+    [
+        (None, False, False, [*range(1, 9), *range(10, 33, 2)]),
+        (None, False, True, [1, 2, 4, 8, 12, 16, 24, 32]),
+        ([3, 200], False, True, [3, 200]),
+        (None, True, True, SIZES),
+    ],
+)
+def test_each_of_several_widths_has_fewer_graphs_unless_sizes_are_named(
+    named: list[int] | None,
+    no_padding: bool,
+    is_narrow: bool,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode = SimpleNamespace(bs=named or SIZES)
+    graph = SimpleNamespace(
+        cuda_graph_config=SimpleNamespace(decode=decode),
+        cuda_graph_bs_decode=named,
+        disable_cuda_graph_padding=no_padding,
+    )
+    found = list[list[int]]()
+    monkeypatch.setattr(cuda_graphs, "get_exec", lambda: SimpleNamespace(graph=graph))
+    monkeypatch.setattr(cuda_graphs, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=32))
+    monkeypatch.setattr(OrthrusGraphRunner, "__init__", lambda self, runner, **kwargs: found.append(decode.bs))
+    (NarrowGraphRunner if is_narrow else LargestGraphRunner)(None)
+    assert found == [expected]
+    assert decode.bs == (named or SIZES), "the next width begins with all of them"

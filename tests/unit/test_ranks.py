@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.load.simulate import measured_costs
 from sglang_orthrus import ranks
 from sglang_orthrus.models.orthrus import _best_of_all
+from sglang_orthrus.round.policy import Policy
+from sglang_orthrus.round.width_controller import WidthController
 
 SHARE, ROWS = 8, 64
 VOCABULARY = 13  # the last share is not full
@@ -39,6 +42,24 @@ def _logits() -> torch.Tensor:
     return logits
 
 
+def _widths() -> list[int]:
+    """Of rounds that commit ever fewer tokens; rank 0's controller alone learns of it."""
+    controller = WidthController(measured_costs()) if ranks.is_first() else None
+    policy = Policy((1, 8, 16, 32), controller, is_shared=True)
+    request: Any = SimpleNamespace(
+        rid="a", grammar=None, sampling_params=SimpleNamespace(top_k=1), origin_input_ids=[1], output_ids=[2]
+    )
+    request.finished, request.is_retracted = lambda: False, False
+    info = SimpleNamespace(is_all_greedy=False)
+    batch: Any = SimpleNamespace(reqs=[request], has_grammar=False, return_logprob=False, sampling_info=info)
+    widths = []
+    for number in range(60):
+        policy.note_prefill()  # so that these rounds are not timed
+        widths.append(policy.plan(batch, can_defer=True).width)
+        policy.observe([min(widths[-1], 32 // min(number + 1, 32)) - 1])
+    return widths
+
+
 def _run(rank: int, port: int, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks.use_group(Group(rank, 2))
@@ -51,6 +72,7 @@ def _run(rank: int, port: int, answers: Any) -> None:
             empty=_best_of_all(own[:, : SHARE if rank == 0 else 0].clone(), first).tolist(),
             tensor=ranks.from_first(torch.tensor([rank + 5])).tolist(),
             numbers=ranks.numbers_from_first([rank, 7 * rank + 1]),
+            widths=_widths(),
             gathered=ranks.gathered(torch.tensor([rank, 10 + rank])).tolist(),
             are_several=ranks.are_several(),
             is_first=ranks.is_first(),
@@ -80,6 +102,8 @@ def test_two_ranks_agree() -> None:
         assert answer.gathered == [[0, 10], [1, 11]]
         assert answer.are_several
     assert [answer.is_first for answer in found] == [True, False]
+    assert found[0].widths == found[1].widths
+    assert found[0].widths[0] == 32 and found[0].widths[-1] == 1, "they follow what rank 0 has learnt"
 
 
 def test_one_rank_is_left_alone() -> None:
