@@ -55,17 +55,19 @@ def numbers_from_first(numbers: list[int]) -> list[int]:
 
 
 @depends_on(
-    "sglang.srt.distributed.parallel_state:GroupCoordinator.all_gather_into_tensor",
+    "sglang.srt.distributed.parallel_state:GroupCoordinator._all_gather_into_tensor",
+    "output",
+    "input",
     what="called for the best tokens of every rank's share of the vocabulary",
-    why="each rank's head has a share of it",
-    until=SHARED_BY_WORKERS,
+    why="each rank's head has a share of it; the public call is an operator that platforms like ours lack",
+    until="SGLang registers its operators for the device of such a platform",
 )
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors of all ranks, one behind the other: [n, ...] -> [ranks, n, ...]. Can be part of a CUDA graph."""
     if _group is None:
         return tensor[None]
     found = tensor.new_empty(_group.world_size, *tensor.shape)
-    _group.all_gather_into_tensor(found.view(-1, *tensor.shape[1:]), tensor.contiguous())
+    _group._all_gather_into_tensor(found.view(-1, *tensor.shape[1:]), tensor.contiguous())
     return found
 
 

@@ -34,15 +34,13 @@ class FixedWidth:
     def forget(self, key: Hashable) -> None:
         """Nothing."""
 
-    def plan(self, keys: Sequence[Hashable], kind: Hashable = None) -> Any:
+    def plan(self, keys: Sequence[Hashable], kind: Hashable = None, context: int | None = None) -> Any:
         """The width."""
         from sglang_orthrus.round.width_controller import RoundWidth
 
         return RoundWidth(self._width, False)
 
-    def observe(
-        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], kind: Hashable, measured: float | None
-    ) -> Any:
+    def observe(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], *others: Any) -> Any:
         """Nothing."""
         from sglang_orthrus.round.width_controller import RoundResult
 

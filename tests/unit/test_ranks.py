@@ -31,7 +31,7 @@ class Group:
         dist.broadcast(tensor, src)
         return tensor
 
-    def all_gather_into_tensor(self, output: torch.Tensor, own: torch.Tensor) -> None:
+    def _all_gather_into_tensor(self, output: torch.Tensor, own: torch.Tensor) -> None:
         dist.all_gather_into_tensor(output, own)
 
 
