@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.cuda_graph_config import with_phase
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
@@ -36,10 +37,11 @@ MOST_ROWS = 1024
     until="it asks the algorithm for spec inputs and graph variants",
 )
 @depends_on(
-    "sglang.srt.model_executor.cuda_graph_config:PhaseConfig",
-    "bs",
-    what="another list while a runner of one of several widths is made",
-    why="the runner takes its batch sizes and the size of its buffers from there",
+    "sglang.srt.model_executor.cuda_graph_config:with_phase",
+    "config",
+    "phase",
+    what="called for another list of batch sizes while a runner of one of several widths is made",
+    why="the runner takes its batch sizes and the size of its buffers from the configuration",
     until="SGLang captures graphs of several widths",
 )
 @depends_on(
@@ -148,14 +150,12 @@ class LargestGraphRunner(OrthrusGraphRunner):
 
     def __init__(self, model_runner: Any, **kwargs: Any) -> None:
         graph = get_exec().graph
-        sizes = graph.cuda_graph_config.decode.bs
+        config, sizes = graph.cuda_graph_config, graph.cuda_graph_config.decode.bs
         if sizes and graph.cuda_graph_bs_decode is None and not graph.disable_cuda_graph_padding:
             width = kwargs.get("speculative_num_draft_tokens") or get_spec().speculative_num_draft_tokens
-            graph.cuda_graph_config.decode.bs = self._worthwhile(sizes, int(width))
-        try:
+            config = with_phase(config, "decode", bs=self._worthwhile(sizes, int(width)))
+        with graph.override(cuda_graph_config=config):
             super().__init__(model_runner, **kwargs)
-        finally:
-            graph.cuda_graph_config.decode.bs = sizes
 
     def _worthwhile(self, sizes: Sequence[int], width: int) -> list[int]:
         return worthwhile(sizes, width)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+from sglang.srt.runtime_context import _ConfigBag
 
 from sglang_orthrus.passes import cuda_graphs
 from sglang_orthrus.passes.cuda_graphs import (
@@ -78,16 +80,18 @@ def test_each_of_several_widths_has_fewer_graphs_unless_sizes_are_named(
     expected: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decode = SimpleNamespace(bs=named or SIZES)
-    graph = SimpleNamespace(
-        cuda_graph_config=SimpleNamespace(decode=decode),
-        cuda_graph_bs_decode=named,
-        disable_cuda_graph_padding=no_padding,
-    )
+    graph = _ConfigBag("exec.graph")
+    graph._set("cuda_graph_config", CudaGraphConfig(decode=PhaseConfig(bs=named or SIZES)))
+    graph._set("cuda_graph_bs_decode", named)
+    graph._set("disable_cuda_graph_padding", no_padding)
     found = list[list[int]]()
+
+    def init(self: OrthrusGraphRunner, runner: Any, **kwargs: Any) -> None:
+        found.append(graph.cuda_graph_config.decode.bs)
+
     monkeypatch.setattr(cuda_graphs, "get_exec", lambda: SimpleNamespace(graph=graph))
     monkeypatch.setattr(cuda_graphs, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=32))
-    monkeypatch.setattr(OrthrusGraphRunner, "__init__", lambda self, runner, **kwargs: found.append(decode.bs))
+    monkeypatch.setattr(OrthrusGraphRunner, "__init__", init)
     (NarrowGraphRunner if is_narrow else LargestGraphRunner)(None)
     assert found == [expected]
-    assert decode.bs == (named or SIZES), "the next width begins with all of them"
+    assert graph.cuda_graph_config.decode.bs == (named or SIZES), "the next width begins with all of them"
