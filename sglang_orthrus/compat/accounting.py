@@ -101,7 +101,7 @@ class _Round:
     def take_off_inplace(self, reporter: Any) -> int:
         """Take off the reporter's sums what no text has taken in; returns the number of such tokens."""
         num_ended = self._num_ended
-        num_tokens = self._num_counted - sum(map(_text_length, self._running))
+        num_tokens = self._num_counted - sum(map(text_length, self._running))
         reporter.num_generated_tokens -= num_tokens
         reporter.spec_num_forward_ct -= num_ended
         reporter.spec_num_accept_tokens -= num_tokens
@@ -111,6 +111,7 @@ class _Round:
         return num_tokens
 
 
-def _text_length(req: Any) -> int:
+def text_length(req: Any) -> int:
+    """Tokens of a request's text: what a round has committed behind its end does not count."""
     length = len(req.output_ids)
     return length if req.finished_len is None else min(length, req.finished_len)

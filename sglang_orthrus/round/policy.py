@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from sglang_orthrus import ranks
+from sglang_orthrus.compat.accounting import text_length
 from sglang_orthrus.metrics import WidthFigures, WidthMetrics
 from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.logit_adjustments import are_adjusted
@@ -51,6 +52,22 @@ class _Planned(NamedTuple):
     follows_round: bool
 
 
+class _Result(NamedTuple):
+    """A result that texts are about to take in.
+
+    Attributes:
+        planned: the round.
+        measured: seconds since the result before it; None if something else ran meanwhile.
+        accept_lens: tokens that it committed of each request; 0 where it does not count.
+        text_lens: tokens of their texts before.
+    """
+
+    planned: _Planned
+    measured: float | None
+    accept_lens: Sequence[int]
+    text_lens: Sequence[int]
+
+
 class Policy:
     """Plans rounds. Their width follows traffic if there are several to choose from.
 
@@ -73,6 +90,8 @@ class Policy:
         self._controller = controller
         self._metrics = metrics
         self._planned: deque[_Planned] = deque()
+        self._result: _Result | None = None
+        self._over: list[str] = []
         self._follows_round = False
         self._observed_at = 0.0
         # Of the last round, which the next one mostly has again.
@@ -93,35 +112,54 @@ class Policy:
         )
 
     def observe(self, num_accepted: Sequence[int]) -> None:
-        """The result of the oldest round that has none: accepted drafts of each of its requests."""
+        """The result of the oldest round that has none: accepted drafts of each of its requests.
+
+        It is learnt from when texts have taken it in. What lies behind a text's end is no gain.
+        """
         if self._controller is None:
             return
-        reqs, rids, width, is_probe, has_grammar, context, follows_round = self._planned.popleft()
+        self._learn()
+        planned = self._planned.popleft()
         now = time.perf_counter()
-        measured = now - self._observed_at if follows_round else None
+        measured = now - self._observed_at if planned.follows_round else None
         self._observed_at = now
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
             0 if req.finished() or req.is_retracted else accepted + 1
-            for req, accepted in zip(reqs, num_accepted, strict=True)
+            for req, accepted in zip(planned.reqs, num_accepted, strict=True)
         ]
-        result = self._controller.observe(rids, width, lens, has_grammar, measured, context)
-        if self._metrics is not None:
-            self._metrics.count(WidthFigures(width, is_probe, *result), self._controller.report)
+        self._result = _Result(planned, measured, lens, [text_length(req) for req in planned.reqs])
 
     def note_prefill(self) -> None:
         """A prefill is queued before the next round."""
         self._follows_round = False
 
     def forget(self, rid: str) -> None:
-        """A request is over."""
+        """A request is over; its last result is still learnt from."""
         if self._controller is not None:
             self._reqs = []
+            self._over.append(rid)
+
+    def _learn(self) -> None:
+        """Tell the controller of the last result, and of requests that have ended since."""
+        assert self._controller is not None
+        if self._result is not None:
+            planned, measured, accept_lens, before = self._result
+            self._result = None
+            after = map(text_length, planned.reqs)
+            lens = [min(length, new - old) for length, new, old in zip(accept_lens, after, before, strict=True)]
+            width, has_grammar = planned.width, planned.has_grammar
+            result = self._controller.observe(planned.rids, width, lens, has_grammar, measured, planned.context)
+            if self._metrics is not None:
+                self._metrics.count(WidthFigures(width, planned.is_probe, *result), self._controller.report)
+        for rid in self._over:
             self._controller.forget(rid)
+        self._over.clear()
 
     def _width(self, reqs: Sequence[Any], has_grammar: bool) -> int:
         if self._controller is None:
             return self._widths[-1]
+        self._learn()
         if reqs != self._reqs:
             for req in reqs:
                 self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))

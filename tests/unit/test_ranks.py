@@ -49,6 +49,7 @@ def _widths() -> list[int]:
     request: Any = SimpleNamespace(
         rid="a", grammar=None, sampling_params=SimpleNamespace(top_k=1), origin_input_ids=[1], output_ids=[2]
     )
+    request.finished_len = None
     request.finished, request.is_retracted = lambda: False, False
     info = SimpleNamespace(is_all_greedy=False)
     batch: Any = SimpleNamespace(reqs=[request], has_grammar=False, return_logprob=False, sampling_info=info)
@@ -56,7 +57,9 @@ def _widths() -> list[int]:
     for number in range(60):
         policy.note_prefill()  # so that these rounds are not timed
         widths.append(policy.plan(batch, can_defer=True).width)
-        policy.observe([min(widths[-1], 32 // min(number + 1, 32)) - 1])
+        tokens = min(widths[-1], 32 // min(number + 1, 32))
+        policy.observe([tokens - 1])
+        request.output_ids += [3] * tokens
     return widths
 
 

@@ -1,0 +1,63 @@
+"""What a policy learns of rounds: tokens that texts have taken in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.load.simulate import WIDTHS, measured_costs
+from sglang_orthrus.round.policy import Policy
+from sglang_orthrus.round.width_controller import WidthController
+
+
+class Request:
+    """As much of SGLang's `Req` as a policy reads."""
+
+    def __init__(self, rid: str) -> None:
+        self.rid, self.grammar, self.is_retracted = rid, None, False
+        self.sampling_params = SimpleNamespace(top_k=1)
+        self.origin_input_ids, self.output_ids = [1, 2], [3]
+        self.finished_len: int | None = None
+
+    def finished(self) -> bool:
+        return self.finished_len is not None
+
+    def take(self, tokens: int, end: int | None = None) -> None:
+        """Take in a round's tokens; the text ends behind so many of them."""
+        self.finished_len = None if end is None else len(self.output_ids) + end
+        self.output_ids += [4] * tokens
+
+
+def batch_of(*requests: Request) -> Any:
+    info = SimpleNamespace(is_all_greedy=False)
+    return SimpleNamespace(reqs=list(requests), has_grammar=False, return_logprob=False, sampling_info=info)
+
+
+def test_tokens_behind_the_end_of_a_text_are_no_gain() -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    policy, first, second = Policy(WIDTHS, controller), Request("a"), Request("b")
+    plan = policy.plan(batch_of(first, second), can_defer=True)
+    policy.observe([plan.width - 1, 4])
+    first.take(plan.width, end=3)
+    policy.forget("a")
+    second.take(5)
+    policy.plan(batch_of(second), can_defer=True)
+    report = controller.report()
+    assert report.tokens == {plan.width: 3 + 5} and report.requests == {plan.width: 2}
+
+
+def test_a_round_that_ran_for_an_ended_request_teaches_nothing_of_it() -> None:
+    """Under overlap scheduling the next round is planned before the result that ends a request is known."""
+    controller = WidthController(measured_costs(), WIDTHS)
+    policy, first, second = Policy(WIDTHS, controller), Request("a"), Request("b")
+    for _ in range(2):
+        plan = policy.plan(batch_of(first, second), can_defer=True)
+    policy.observe([2, 2])
+    first.take(3, end=1)
+    policy.forget("a")
+    second.take(3)
+    policy.observe([7, 1])
+    second.take(2)
+    policy.plan(batch_of(second), can_defer=True)
+    report = controller.report()
+    assert report.tokens == {plan.width: 1 + 3 + 2} and report.requests == {plan.width: 3}
