@@ -97,7 +97,7 @@ WIDTHS = {
     for name, text in (
         ("rounds", "Rounds, by width."),
         ("requests", "Requests of rounds, each counted once per round, by width."),
-        ("tokens", "Tokens that rounds committed, by width."),
+        ("tokens", "Tokens that texts took in from rounds, by width."),
         ("probes", "Rounds that were to learn about their width, by width."),
         ("seconds", "Estimated seconds of rounds, by width."),
         ("plain_seconds", "Estimated seconds of plain decoding for the same tokens, by width."),
