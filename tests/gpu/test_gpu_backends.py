@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.common.greedy import load_prompts
 from benchmarks.common.reference import Reference
-from benchmarks.common.setups import BF16_NEAR_TIE
+from benchmarks.common.setups import BF16_NEAR_TIE, ONE_WIDTH
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server, plain_env
 from sglang_orthrus.models.checkpoint import export_ar
@@ -56,7 +56,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Reply]]:
 @pytest.mark.parametrize("name", UNLIKE)
 def test_unlike_backends_answer_as_plain_sglang_does(name: str, expected: list[Reply], reference: Reference) -> None:
     """Alone and six at a time: graphs of one request, of four with padding, and passes that no graph covers."""
-    with Server(NANO, *ORTHRUS_ARGS, *COMMON, *UNLIKE[name]) as server:
+    with Server(NANO, *ORTHRUS_ARGS, *COMMON, *UNLIKE[name], env=ONE_WIDTH) as server:
         answers = {at_once: _collect(server, at_once) for at_once in (1, 3, 6)}
     for at_once, replies in answers.items():
         for prompt, theirs, ours in zip(load_prompts(NANO, COUNT), expected, replies, strict=True):
