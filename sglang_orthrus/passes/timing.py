@@ -78,7 +78,7 @@ def time_rounds(
             found[width][size] = _time(passes, model_runner, batch, width)
     size = max(size for size in found[widest] if size <= max(_LONG_BATCH, fitting[0]))
     longer = min(_LONG_CONTEXT, _longest_context(model_runner, size, widest))
-    if longer < 2 * context:
+    if longer < 2 * context or _has_one_page(model_runner):
         return RoundTimes(found, context, {})
     batch = _batch(model_runner, size, longer, widest)
     slopes = {
@@ -121,6 +121,11 @@ def _first_rank_says(answer: bool) -> bool:
     return bool(said)
 
 
+def _has_one_page(model_runner: Any) -> bool:
+    """Whether the KV pool's memory is its first page: SGLang sizes the pool after capture, and so after this."""
+    return bool(getattr(model_runner.token_to_kv_pool, "post_capture_active", False))
+
+
 def _longest_context(model_runner: Any, size: int, width: int) -> int:
     """Tokens of context that so many requests may have; not positive if there are too many."""
     rows, columns = model_runner.req_to_token_pool.req_to_token.shape
@@ -129,6 +134,19 @@ def _longest_context(model_runner: Any, size: int, width: int) -> int:
     return int(min(columns - width, model_runner.max_total_num_tokens // size - width))
 
 
+def _slots(size: int, length: int, device: torch.device, all_first: bool) -> torch.Tensor:
+    """Of every token of every request: [size, length]; all_first: there is no other one."""
+    slots = torch.arange(size * length, device=device).view(size, length)
+    return torch.zeros_like(slots) if all_first else slots
+
+
+@depends_on(
+    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+    "post_capture_active",
+    what="read before rounds are timed: whether only the first page has memory yet",
+    why="other slots must not be touched before SGLang has sized the pool",
+    until="SGLang times passes of plugins' algorithms",
+)
 @depends_on(
     "sglang.srt.managers.schedule_batch:ScheduleBatch.init_new",
     "reqs",
@@ -158,7 +176,7 @@ def _batch(model_runner: Any, size: int, context: int, width: int) -> ScheduleBa
         spec_algorithm=model_runner.spec_algorithm,
     )
     device = pool.req_to_token.device
-    slots = torch.arange(size * (context + width), device=device).view(size, -1)
+    slots = _slots(size, context + width, device, all_first=_has_one_page(model_runner))
     batch.req_pool_indices = torch.arange(1, size + 1, device=device)
     pool.req_to_token[1 : size + 1, : context + width] = slots.to(pool.req_to_token.dtype)
     batch.seq_lens_cpu = torch.full((size,), context)
