@@ -12,6 +12,8 @@ from sglang_orthrus.passes.plan_kernel import max_split_work
 # What SGLang's backend takes for plain Qwen3; it does not know that ours is one.
 _MIN_WORKSPACE_BYTES = 512 * 1024 * 1024
 _TILE_ROWS = 128  # the largest of FlashInfer's query tiles
+_LEAST_TILE_ROWS = 16  # the smallest
+_NUM_ARRAYS, _ALIGNMENT = 8, 16  # of a plan's integers, and bytes
 _MAX_SMS = 160
 _MARGIN = 1.1
 
@@ -27,6 +29,23 @@ def workspace_bytes(num_requests: int, width: int, num_q_heads: int, num_kv_head
     tiles = max(tiles, max_split_work(_MAX_SMS, num_kv_heads))
     partial_results = num_q_heads * -(-tiles * _TILE_ROWS // group) * (head_dim + 1) * 4
     return max(_MIN_WORKSPACE_BYTES, int(_MARGIN * partial_results))
+
+
+def int_workspace_bytes(num_requests: int, width: int, group: int, max_work: int) -> int:
+    """What the integers of a plan for `num_requests` blocks of `width` rows need at most under a CUDA graph.
+
+    Follows `PrefillPlan` in FlashInfer's scheduler.cuh: three indices and a flag per work item, an offset per request
+    and one per row, each array aligned.
+
+    Args:
+        num_requests: of the graph.
+        width: rows per request.
+        group: query heads per key-value head.
+        max_work: work items that a split may make.
+    """
+    rows = num_requests * width
+    work = max(max_work, -(-rows * group // _LEAST_TILE_ROWS) + num_requests)
+    return 4 * (3 * work + num_requests + rows + 4) + work + _ALIGNMENT * _NUM_ARRAYS
 
 
 def set_workspace_size(size: int) -> None:

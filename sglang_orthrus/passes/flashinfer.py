@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+from sglang.srt.runtime_context import get_spec
 
 from sglang_orthrus.compat.ledger import depends_on
+from sglang_orthrus.passes.attention import int_workspace_bytes
 from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, PlanLayout, max_split_work, write_plan
 
 _ON_DEVICE = "SGLang plans on the device"
@@ -100,6 +102,7 @@ class OrthrusFlashInferBackend(FlashInferAttnBackend):
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
         super().__init__(model_runner, **options)
+        self._width = int(get_spec().speculative_num_draft_tokens)
         for phase, name, access in (
             ("prefill", model_runner.prefill_attention_backend_str, self.prefill_kv_access),
             ("decode", model_runner.decode_attention_backend_str, self.decode_kv_access),
@@ -161,18 +164,32 @@ class OrthrusFlashInferBackend(FlashInferAttnBackend):
         """
         assert not use_custom_mask, "blocks are causal, or not masked at all"
         return self.prefill_cuda_graph_metadata.get(bs) or [
-            BlockWrapper(
-                self.workspace_buffer,
-                "NHD",
-                use_cuda_graph=True,
-                backend=self.prefill_backend,
-                qo_indptr_buf=self.cuda_graph_qo_indptr[number][: bs + 1],
-                paged_kv_indptr_buf=self.kv_indptr[number][: bs + 1],
-                paged_kv_indices_buf=self.cuda_graph_kv_indices[number],
-                paged_kv_last_page_len_buf=self.kv_last_page_len[:bs],
-            )
-            for number in range(self.num_wrappers)
+            self._graph_wrapper(bs, number) for number in range(self.num_wrappers)
         ]
+
+    @depends_on(
+        "flashinfer.prefill:BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer",
+        "float_workspace_buffer",
+        "int_workspace_buffer",
+        what="called with integers for one batch size",
+        why="a wrapper takes 8 MB of them on device and host, and every width has one per batch size",
+        until="FlashInfer sizes them by what a plan needs",
+    )
+    def _graph_wrapper(self, bs: int, number: int) -> BlockWrapper:
+        wrapper = BlockWrapper(
+            self.workspace_buffer,
+            "NHD",
+            use_cuda_graph=True,
+            backend=self.prefill_backend,
+            qo_indptr_buf=self.cuda_graph_qo_indptr[number][: bs + 1],
+            paged_kv_indptr_buf=self.kv_indptr[number][: bs + 1],
+            paged_kv_indices_buf=self.cuda_graph_kv_indices[number],
+            paged_kv_last_page_len_buf=self.kv_last_page_len[:bs],
+        )
+        size = int_workspace_bytes(bs, self._width, self._group, self._max_work)
+        device = self.workspace_buffer.device
+        wrapper.reset_workspace_buffer(self.workspace_buffer, torch.empty(size, dtype=torch.uint8, device=device))
+        return wrapper
 
     @depends_on(
         "sglang.srt.layers.attention.flashinfer_backend:FlashInferAttnBackend.init_forward_metadata_out_graph",

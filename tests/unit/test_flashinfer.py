@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_orthrus.passes import flashinfer as module
 from sglang_orthrus.passes.attention import (
+    int_workspace_bytes,
     plans_in_graphs,
     register_flashinfer,
     set_workspace_size,
@@ -24,7 +25,7 @@ from sglang_orthrus.passes.attention import (
     workspace_bytes,
 )
 from sglang_orthrus.passes.flashinfer import BlockWrapper, OrthrusFlashInferBackend
-from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT
+from sglang_orthrus.passes.plan_kernel import MIN_CHUNK, UNSPLIT, max_split_work
 
 
 def _backend(**values: Any) -> OrthrusFlashInferBackend:
@@ -65,7 +66,9 @@ def test_every_flashinfer_backend_that_sglang_makes_is_ours(monkeypatch: pytest.
 def test_the_graphs_of_a_batch_size_share_wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang makes new ones for the second capture of a size, and the first graph replays with a stale plan."""
     monkeypatch.setattr(BlockWrapper, "__init__", lambda self, *args, **kwargs: None)
-    backend = _backend()
+    integers: list[torch.Tensor] = []
+    monkeypatch.setattr(BlockWrapper, "reset_workspace_buffer", lambda self, floats, ints: integers.append(ints))
+    backend = _backend(_width=32, _group=4, _max_work=33)
     backend._prepare_cuda_graph_metadata(4, 128, ForwardMode.TARGET_VERIFY, None)
     first = backend.prefill_cuda_graph_metadata[4]
     backend._prepare_cuda_graph_metadata(2, 64, ForwardMode.TARGET_VERIFY, None)
@@ -74,6 +77,7 @@ def test_the_graphs_of_a_batch_size_share_wrappers(monkeypatch: pytest.MonkeyPat
     assert backend.prefill_cuda_graph_metadata[4] is first
     metadata: Any = backend.forward_metadata
     assert metadata.prefill_wrappers is first and not metadata.use_ragged
+    assert [tensor.numel() for tensor in integers] == [int_workspace_bytes(bs, 32, 4, 33) for bs in (4, 2)]
 
 
 def test_an_output_is_not_zeroed_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +185,19 @@ def test_the_workspace_grows_with_the_rows_of_a_batch() -> None:
     assert small == 512 * 1024**2
     # 512 query tiles at least, each 32 rows of fp32 partial results and a log-sum for 32 heads.
     assert large > max(small, 512 * 32 * 32 * (128 + 1) * 4)
+
+
+@pytest.mark.parametrize(("bs", "width", "group"), [(1, 1, 4), (3, 4, 2), (8, 32, 4), (256, 1, 4), (128, 8, 8)])
+def test_the_integers_of_a_plan_fit_whatever_the_tile(bs: int, width: int, group: int) -> None:
+    """FlashInfer's own count of work items, for the tiles that it may choose; and 8 MB are saved."""
+    max_work = max_split_work(132, 8)
+    for tile in (16, 64, 128):
+        padded = max(max_work, -(-bs * width * group // tile) + bs - 1)
+        arrays = [4 * padded] * 3 + [4 * (bs + 1), 4, 4, 4 * (bs * width + 1), padded]
+        end = 0
+        for size in arrays:
+            end = -(-end // 16) * 16 + size
+        assert end <= int_workspace_bytes(bs, width, group, max_work) < 1 << 17
 
 
 def test_a_workspace_size_that_the_user_set_stays() -> None:
