@@ -118,10 +118,12 @@ def timeline(results: Sequence[Result], seconds: float = 0.1) -> list[dict[str, 
     return rows
 
 
-def summary(runs: Sequence[Mapping[str, Any]], fixed: Sequence[str]) -> list[dict[str, Any]]:
+def summary(
+    runs: Sequence[Mapping[str, Any]], fixed: Sequence[str], rivals: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Ratios of the adaptive server's speed to plain SGLang's and to the best fixed width's, by traffic.
 
-    `kinds` of a mix compares the speed of one request of every kind.
+    `kinds` of a mix compares the speed of one request of every kind, `rivals` theirs to plain SGLang's.
     """
     speeds = {(run["server"], run["traffic"], run["concurrency"]): run["decode"] for run in runs}
     rows = []
@@ -131,6 +133,11 @@ def summary(runs: Sequence[Mapping[str, Any]], fixed: Sequence[str]) -> list[dic
             continue
         others = [speeds[key] for name in fixed if (key := (name, traffic, concurrency)) in speeds]
         best = max((other["tokens_per_second"] for other in others), default=None)
+        ratios = {
+            rival: _rounded(speeds[key]["tokens_per_second"] / theirs["tokens_per_second"])
+            for rival in rivals
+            if (key := (rival, traffic, concurrency)) in speeds
+        }
         kinds = {
             kind: _rounded(own["tokens_per_second_of_one"] / theirs["kinds"][kind]["tokens_per_second_of_one"])
             for kind, own in ours["kinds"].items()
@@ -143,6 +150,7 @@ def summary(runs: Sequence[Mapping[str, Any]], fixed: Sequence[str]) -> list[dic
                 "ratio_to_plain": _rounded(ours["tokens_per_second"] / theirs["tokens_per_second"]),
                 "ratio_to_best_fixed": _rounded(ours["tokens_per_second"] / best) if best else None,
                 **({"kinds": kinds} if kinds else {}),
+                **({"rivals": ratios} if ratios else {}),
             }
         )
     return sorted(rows, key=lambda row: (row["traffic"], row["concurrency"]))

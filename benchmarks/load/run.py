@@ -4,15 +4,16 @@
     python -m benchmarks.load gpu --model /tmp/wide-8b --server-arg="--attention-backend fa3" \\
         --out benchmarks/results/h200/load-fa3.json [--resume]
 
-Greedy requests, with the prompts and grammars of `benchmarks.load.traffic`. Two servers run, and one of them is loaded.
-Both write down their results (`benchmarks.load.recorder`). Fixed widths run on the server that adapts, which is told
-the width: all have the same graphs and memory.
+Greedy requests, with the prompts and grammars of `benchmarks.load.traffic`. Two servers run, on a GPU a third one with
+SGLang's own NGRAM speculation, and one of them is loaded. All write down their results (`benchmarks.load.recorder`).
+Fixed widths run on the server that adapts, which is told the width: all have the same graphs and memory.
 
 - `decode`: so many requests; when a quarter of them are answered, as many new ones are sent at once. Rounds that follow
   a round are timed. So decoding is timed alone, under a steady load: answers are short, 80 tokens in the mean, and
   prefills take a large share of the time.
 - `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
   and all else included. Fixed widths do not run it.
+- `ngram` runs the mix of nano's families only.
 - `steps`: concurrency that rises and falls: plain SGLang, the largest width, and widths that follow.
 - `open`: an open loop (`benchmarks.load.open_loop`) of these three, from light load to more than plain SGLang serves.
 
@@ -27,9 +28,9 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Mode:
         settings: in order.
         steps: (seconds, requests in flight), one after another.
         shares: of the requests per second that plain SGLang serves in a closed loop: arrivals in an open one.
+        rivals: further flags of plain SGLang by name: servers that get the traffic of fixed widths, too.
     """
 
     args: tuple[str, ...]
@@ -80,6 +82,7 @@ class Mode:
     settings: tuple[Setting, ...]
     steps: tuple[tuple[float, int], ...]
     shares: tuple[float, ...] = SHARES
+    rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def limited(self, traffic: Sequence[str] | None, concurrency: Sequence[int] | None) -> Mode:
         """A part of it; None for all."""
@@ -104,9 +107,9 @@ MODES = {
         ),
         ((4.0, 1), (4.0, 8), (4.0, 1)),
     ),
-    # SGLang's defaults, but for memory, since two servers run, and the number of requests.
+    # SGLang's defaults, but for memory, since several servers run, and the number of requests.
     "gpu": Mode(
-        ("--max-running-requests", "128", "--mem-fraction-static", "0.4", "--enable-metrics"),
+        ("--max-running-requests", "128", "--max-total-tokens", "120000", "--enable-metrics"),
         (1, 8, 16, 32),
         (
             # What tells most comes first: a machine may be lent for minutes.
@@ -121,6 +124,7 @@ MODES = {
             Setting(MIXED, 16, True),
         ),
         ((3.0, 2), (3.0, 64), (3.0, 2), (3.0, 16), (3.0, 128), (3.0, 4)),
+        rivals={"ngram": ("--speculative-algorithm", "NGRAM")},
     ),
 }
 
@@ -154,7 +158,8 @@ class Runs:
     def all(self) -> None:
         """What the result lacks."""
         for setting in self._mode.settings:
-            for server in (PLAIN, *(self._fixed if setting.with_fixed else ()), ADAPTIVE):
+            others = (*self._mode.rivals, *self._fixed) if setting.with_fixed else ()
+            for server in (PLAIN, *others, ADAPTIVE):
                 self._run(server, setting)
         for server in (PLAIN, self._fixed[0], ADAPTIVE):
             if self._mode.steps and server not in self._result["steps"]:
@@ -179,11 +184,13 @@ class Runs:
     def _served_by_plain(self) -> float:
         """Requests per second, in a closed loop of the mix, at the most requests in flight."""
         runs = [run for run in self._result["runs"] if run["server"] == PLAIN and run["traffic"] == MIXED]
+        if not runs:
+            sys.exit(f"An open loop needs a run of {MIXED} traffic before it; --traffic {MIXED} makes one.")
         most = max(runs, key=lambda run: run["concurrency"])
         return float(most["requests"] * most["serve_tokens_per_second"] / most["tokens"])
 
     def _run(self, server: str, setting: Setting) -> None:
-        """server: `plain`, `adaptive` or a width."""
+        """server: `plain`, `adaptive`, a rival or a width."""
         key = {"server": server, "traffic": setting.traffic, "concurrency": setting.concurrency}
         if self._find(key) is not None:
             return
@@ -193,7 +200,7 @@ class Runs:
         answers, seconds, results = asyncio.run(refilled(side, requests, setting.concurrency))
         figures = decode_figures(results, min(setting.concurrency, count))
         served = None
-        if setting.traffic in (MIXED, MIXED_WITH_FOREIGN) and server in (PLAIN, ADAPTIVE):
+        if setting.traffic in (MIXED, MIXED_WITH_FOREIGN) and server in self._sides:
             replies, serving, _ = asyncio.run(closed_loop(side, requests, setting.concurrency))
             served = round(sum(map(len, replies)) / serving, 1)
         digests = [digest(str(answer)) for answer in answers]
@@ -215,7 +222,7 @@ class Runs:
         print(f"{server} {setting}: {seconds:.2f} s, {figures}"[:500], file=sys.stderr, flush=True)
 
     def _side(self, server: str) -> Side:
-        side = self._sides[PLAIN if server == PLAIN else ADAPTIVE]
+        side = self._sides.get(server, self._sides[ADAPTIVE])
         side.set_width(int(server) if server.isdecimal() else None)
         return side
 
@@ -223,38 +230,37 @@ class Runs:
         return next((run for run in self._result["runs"] if key.items() <= run.items()), None)
 
     def _write(self) -> None:
-        self._result["summary"] = summary(self._result["runs"], self._fixed)
+        self._result["summary"] = summary(self._result["runs"], self._fixed, tuple(self._mode.rivals))
         write(self._result, self._out)
 
 
 @contextmanager
 def servers(mode: Mode, model: Path, args: list[str]) -> Iterator[dict[str, Side]]:
-    """Both servers, each with the recorder."""
-    with tempfile.TemporaryDirectory() as name:
+    """All servers, each with the recorder."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         exported = export_ar(model, folder / "ar")
         plugins = with_plugins(folder / "site", _RECORDER)
-        records = {side: folder / f"{side}.jsonl" for side in (PLAIN, ADAPTIVE)}
         own = {WIDTHS: ",".join(map(str, mode.widths))}
         theirs = plain_env() | {"SGLANG_PLUGINS": next(iter(_RECORDER))}
-        with (
-            Server(exported, *mode.args, *args, env=plugins | theirs | _env(records[PLAIN]), timeout=900) as plain,
-            Server(
-                model, *ORTHRUS_ARGS, *mode.args, *args, env=plugins | own | _env(records[ADAPTIVE]), timeout=900
-            ) as adaptive,
-        ):
-            yield {PLAIN: Side(plain.url, records[PLAIN]), ADAPTIVE: Side(adaptive.url, records[ADAPTIVE])}
 
+        def side(name: str, model: Path, *flags: str, env: Mapping[str, str]) -> Side:
+            records = folder / f"{name}.jsonl"
+            env = plugins | dict(env) | {RECORDS_ENV: str(records)}
+            server = Server(model, *flags, *mode.args, *args, env=env, timeout=900)
+            return Side(stack.enter_context(server).url, records)
 
-def _env(records: Path) -> dict[str, str]:
-    return {RECORDS_ENV: str(records)}
+        yield {
+            PLAIN: side(PLAIN, exported, env=theirs),
+            ADAPTIVE: side(ADAPTIVE, model, *ORTHRUS_ARGS, env=own),
+            **{rival: side(rival, exported, *flags, env=theirs) for rival, flags in mode.rivals.items()},
+        }
 
 
 @contextmanager
 def running(urls: list[str]) -> Iterator[dict[str, Side]]:
-    """Servers that were started elsewhere with the recorder."""
-    pairs = (url.split("=", 1) for url in urls)
-    yield {name: Side(url, Path(records)) for (url, records), name in zip(pairs, (PLAIN, ADAPTIVE), strict=True)}
+    """Servers that were started elsewhere with the recorder: NAME=URL=RECORDS."""
+    yield {name: Side(url, Path(records)) for name, url, records in (text.split("=", 2) for text in urls)}
 
 
 def main() -> None:
@@ -265,9 +271,9 @@ def main() -> None:
     parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeatable")
     parser.add_argument(
         "--running",
-        nargs=2,
-        metavar="URL=RECORDS",
-        help="plain SGLang and ORTHRUS, started with the recorder, and the files that they write",
+        nargs="+",
+        metavar="NAME=URL=RECORDS",
+        help="servers that were started with the recorder, and the files that they write: plain, adaptive, and rivals",
     )
     parser.add_argument("--traffic", nargs="+", help="of these kinds and mixes only, and no steps")
     parser.add_argument("--concurrency", nargs="+", type=int, help="at these only")
@@ -282,6 +288,7 @@ def main() -> None:
         result = json.loads(out.read_text())
     result["provenance"] = provenance()
     with running(options.running) if options.running else servers(mode, options.model, args) as sides:
+        mode = replace(mode, rivals={name: flags for name, flags in mode.rivals.items() if name in sides})
         runs = Runs(mode, options.model, sides, result, out)
         runs.warm_up()
         runs.all()

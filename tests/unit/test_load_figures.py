@@ -62,12 +62,13 @@ def test_the_summary_compares_with_plain_and_with_the_best_fixed_width() -> None
         _run("plain", 100.0, {"a": 10.0, "b": 10.0}),
         _run("32", 220.0, {"a": 40.0, "b": 9.0}),
         _run("8", 200.0, {"a": 30.0, "b": 11.0}),
+        _run("ngram", 130.0, {"a": 13.0, "b": 13.0}),
         _run("adaptive", 231.0, {"a": 35.0, "b": 8.0}),
     ]
-    (row,) = summary(runs, ["32", "8"])
+    (row,) = summary(runs, ["32", "8"], ["ngram"])
     assert row["concurrency"] == 8 and row["traffic"] == "mixed"
     assert row["ratio_to_plain"] == 2.31 and row["ratio_to_best_fixed"] == 1.05
-    assert row["kinds"] == {"a": 3.5, "b": 0.8}
+    assert row["kinds"] == {"a": 3.5, "b": 0.8} and row["rivals"] == {"ngram": 1.3}
 
 
 def test_a_timeline_has_the_width_of_most_rounds() -> None:
