@@ -98,6 +98,9 @@ class OrthrusAlgorithm(CustomSpecAlgo):
         # The KV reservation is the larger of steps * topk and the largest width.
         server_args.speculative_num_steps = block_size
         server_args.speculative_eagle_topk = 1
+        if server_args.boundary_reduction == "auto":
+            # As for Qwen3, which SGLang tells by names that an Orthrus checkpoint need not have.
+            server_args.boundary_reduction = "ar"
         for field, backend in attention_backends(server_args).items():
             if server_args.device == "cuda" and backend not in ATTENTION_BACKENDS and not is_given(server_args, field):
                 setattr(server_args, field, ATTENTION_BACKENDS[0])

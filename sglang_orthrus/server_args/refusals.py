@@ -185,12 +185,26 @@ def _attention_refusals(args: Any) -> Iterator[str]:
         yield from _triton_refusals(args)
 
 
+@depends_on(
+    "sglang.srt.arg_groups.model_override_base:model_config_of",
+    "server_args",
+    what="reads the checkpoint's configuration while arguments are resolved",
+    why="the validation hook gets the arguments alone",
+    until="never: it only reads",
+)
 def _rank_refusals(args: Any) -> Iterator[str]:
-    """Several tensor-parallel ranks."""
+    """Tensor-parallel ranks that would have to share key-value heads."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
     if args.tp_size == 1:
         return
-    if args.device != "cpu":
-        yield f"{_flag('tp_size', args.tp_size)}: ORTHRUS was not tried on several GPUs yet; use --tp-size 1."
+    heads = model_config_of(args).hf_config.num_key_value_heads
+    if heads % args.tp_size:
+        fitting = " or ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        yield (
+            f"{_flag('tp_size', args.tp_size)}: the checkpoint's {heads} key-value heads can't be shared out evenly, "
+            f"and ORTHRUS copies none; use --tp-size {fitting}."
+        )
 
 
 def _triton_refusals(args: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,9 +285,22 @@ def test_widths_end_with_the_largest(checkpoint: Path, monkeypatch: pytest.Monke
         _resolve(checkpoint)
 
 
-def test_several_gpus_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(Refused, match="--tp-size 2: ORTHRUS was not tried on several GPUs yet; use --tp-size 1"):
-        _resolve(checkpoint, "--device", "cuda", "--tp-size", "2")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ranks_share_key_value_heads_out_evenly(checkpoint: Path, device: str) -> None:
+    _resolve(checkpoint, "--device", device, "--tp-size", "2")
+    with pytest.raises(Refused, match=r"--tp-size 4: the checkpoint's 2 key-value heads .*; use --tp-size 1 or 2"):
+        _resolve(checkpoint, "--device", device, "--tp-size", "4")
+
+
+def test_partial_sums_are_reduced_as_in_qwen3(checkpoint: Path, tmp_path: Path) -> None:
+    """SGLang tells Qwen3 by its model type, and an Orthrus checkpoint may have one of its own."""
+    renamed = tmp_path / "renamed"
+    shutil.copytree(checkpoint, renamed)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (renamed / "config.json").write_text(json.dumps(config | {"model_type": "orthrus"}))
+    for model in (checkpoint, renamed):
+        assert _resolved(_resolve(model), "boundary_reduction") == "ar"
+    assert _resolved(_resolve(renamed, "--boundary-reduction", "rs"), "boundary_reduction") == "rs"
 
 
 def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None:
