@@ -113,14 +113,16 @@ MODES = {
         (1, 8, 16, 32),
         (
             # What tells most comes first: a machine may be lent for minutes.
-            *(Setting(MIXED, concurrency, True) for concurrency in (32, 128, 64, 8)),
-            *(Setting(kind, 128, False) for kind in KINDS),
-            *(Setting(MIXED_WITH_FOREIGN, concurrency, False) for concurrency in (32, 128, 64, 8)),
-            *(Setting(kind, 32, False) for kind in KINDS),
-            *(Setting(MIXED, concurrency, True) for concurrency in (1, 4)),
+            *(Setting(MIXED, concurrency, True) for concurrency in (32, 128, 64, 8, 1, 4)),
+            *(Setting(FOREIGN, concurrency, False) for concurrency in (128, 32, 8, 1)),
+            *(Setting(MIXED_WITH_FOREIGN, concurrency, False) for concurrency in (128, 32, 64, 8)),
             Setting(ONCE, 1, False),
-            *(Setting(kind, 8, False) for kind in KINDS),
-            *(Setting(kind, 1, False) for kind in KINDS),
+            *(
+                Setting(kind, concurrency, False)
+                for concurrency, kind in product((128, 32, 8, 1), KINDS)
+                if kind != FOREIGN
+            ),
+            *(Setting(FOREIGN, concurrency, False) for concurrency in (64, 4)),
             Setting(MIXED, 16, True),
         ),
         ((3.0, 2), (3.0, 64), (3.0, 2), (3.0, 16), (3.0, 128), (3.0, 4)),
