@@ -1,14 +1,15 @@
 """Figures of a run from what the recorder wrote. Pure: no server.
 
 A result is a decode step, a round or a prefill. Its time is that since the result before it. Speeds count decode
-results that follow a decode result: the others waited for a prefill, too.
+results between two others. A result behind a prefill's waited for the prefill to run, and one before it until the host
+had queued the prefill, which takes tens of milliseconds without CUDA graphs.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 # Servers that are compared.
@@ -54,9 +55,10 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
     - `widths`: rounds and mean milliseconds of a round by width.
     """
     rows = [
-        (after, after.at - before.at)
-        for before, after in pairwise(results)
-        if before.is_decode and after.is_decode and after.requests >= FULL * concurrency
+        (result, result.at - before.at)
+        for before, result, after in zip(results, results[1:], [*results[2:], None], strict=False)
+        if before.is_decode and result.is_decode and (after is None or after.is_decode)
+        if result.requests >= FULL * concurrency
     ]
     request_seconds = sum(result.requests * seconds for result, seconds in rows)
     tokens = sum(result.tokens for result, _ in rows)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class CostRow(NamedTuple):
@@ -88,6 +89,16 @@ class RoundCosts:
             return row
         # Less context saves no more than half, so that an error of the slope cannot make a round free.
         return np.asarray(np.maximum(row + self._context_seconds * (context - batch_size * self._context), row / 2))
+
+    def worthwhile(self, batch_size: int) -> BoolArray:
+        """Of every width, whether a batch has a CUDA graph for it, or has none for any: [widths].
+
+        Without a graph a round may take no longer on a GPU, but a host is busy for all of it, and queues and answers
+        nothing else meanwhile.
+        """
+        sizes = (self._graph_sizes.get(width) for width in self.widths)
+        covered = np.array([not own or batch_size <= own[-1] for own in sizes])
+        return covered if covered.any() else ~covered
 
     def as_rows(self) -> list[CostRow]:
         """The costs at every batch size that was measured at any width."""

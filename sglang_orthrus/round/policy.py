@@ -40,7 +40,7 @@ class _Planned(NamedTuple):
         is_probe: whether it was to learn about its width.
         has_grammar: of any of its requests. Such rounds take longer.
         context: tokens of all its requests' contexts, about.
-        follows_round: whether the time between its result and the one before is its own: no prefill ran between them.
+        num_prefills: that were queued before it.
     """
 
     reqs: Sequence[Any]
@@ -49,7 +49,7 @@ class _Planned(NamedTuple):
     is_probe: bool
     has_grammar: bool
     context: int
-    follows_round: bool
+    num_prefills: int
 
 
 class _Result(NamedTuple):
@@ -57,7 +57,7 @@ class _Result(NamedTuple):
 
     Attributes:
         planned: the round.
-        measured: seconds since the result before it; None if something else ran meanwhile.
+        measured: seconds since the result before it; None if a prefill ran or was queued meanwhile.
         accept_lens: tokens that it committed of each request; 0 where it does not count.
         text_lens: tokens of their texts before.
     """
@@ -92,8 +92,9 @@ class Policy:
         self._planned: deque[_Planned] = deque()
         self._result: _Result | None = None
         self._over: list[str] = []
-        self._follows_round = False
-        self._observed_at = 0.0
+        self._num_prefills = 0
+        # Of the last result: when it was known, and prefills that had been queued before its round.
+        self._observed_at, self._prefills_before = 0.0, -1
         # Of the last round, which the next one mostly has again.
         self._reqs: list[Any] = []
         self._rids: list[str] = []
@@ -121,8 +122,9 @@ class Policy:
         self._learn()
         planned = self._planned.popleft()
         now = time.perf_counter()
-        measured = now - self._observed_at if planned.follows_round else None
-        self._observed_at = now
+        # A prefill takes time twice: when it runs, and on the host, which queues it before it takes in a result.
+        measured = now - self._observed_at if self._prefills_before == self._num_prefills else None
+        self._observed_at, self._prefills_before = now, planned.num_prefills
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
             0 if req.finished() or req.is_retracted else accepted + 1
@@ -132,7 +134,7 @@ class Policy:
 
     def note_prefill(self) -> None:
         """A prefill is queued before the next round."""
-        self._follows_round = False
+        self._num_prefills += 1
 
     def forget(self, rid: str) -> None:
         """A request is over; its last result is still learnt from."""
@@ -171,9 +173,8 @@ class Policy:
         self._context_age += 1
         width, is_probe = self._controller.plan(self._rids, has_grammar, self._context)
         self._planned.append(
-            _Planned(self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._follows_round)
+            _Planned(self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._num_prefills)
         )
-        self._follows_round = True
         return width
 
 

@@ -162,7 +162,7 @@ class WidthController:
             context: tokens of all their contexts; those that start-up timed if it is not given.
         """
         row = self._seconds_of(len(keys), kind, context)
-        seconds = row[self._columns]
+        seconds = np.where(self._costs.worthwhile(len(keys)), row, np.inf)[self._columns]
         tokens = self._rates.expected(keys)
         rounds_seen = self._rates.rounds_seen(keys)
         allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))

@@ -6,11 +6,8 @@ Letters: R requests, K widths.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from sglang_orthrus.round.costs import FloatArray
-
-BoolArray = npt.NDArray[np.bool_]
+from sglang_orthrus.round.costs import BoolArray, FloatArray
 
 # A gain below this is noise ...
 SMALL_GAIN = 0.01

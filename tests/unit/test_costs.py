@@ -41,6 +41,19 @@ def test_a_batch_is_padded_to_the_next_graph_of_its_width() -> None:
     assert costs.seconds(8, 20) == pytest.approx(2.7 + 12 * 3.3 / 24)
 
 
+def test_widths_without_a_graph_are_worthwhile_if_no_width_has_one() -> None:
+    costs = RoundCosts(MEASURED, graph_sizes={1: [1, 8, 32], 8: [1, 8]})
+    assert [list(costs.worthwhile(size)) for size in (8, 9, 32, 33)] == [
+        [True, True],
+        [True, False],
+        [True, False],
+        [True, True],
+    ]
+    # Nothing was captured.
+    assert RoundCosts(MEASURED).worthwhile(99).all()
+    assert RoundCosts(MEASURED, graph_sizes={1: [], 8: []}).worthwhile(99).all()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_more_requests_or_more_tokens_never_cost_less(seed: int) -> None:
     noise = random.Random(seed)

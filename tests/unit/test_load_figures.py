@@ -26,6 +26,20 @@ def test_speed_is_that_of_full_batches_while_they_decode() -> None:
     assert figures["milliseconds"] == pytest.approx(12.5)
 
 
+def test_a_result_that_waited_for_a_prefill_to_be_queued_or_to_run_does_not_count() -> None:
+    """Of the scheduler's order: the prefill is queued, then the result of the round before it is taken in."""
+    rows = [
+        Result(0.00, True, 2, 8, {"a": (2, 8)}),
+        Result(0.01, True, 2, 8, {"a": (2, 8)}),
+        Result(0.05, True, 2, 8, {"a": (2, 8)}),
+        Result(0.06, False, 1, 1, {"a": (1, 1)}),
+        Result(0.10, True, 2, 8, {"a": (2, 8)}),
+        Result(0.11, True, 2, 8, {"a": (2, 8)}),
+    ]
+    figures = decode_figures(rows, 2)
+    assert figures["rounds"] == 2 and figures["tokens_per_second"] == pytest.approx(800.0)
+
+
 def test_kinds_and_widths_have_figures_of_their_own() -> None:
     figures = decode_figures(_results(), 2)
     assert figures["kinds"]["a"] == {"tokens_per_second_of_one": 280.0, "tokens_per_cycle": 3.5}

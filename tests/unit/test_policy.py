@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from benchmarks.load.simulate import WIDTHS, measured_costs
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.width_controller import WidthController
@@ -61,3 +63,37 @@ def test_a_round_that_ran_for_an_ended_request_teaches_nothing_of_it() -> None:
     policy.plan(batch_of(second), can_defer=True)
     report = controller.report()
     assert report.tokens == {plan.width: 1 + 3 + 2} and report.requests == {plan.width: 3}
+
+
+def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs before the one behind it, and the host queues it before it takes in the result of the one before it."""
+    now, measured = [0.0], list[float | None]()
+    monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
+    controller = WidthController(measured_costs(), WIDTHS)
+    stock = controller.observe
+
+    def observe(*args: Any) -> Any:
+        measured.append(args[4])
+        return stock(*args)
+
+    monkeypatch.setattr(controller, "observe", observe)
+    policy, request = Policy(WIDTHS, controller), Request("a")
+
+    def result(at: float) -> None:
+        now[0] = at
+        policy.observe([0])
+        request.take(1)
+
+    # The overlap scheduler queues the next batch, then takes in the result of the one before.
+    for at in (None, 1.0, 2.0, 3.5):
+        policy.plan(batch_of(request), can_defer=True)
+        if at is not None:
+            result(at)
+    policy.note_prefill()
+    result(9.0)
+    for at in (None, 12.0, 13.0):
+        policy.plan(batch_of(request), can_defer=True)
+        if at is not None:
+            result(at)
+    policy.plan(batch_of(request), can_defer=True)
+    assert measured == [None, 1.0, 1.5, None, None, 1.0]

@@ -157,3 +157,19 @@ def test_the_best_width_is_taken_at_once_when_many_more_requests_run() -> None:
         controller.start(key, GREEDY)
     # Requests are like the first one at the start.
     assert run(controller, keys, lens, 1) == [8]
+
+
+def test_a_width_whose_graphs_are_too_small_is_neither_chosen_nor_tried() -> None:
+    """While another width has a graph for the batch. Beyond all graphs every width is as good."""
+    seconds = {1: {1: 1.0, 128: 2.0}, 8: {1: 2.0, 64: 3.0}, 16: {1: 2.0, 64: 3.2}}
+    for size, expected in ((64, {8, 16}), (100, {1}), (200, {8, 16})):
+        controller = WidthController(RoundCosts(seconds, graph_sizes={1: [1, 128], 8: [1, 64], 16: [1, 64]}))
+        keys = list(range(size))
+        for key in keys:
+            controller.start(key, None)
+        widths = set()
+        for _ in range(300):
+            width, _ = controller.plan(keys)
+            widths.add(width)
+            controller.observe(keys, width, [min(width, 6)] * size)
+        assert widths >= expected if size != 100 else widths == expected
