@@ -54,12 +54,14 @@ class Block:
         committed: the answer so far, anchor included.
         candidates: [31, 64] int64, best first.
         answer: all of the constrained answer.
+        best: the token that the model would choose behind `committed` without a grammar.
     """
 
     case: Case
     committed: list[int]
     candidates: torch.Tensor
     answer: list[int] = field(repr=False)
+    best: int | None = None
 
 
 def case_of(name: str, text: str, schema: Any) -> Case:
@@ -135,10 +137,11 @@ def blocks(cases: Sequence[Case], *, any_whitespace: bool = False, max_new_token
     for case in cases:
         grammar = compiler.compile_json_schema(case.grammar["json_schema"], any_whitespace=any_whitespace)
         matcher, mask = GrammarMatcher(grammar), allocate_token_bitmask(1, info.vocab_size)
-        state, answer, drafted = model.new_state(), list[int](), []
+        state, answer, drafted, best = model.new_state(), list[int](), [], list[int]()
         logits = model.extend(state, tokenizer.encode(case.prompt, add_special_tokens=False).ids)
         while not matcher.is_terminated() and len(answer) < max_new_tokens:
             matcher.fill_next_token_bitmask(mask)
+            best.append(int(logits[-1].argmax()))
             last = logits[-1:].clone()
             apply_token_bitmask_inplace(last, mask)
             answer.append(int(last.argmax()))
@@ -146,7 +149,7 @@ def blocks(cases: Sequence[Case], *, any_whitespace: bool = False, max_new_token
             drafted.append(model.draft_logits(state, answer[-1])[:-1].topk(64).indices)
             logits = model.extend(state, answer[-1:])
         for length, candidates in enumerate(drafted[:-1], start=1):
-            yield Block(case, answer[:length], candidates, answer)
+            yield Block(case, answer[:length], candidates, answer, best[length])
 
 
 def fast(tokenizer: Tokenizer) -> Any:

@@ -10,6 +10,10 @@ Times per round, for all requests of a batch: choose_ms from candidates on the h
 for; masks_ms from there to masks, during that pass; walk_ms both. Copies to a GPU are not in them. choose_cpu_ms,
 masks_cpu_ms and cpu_ms: processor time of the same, over all threads; on a busy machine the better figures. repaired,
 forced: shares of drafts.
+
+`next`: the masks of rounds that draft nothing, with XGrammar and made-up words. all_ms: every mask, as for sampled
+requests; needed_ms: those that change the choice, where grammars are slow, as for greedy ones. refused: the share of
+best tokens that their grammars refuse.
 """
 
 from __future__ import annotations
@@ -37,15 +41,17 @@ from benchmarks.common.wide_tokenizer import widened_tokenizer
 from benchmarks.structured.cases import END, Block, blocks, fast, foreign_cases, nano, own_cases
 from benchmarks.structured.respell import respelled
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.config import DraftMode
+from sglang_orthrus.config import DraftMode, slow_mask_seconds
 from sglang_orthrus.core import DraftChange
 from sglang_orthrus.grammar.batch import NUM_CANDIDATES, BlockGrammars, CandidatesCopy
+from sglang_orthrus.grammar.cursor import is_allowed
 from sglang_orthrus.grammar.cursors import cursor_of
 from sglang_orthrus.metrics import GrammarMetrics
 
 MADE_UP, QWEN3 = "made-up", "qwen3"
 WIDTH = 32
 CONCURRENCIES = (1, 32)
+NEXT_CONCURRENCIES = (1, 8, 32, 128)
 ROUNDS = 100
 WARM_UP = 30
 
@@ -77,16 +83,10 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
     counts = np.zeros(len(DraftChange), np.int64)
     taken, scratch = [], torch.empty(1, VOCABULARY // 32, dtype=torch.int32)
     for _ in range(WARM_UP + ROUNDS):
-        chosen, reqs = rng.choices(drafted, k=bs), []
-        for block in chosen:
-            schema = block.case.grammar["json_schema"]
-            if schema not in templates:
-                templates[schema] = backend.dispatch_json(schema)
-            grammar = templates[schema].copy()
-            for token in block.committed:
-                grammar.accept_token(token)
-            cursor_of(grammar, grammars.text, scratch)  # as in a request's earlier rounds
-            reqs.append(SimpleNamespace(grammar=grammar, finished=lambda: False))
+        chosen = rng.choices(drafted, k=bs)
+        reqs = [_request(backend, templates, block) for block in chosen]
+        for req in reqs:
+            cursor_of(req.grammar, grammars.text, scratch)  # as in a request's earlier rounds
         candidates = CandidatesCopy(torch.stack([block.candidates[:, :NUM_CANDIDATES] for block in chosen]))
         start = _clocks()
         drafts = grammars.repair(reqs, range(bs), candidates, VOCABULARY)
@@ -110,6 +110,48 @@ def measure(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block
         found[f"{name}_ms"] = {"median": round(median, 3), "p99": round(np.quantile(milliseconds[:, 0], 0.99), 3)}
         found["cpu_ms" if name == "walk" else f"{name}_cpu_ms"] = round(cpu_median, 3)
     return found
+
+
+def measure_next(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[Block], bs: int) -> dict[str, Any]:
+    """Rounds of `bs` requests that draft nothing, as `measure`."""
+    found: dict[str, Any] = {}
+    for name in ("all_ms", "needed_ms"):
+        rng, templates, refused = random.Random(0), dict[str, Any](), 0
+        metrics = GrammarMetrics(log_interval=1 << 30, model_name=None)
+        grammars = BlockGrammars(DraftMode.REPAIR, WIDTH, "cpu", tokenizer, metrics, slow_mask_seconds())
+        taken = []
+        for _ in range(WARM_UP + ROUNDS):
+            chosen = rng.choices(drafted, k=bs)
+            reqs = [_request(backend, templates, block) for block in chosen]
+            best = np.array([[block.best] for block in chosen])
+            started = time.perf_counter()
+            skippable = range(bs) if name == "needed_ms" else ()
+            masks = grammars.next_masks(
+                reqs, range(bs), VOCABULARY, skippable, lambda numbers, best=best: best[numbers]
+            )
+            taken.append(time.perf_counter() - started)
+            bits = masks.vocab_mask.numpy()
+            refused += sum(not is_allowed(int(token), own) for (token,), own in zip(best, bits, strict=True))
+        milliseconds = 1e3 * np.array(taken[WARM_UP:])
+        found[name] = {
+            "mean": round(float(milliseconds.mean()), 3),
+            "median": round(float(np.median(milliseconds)), 3),
+            "p99": round(float(np.quantile(milliseconds, 0.99)), 3),
+        }
+        found["refused"] = round(refused / (bs * len(taken)), 3)
+    return found
+
+
+def _request(backend: BaseGrammarBackend, templates: dict[str, Any], block: Block) -> Any:
+    """One whose answer is at a block. templates: compiled grammars by schema, added to."""
+    schema = block.case.grammar["json_schema"]
+    if schema not in templates:
+        templates[schema] = backend.dispatch_json(schema)
+        templates[schema].key_string = schema
+    grammar = templates[schema].copy()
+    for token in block.committed:
+        grammar.accept_token(token)
+    return SimpleNamespace(grammar=grammar, finished=lambda: False)
 
 
 def _clocks() -> tuple[float, float]:
@@ -138,8 +180,14 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer, drafted = vocabulary(options.vocabulary)
     result: dict[str, Any] = {"provenance": provenance(), "vocabulary": options.vocabulary, "rows": []}
+    result["next"] = []
     for name, backend in backends(tokenizer).items():
         for prompts, found in drafted.items():
+            if name == "xgrammar" and options.vocabulary == MADE_UP:
+                for bs in NEXT_CONCURRENCIES:
+                    setting = {"prompts": prompts, "concurrency": bs}
+                    result["next"].append(setting | measure_next(backend, tokenizer, found, bs))
+                    print(json.dumps(result["next"][-1]), flush=True)
             for mode in (DraftMode.REPAIR, DraftMode.OFF):
                 for bs in CONCURRENCIES:
                     setting = {"backend": name, "prompts": prompts, "mode": mode.value, "concurrency": bs}

@@ -44,3 +44,14 @@ class GrammarsAcrossRanks(BlockGrammars):
             limits = [0] * len(drafts.tokens)
         limits = ranks.numbers_from_first(limits)
         return BlockMasks(GrammarMask(drafts.any_grammar, ranks.from_first(mask)), limits)
+
+    def next_masks(
+        self,
+        reqs: Sequence[Any],
+        rows: Sequence[int],
+        vocab_size: int,
+        skippable: Collection[int] = (),
+        best_of: BestOf | None = None,
+    ) -> GrammarMask:
+        """See `BlockGrammars.next_masks`. Every rank fills all masks: clocks say which grammars are slow."""
+        return super().next_masks(reqs, rows, vocab_size)

@@ -185,11 +185,25 @@ class BlockGrammars:
         why="such a round is a decode step, and llguidance fills its masks in parallel",
         until=SHARED_BY_WORKERS,
     )
-    def next_masks(self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int) -> GrammarMask:
+    def next_masks(
+        self,
+        reqs: Sequence[Any],
+        rows: Sequence[int],
+        vocab_size: int,
+        skippable: Collection[int] = (),
+        best_of: BestOf | None = None,
+    ) -> GrammarMask:
         """What may follow the committed text of every constrained request: one row each.
 
         For rounds that draft nothing. Host work, while a GPU verifies. SGLang has XGrammar fill one mask after the
-        other, here several threads do it.
+        other. Here several threads do it, and of slow grammars only the masks that refuse the best token are filled.
+
+        Args:
+            reqs: the batch.
+            rows: its constrained requests, at least one.
+            vocab_size: of the logits.
+            skippable: see `MaskFiller.fill`.
+            best_of: see there; not needed if none is skippable.
         """
         grammars = [reqs[row].grammar for row in rows]
         masks = grammars[0].allocate_vocab_mask(vocab_size=vocab_size, batch_size=len(rows), device=self._device)
@@ -201,7 +215,13 @@ class BlockGrammars:
         if any(isinstance(cursor, GuidanceCursor) for cursor, _ in to_fill):
             grammars[0].fill_vocab_mask_batched(entries, masks)
         else:
-            self._filler.fill_next(to_fill)
+            numbers = [entry.row for entry in entries]
+            ask = best_of or _nothing_skippable
+            self._filler.fill_next(
+                to_fill,
+                [place for place, number in enumerate(numbers) if number in skippable],
+                lambda places: ask([numbers[place] for place in places])[:, 0].tolist(),
+            )
         return GrammarMask(grammars[0], grammars[0].move_vocab_mask(masks, self._device))
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_orthrus.grammar.cursor import Cursor, Ids, Match, allow_only
+from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Cursor, Ids, Match, allow_only
 from sglang_orthrus.grammar.llguidance import GuidanceCursor, fill_blocks
 from sglang_orthrus.grammar.mask_buffers import HostBlocks, Slot
 from sglang_orthrus.grammar.repair import Repair
@@ -28,6 +28,9 @@ MIN_NEEDED_SECONDS = 0.01
 # One mask of each request mostly takes microseconds, less than other threads take to wake up. After so long they are
 # asked to help.
 ALONE_SECONDS = 0.0003
+
+# One mask that takes so much of a round's time makes a grammar slow. A GPU verifies for about as long meanwhile.
+SLOW_MASK_SHARE = 0.5
 
 # For some requests, by their numbers among the constrained ones: [n, Q].
 BestOf = Callable[[Sequence[int]], Ids]
@@ -130,15 +133,47 @@ class MaskFiller:
             seconds += time.perf_counter() - started
         return Filled(limits, sum(limits[number] == num_drafts for number in sparse), seconds)
 
-    def fill_next(self, rows: Sequence[tuple[Cursor, torch.Tensor]]) -> None:
-        """Fill one mask at each of some cursors: [1, W] int32 on the CPU."""
-        started = time.perf_counter()
-        left = iter(rows)
-        for cursor, mask in left:
+    def fill_next(
+        self,
+        rows: Sequence[tuple[Cursor, torch.Tensor]],
+        skippable: Collection[int] = (),
+        best_of: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    ) -> None:
+        """Fill one mask at each of some cursors.
+
+        Args:
+            rows: cursors, and their masks: [1, W] int32 on the CPU.
+            skippable: see `fill`: numbers of rows.
+            best_of: waits for verification and gives the best tokens of some rows, any token allowed.
+        """
+        self._slow.begin_round()
+        keys = {number: key for number in skippable if (key := rows[number][0].key) is not None}
+        slow = [number for number, key in keys.items() if key in self._slow]
+        found_slow: list[int] = []
+
+        def fill(number: int) -> None:
+            cursor, mask = rows[number]
+            started = time.thread_time()
             cursor.fill(mask)
+            if number in keys and time.thread_time() - started >= SLOW_MASK_SHARE * self._seconds:
+                found_slow.append(keys[number])
+
+        started = time.perf_counter()
+        left = iter(sorted(set(range(len(rows))).difference(slow)))
+        for number in left:
+            fill(number)
             if time.perf_counter() - started > ALONE_SECONDS:
                 break
-        self._team.run([partial(cursor.fill, mask) for cursor, mask in left])
+        self._team.run([partial(fill, number) for number in left])
+        for key in found_slow:
+            self._slow.add(key)
+        if slow and best_of is not None:
+            refused = [
+                rows[number]
+                for number, best in zip(slow, best_of(slow), strict=True)
+                if _is_needed(*rows[number], best)
+            ]
+            self._team.run([partial(cursor.fill, mask) for cursor, mask in refused])
 
     def _fill_blocks(
         self, host: HostBlocks, blocks: Sequence[ConstrainedBlock | None], but: Collection[int]
@@ -196,6 +231,14 @@ def _fill_guided(
     for number, _, match in guided:
         filled[number] = block
         _close_end(host.slots[number], match)
+
+
+def _is_needed(cursor: Cursor, mask: torch.Tensor, best: int) -> bool:
+    """Whether a grammar refuses a token; else the mask allows all, which makes the same choice."""
+    mask.fill_(ALL_ALLOWED)
+    match = cursor.advance([best])
+    cursor.rollback(match.num_moved)
+    return not match.length
 
 
 def _close_end(slot: Slot, match: Match) -> None:

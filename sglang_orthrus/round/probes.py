@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_orthrus.round.costs import FloatArray
-from sglang_orthrus.round.widths import BoolArray, likely_tokens
+from sglang_orthrus.round.costs import BoolArray, FloatArray
+from sglang_orthrus.round.widths import likely_tokens
 
 # Rounds between two probes, and until a width that may well be better is tried again.
 INTERVAL = 16

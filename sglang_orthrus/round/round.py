@@ -167,16 +167,17 @@ class Round:
     ) -> tuple[RowMasks | None, torch.Tensor | None]:
         """What grammars allow after each row, and the most drafts that may be accepted: [bs] int64, None for all."""
         scheduled, constrained = begun.batch.scheduled, begun.constrained
-        if repaired is None and constrained:
-            mask = self._grammars.next_masks(scheduled.reqs, constrained, scheduled.sampling_info.vocab_size)
-            return RowMasks(mask, constrained), None
-        if repaired is None:
+        if not constrained:
             return None, None
         reqs = scheduled.reqs
         # Log probabilities would show a missing mask.
         known = {row for row in requests_with_known_best(begun.sampler) if not reqs[row].return_logprob}
         skippable = {number for number, row in enumerate(constrained) if row in known}
         best_of = partial(_best_of, begun.sampler, drafts, verify.hidden_states, constrained)
+        if repaired is None:
+            vocab_size = scheduled.sampling_info.vocab_size
+            mask = self._grammars.next_masks(reqs, constrained, vocab_size, skippable, best_of)
+            return RowMasks(mask, constrained), None
         filled = self._grammars.masks(repaired, skippable, best_of)
         return RowMasks(filled.mask, constrained), _limits(filled.limits, constrained, drafts.tokens)
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from sglang_orthrus.round.acceptance_rates import AcceptanceRates
 from sglang_orthrus.round.cost_corrections import CostCorrections
-from sglang_orthrus.round.costs import FloatArray, RoundCosts
+from sglang_orthrus.round.costs import BoolArray, FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.speed_floor import SpeedFloor
-from sglang_orthrus.round.widths import BoolArray, choose_width, fast_enough, likely_tokens
+from sglang_orthrus.round.widths import choose_width, fast_enough, likely_tokens
 
 # No kind of request falls below this share of plain decoding's speed for long.
 DEFAULT_FLOOR = 0.8

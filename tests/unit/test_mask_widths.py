@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar import masks as masks_module
 from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
+from sglang_orthrus.grammar.cursor import Ids
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
@@ -179,6 +181,32 @@ def test_slow_grammars_in_rounds_of_any_width(backend: BaseGrammarBackend, secon
                 assert cut.limits[number] == (0 if is_xgrammar or width != 2 else 1)
             length = cut.limits[number] + 1
             assert ours[:length] == whole[:length]
+
+
+@pytest.mark.parametrize("skippable", [{0, 1}, {1}, set()], ids=str)
+def test_rounds_that_draft_nothing_fill_the_slow_masks_that_refuse_the_best_token(
+    backend: BaseGrammarBackend, skippable: set[int]
+) -> None:
+    """One mask of a slow grammar is late twice, then only what makes a difference is filled."""
+    grammars, is_xgrammar = block_grammars(seconds=0.0), isinstance(backend, XGrammarGrammarBackend)
+    world = Judged(backend, 1)
+    asked: list[list[int]] = []
+
+    def best(numbers: Sequence[int]) -> Ids:
+        asked.append(list(numbers))
+        return world.best(numbers)
+
+    for is_refused in (False, True):
+        for slot, row in enumerate(world.masks.numpy()):
+            allowed = [token for token in range(VOCABULARY) if row[token >> 5] >> (token & 31) & 1]
+            refused = next(token for token in range(VOCABULARY) if token not in allowed)
+            world.scores[slot, 0, [allowed[0], refused]] = (8.0, 9.0) if is_refused else (9.0, 8.0)
+        for _ in range(NUM_SLOW_BLOCKS + 1):
+            masks = grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable, best).vocab_mask
+            assert world.emitted(masks) == world.emitted(world.masks)
+        left_out = [number for number in (0, 1) if bool((masks[number] == -1).all())]
+        assert left_out == (sorted(skippable) if is_xgrammar and not is_refused else [])
+    assert asked == ([sorted(skippable)] * (NUM_SLOW_BLOCKS + 2) if is_xgrammar and skippable else [])
 
 
 def test_a_narrow_round_leaves_room_for_the_widest(backend: BaseGrammarBackend) -> None:
