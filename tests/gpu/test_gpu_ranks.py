@@ -24,7 +24,8 @@ pytestmark = [
 
 COMMON = (
     *("--dtype", "bfloat16", "--mem-fraction-static", "0.4", "--max-total-tokens", "65536", "--context-length", "2048"),
-    *("--max-running-requests", "16", "--cuda-graph-max-bs-decode", "8"),
+    # Some batches have no graph. On two GPUs their rounds take 0.1 s each.
+    *("--max-running-requests", "10", "--cuda-graph-max-bs-decode", "8"),
     *("--cuda-graph-backend-prefill", "disabled", "--tp-size", "2", "--enable-deterministic-inference"),
 )
 SCHEMA = json.dumps(
@@ -75,13 +76,14 @@ def test_ranks_stay_together_through_all_kinds_of_requests(two_ranks: Server) ->
         return generate(two_ranks, ids, 20 + number % 30, **sampling)
 
     with ThreadPoolExecutor(24) as pool:
-        replies = list(pool.map(ask, range(280)))
+        replies = list(pool.map(ask, range(140)))
     for number, reply in enumerate(replies):
         kind = reply["meta_info"]["finish_reason"]["type"]
         assert kind in ("stop", "length")
         if OPTIONS[number % len(OPTIONS)].get("json_schema") and kind == "stop":
             assert set(json.loads(reply["text"])) == {"name", "count"}
-    assert sum(reply["meta_info"]["spec_accept_length"] > 2 for reply in replies) > len(replies) / 4
+    # A text of one token has no rounds.
+    assert sum(reply["meta_info"].get("spec_accept_length", 0) > 2 for reply in replies) > len(replies) / 4
 
 
 @pytest.mark.parametrize("options", [{}, {"frequency_penalty": 0.4, "min_new_tokens": 8}])
