@@ -28,7 +28,7 @@ class FixedWidth:
     def __init__(self, width: int) -> None:
         self._width = width
 
-    def start(self, key: Hashable, request_class: Hashable) -> None:
+    def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
         """Nothing."""
 
     def forget(self, key: Hashable) -> None:

@@ -180,7 +180,7 @@ class Simulation:
             self._next_key += 1
             self._requests.append(request)
             if self._controller is not None:
-                self._controller.start(request.key, (kind in CONSTRAINED, False))
+                self._controller.start(request.key, (kind in CONSTRAINED, False), kind in CONSTRAINED)
 
     def _round(self) -> None:
         requests, size = self._requests, len(self._requests)

@@ -23,6 +23,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,9 +127,7 @@ def measure_next(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[
             best = np.array([[block.best] for block in chosen])
             started = time.perf_counter()
             skippable = range(bs) if name == "needed_ms" else ()
-            masks = grammars.next_masks(
-                reqs, range(bs), VOCABULARY, skippable, lambda numbers, best=best: best[numbers]
-            )
+            masks = grammars.next_masks(reqs, range(bs), VOCABULARY, skippable, partial(np.take, best, axis=0))
             taken.append(time.perf_counter() - started)
             bits = masks.vocab_mask.numpy()
             refused += sum(not is_allowed(int(token), own) for (token,), own in zip(best, bits, strict=True))

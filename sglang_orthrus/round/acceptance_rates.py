@@ -20,6 +20,11 @@ IntArray = npt.NDArray[np.int64]
 
 # A request's rounds lose half of their weight in so many more of its rounds.
 HALF_LIFE = 16.0
+# So many rounds in a row without an accepted draft are rare in text that drafts well ...
+MANY_FAILURES = 3
+# ... tell that it is. Then this share of the drafts that were accepted before still counts, and once more with each
+# such round.
+KEPT_AFTER_FAILURES = 0.35
 # The same for the rounds of a class ...
 CLASS_HALF_LIFE = 128.0
 # ... to which a request's first rounds contribute most: half as much after so many. New requests are expected to be
@@ -69,6 +74,9 @@ class AcceptanceRates:
         self._free = list(range(max_requests, 0, -1))
         self._class_rows: dict[Hashable, int] = {}
         self._class_of = np.zeros(max_requests + 1, np.int64)
+        # Of a request's last rounds in a row, those that accepted no draft.
+        self._failures = np.zeros(max_requests + 1, np.int64)
+        self._is_bursty = np.zeros(max_requests + 1, np.bool_)
         num_widths = len(self.widths)
         # [classes, K, K] drafts accepted at the last width, and what the middle one had said of it.
         self._accepted = np.zeros((MAX_CLASSES, num_widths, num_widths))
@@ -87,8 +95,11 @@ class AcceptanceRates:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._rows
 
-    def start(self, key: Hashable, request_class: Hashable) -> None:
-        """Remember a request from now on; nothing changes if it is remembered already."""
+    def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
+        """Remember a request from now on; nothing changes if it is remembered already.
+
+        is_bursty: whether parts of its text may draft far better than the rest.
+        """
         if key in self._rows:
             return
         if not self._free:
@@ -97,6 +108,8 @@ class AcceptanceRates:
         self._asked = None
         self._rows[key] = row
         self._requests.clear(row)
+        self._failures[row] = 0
+        self._is_bursty[row] = is_bursty
         new = min(len(self._class_rows), MAX_CLASSES - 1)
         if request_class not in self._class_rows and len(self._class_rows) < MAX_CLASSES:
             self._class_rows[request_class] = new
@@ -140,7 +153,10 @@ class AcceptanceRates:
         present = np.flatnonzero(members.any(0))
         first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + _TINY
         self._classes.add(present, column, first.T @ counts, CLASS_HALF_LIFE)
-        self._requests.add(rows, column, counts, HALF_LIFE)
+        self._failures[rows] = failures = np.where(lens == 1, self._failures[rows] + 1, 0)
+        has_turned = self._is_bursty[rows] & (failures >= MANY_FAILURES)
+        kept = np.where(has_turned, KEPT_AFTER_FAILURES, 1.0)
+        self._requests.add(rows, column, counts, HALF_LIFE, kept)
         weights = NEUTRAL_ROUNDS * np.exp2(-self._classes.rounds[present] / NEUTRAL_HALF_LIFE)
         self._class_tokens[present] = self._classes.expected(present, self._ratios[present], self._neutral, weights)
 
@@ -242,10 +258,26 @@ class _Counts:
         np.minimum(lens[:, None], self._widths, out=counts[:, _TOKENS:])
         return counts
 
-    def add(self, rows: IntArray, column: int, counts: FloatArray, half_life: float) -> None:
-        """Count rounds at one width. rows: [R], each once; counts: [R, 3 + K]."""
+    def add(
+        self, rows: IntArray, column: int, counts: FloatArray, half_life: float, kept: FloatArray | float = 1.0
+    ) -> None:
+        """Count rounds at one width.
+
+        Args:
+            rows: [R], each once.
+            column: of the width.
+            counts: [R, 3 + K].
+            half_life: in rounds.
+            kept: [R] share of the drafts that were accepted in the former rounds that still counts.
+        """
         decay = np.exp2(-counts[:, _SEEN] / half_life)
         total = self.counts[rows] * decay[:, None, None]
+        if np.min(kept) < 1.0:
+            kept = np.asarray(kept)[:, None, None]
+            seen = total[:, :, _SEEN, None]
+            total[:, :, _TOKENS:] = seen + kept * (total[:, :, _TOKENS:] - seen)
+            total[:, :, _FULL : _FAILED + 1] *= kept
+            self.tokens[rows] = 1.0 + kept * (self.tokens[rows] - 1.0)
         total[:, column] += counts
         self.counts[rows] = total
         self.rounds[rows] += counts[:, _SEEN]

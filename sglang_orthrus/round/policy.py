@@ -164,7 +164,8 @@ class Policy:
         self._learn()
         if reqs != self._reqs:
             for req in reqs:
-                self._controller.start(req.rid, (req.grammar is not None, req.sampling_params.top_k > 1))
+                is_constrained = req.grammar is not None
+                self._controller.start(req.rid, (is_constrained, req.sampling_params.top_k > 1), is_constrained)
             self._reqs, self._rids = list(reqs), [req.rid for req in reqs]
             self._context_age = _CONTEXT_ROUNDS
         if self._context_age >= _CONTEXT_ROUNDS:

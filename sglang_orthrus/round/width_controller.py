@@ -140,12 +140,15 @@ class WidthController:
         self._seconds = self._plain_seconds = 0.0
         self._num_limited = 0
 
-    def start(self, key: Hashable, request_class: Hashable) -> None:
+    def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
         """Of a request that joins the batch; nothing changes if it is known.
 
-        request_class: what new requests of its like have in common, such as (has a grammar, is sampled).
+        Args:
+            key: of the request.
+            request_class: what new requests of its like have in common, such as (has a grammar, is sampled).
+            is_bursty: whether parts of its text may draft far better than the rest.
         """
-        self._rates.start(key, request_class)
+        self._rates.start(key, request_class, is_bursty)
         self._floor.start(key)
 
     def forget(self, key: Hashable) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.versions import require_supported_sglang
@@ -16,6 +16,7 @@ from sglang_orthrus.config import (
     slow_mask_seconds,
     widths_from_env,
 )
+from sglang_orthrus.server_args.flag_rules import REFUSED_IF_DERIVED, RULES
 
 ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
@@ -46,73 +47,11 @@ def validate_server_args(server_args: Any) -> None:
         raise Refused(sentences)
 
 
-class _Rule(NamedTuple):
-    """A field of SGLang's `ServerArgs`, the values of it that ORTHRUS serves, why no other, and what to do."""
-
-    field: str
-    served: tuple[Any, ...]
-    advice: str
-    reason: str = "ORTHRUS does not support it"
-
-
-_REMOVE = "remove the flag"
-_NO_DRAFT_MODEL = "ORTHRUS drafts with the served model itself"
-_BLOCK_DECIDES = "ORTHRUS drafts one block per round, as wide as the checkpoint says"
-_EXACT = "ORTHRUS accepts exactly the tokens that the autoregressive view would have chosen"
-
-_RULES = (
-    _Rule("device", (None, "cuda", "cpu"), "use cuda or cpu"),
-    _Rule("pp_size", (1,), "use --pp-size 1"),
-    _Rule("attn_dp_size", (1,), "use --attn-dp-size 1"),
-    _Rule("dcp_size", (1,), "use --dcp-size 1"),
-    _Rule("tokenizer_worker_num", (1,), "use --tokenizer-worker-num 1", "SGLang loads no plugins in the extra workers"),
-    _Rule("disaggregation_mode", ("null",), _REMOVE),
-    _Rule("enable_mixed_chunk", (False,), _REMOVE),
-    _Rule("enable_two_batch_overlap", (False,), _REMOVE),
-    _Rule("enable_pdmux", (False,), _REMOVE),
-    _Rule("enable_torch_compile", (False,), _REMOVE),
-    _Rule("enable_hierarchical_cache", (False,), _REMOVE),
-    _Rule("enable_lora", (None, False), "merge the adapter into the checkpoint or remove the flag"),
-    _Rule("lora_paths", (None,), "merge the adapter into the checkpoint or remove the flag"),
-    _Rule(
-        "grammar_backend",
-        (None, "xgrammar", "llguidance", "none"),
-        "use xgrammar or llguidance",
-        "it can't roll back rejected drafts",
-    ),
-    # Two of SGLang's own are those of devices that are refused.
-    _Rule(
-        "sampling_backend",
-        (None, "flashinfer", "pytorch", "ascend", "intel_xpu"),
-        "use flashinfer or pytorch",
-        "rounds sample as SGLang's own sampler does",
-    ),
-    _Rule("rl_on_policy_target", (None,), _REMOVE),
-    _Rule("enable_watermark", (False,), _REMOVE),
-    _Rule("model_impl", ("auto", "sglang"), "use --model-impl sglang", "only SGLang's own model has the two views"),
-    _Rule("speculative_draft_model_path", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_draft_model_quantization", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_draft_attention_backend", (None,), "use --attention-backend", _NO_DRAFT_MODEL),
-    _Rule("speculative_draft_window_size", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_token_map", (None,), _REMOVE, _NO_DRAFT_MODEL),
-    _Rule("speculative_num_steps", (None,), "leave it out, or set --speculative-num-draft-tokens", _BLOCK_DECIDES),
-    _Rule("speculative_eagle_topk", (None, 1), "leave it out", "ORTHRUS drafts a chain, not a tree"),
-    _Rule("speculative_adaptive", (False,), _REMOVE, _BLOCK_DECIDES),
-    _Rule("speculative_accept_threshold_single", (1.0,), _REMOVE, _EXACT),
-    _Rule("speculative_accept_threshold_acc", (1.0,), _REMOVE, _EXACT),
-    _Rule("speculative_use_rejection_sampling", (False,), _REMOVE, _EXACT),
-)
-
-
-# What SGLang makes of the machine, and of --enable-dp-attention, the former name of --attn-dp-size.
-_REFUSED_IF_DERIVED = ("device", "attn_dp_size")
-
-
 def flag_refusals(args: Any) -> Iterator[str]:
     """One sentence for each flag that is refused whatever the checkpoint; `args` need not be resolved."""
-    for rule in _RULES:
+    for rule in RULES:
         value = getattr(args, rule.field)
-        if value not in rule.served and (rule.field in _REFUSED_IF_DERIVED or is_given(args, rule.field, rule.served)):
+        if value not in rule.served and (rule.field in REFUSED_IF_DERIVED or is_given(args, rule.field, rule.served)):
             yield f"{_flag(rule.field, value)}: {rule.reason}; {rule.advice}."
 
 

@@ -232,3 +232,22 @@ def test_what_is_kept_between_rounds_is_what_would_be_computed_anew() -> None:
     check()
     assert kept.expected(keys).tolist() != learnt
     assert kept.expected([]).shape == (0, 3)
+
+
+def test_a_text_that_turns_behind_what_a_grammar_forces_is_known_within_a_few_rounds() -> None:
+    """Three rounds without an accepted draft say more there than what was committed before."""
+    found = {}
+    for is_bursty in (True, False):
+        rates = AcceptanceRates((1, 8, 32))
+        rates.start("one", None, is_bursty)
+        for accept_len in (9, 12, 10, 1, 12, 1, 1, 9):
+            rates.observe("one", 32, accept_len)
+        found[is_bursty] = [rates.expected_tokens("one", 32)]
+        for _ in range(4):
+            rates.observe("one", 32, 1)
+            found[is_bursty].append(rates.expected_tokens("one", 32))
+    # Two in a row happen in any text.
+    assert found[True][:3] == found[False][:3]
+    assert found[True][4] < 2 < 4 < found[False][4]
+    # It is as certain as it was that the request is known.
+    assert rates.rounds_seen(["one"])[0, 2] > 8

@@ -111,8 +111,8 @@ def test_a_flag_that_sglang_refuses_first_is_named_all_the_same() -> None:
 
 
 def test_what_sglang_checks_after_the_resolution_is_listed() -> None:
-    (found,) = _failures("--nnodes", "2")
-    assert found == "AssertionError: tp_size must be divisible by number of nodes"
+    (found,) = _failures("--gpu-id-step", "0")
+    assert found == "AssertionError: gpu_id_step must be positive"
 
 
 @pytest.mark.parametrize(

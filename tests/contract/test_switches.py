@@ -1,0 +1,70 @@
+"""`docs/switches.md`: every server argument that concerns rounds is in it, and what it says of them is true."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from sglang_orthrus.server_args.flag_rules import RULES
+from tests.servers import ROOT
+
+pytestmark = pytest.mark.contract
+
+PAGE = ROOT / "docs" / "switches.md"
+GROUPS = ("model", "schedule", "memory", "parallel", "spec", "disagg", "lora", "exec")
+WORKS, REFUSED, OWN = "works", "refused", "SGLang's own"
+
+
+class Row(NamedTuple):
+    """A line of a table."""
+
+    names: list[str]
+    state: str
+    where: str
+
+
+def rows() -> list[Row]:
+    found = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `--"):
+            names = [name.removeprefix("--").replace("-", "_") for name in re.findall(r"`(--[^`]*)`", cells[0])]
+            found.append(Row(names, *cells[1:]))
+    return found
+
+
+def arguments() -> list[str]:
+    """Of SGLang, in the groups that the page covers; names with an underscore first are no flags."""
+    groups = {name: group.split(".")[0] for name, group in ServerArgs._NS_BY_FIELD.items()}
+    return [name for name, group in groups.items() if group in GROUPS and name[0] != "_"]
+
+
+def test_every_argument_has_a_line() -> None:
+    patterns = [name for row in rows() for name in row.names]
+    exact = [name for name in patterns if "*" not in name]
+    assert len(exact) == len(set(exact))
+    assert set(exact) <= set(arguments())
+    missing = [name for name in arguments() if not any(fnmatch(name, pattern) for pattern in patterns)]
+    assert not missing
+    unused = [name for name in patterns if not any(fnmatch(own, name) for own in arguments())]
+    assert not unused
+
+
+def test_what_works_names_its_test() -> None:
+    for row in rows():
+        assert row.state in (WORKS, REFUSED, OWN), row
+        if row.state == WORKS:
+            (test,) = re.findall(r"`(tests/[\w/]+\.py)`", row.where)
+            assert (ROOT / test).exists(), test
+
+
+def test_what_is_refused_has_a_rule_and_each_rule_a_line() -> None:
+    refused = {name for row in rows() if row.state == REFUSED for name in row.names}
+    ruled = {rule.field for rule in RULES}
+    assert refused <= ruled
+    # Some values of these work.
+    assert ruled & set(arguments()) - refused == {"grammar_backend", "sampling_backend"}
