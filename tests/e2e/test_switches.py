@@ -27,7 +27,7 @@ from tests.e2e.helpers import (
     truth,
 )
 from tests.e2e.serving import assert_nothing_leaked, gauge, streaming, wait_until
-from tests.servers import GAUGES, MEMORY_CHECKS, SETUP, TEST_ARGS
+from tests.servers import CORE_FOR_EACH_RANK, GAUGES, MEMORY_CHECKS, SETUP, TEST_ARGS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -64,7 +64,8 @@ def switched(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[Server]:
-    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *GAUGES, *REPLICAS, env=SETUP.env, timeout=600) as server:
+    env = {**SETUP.env, **CORE_FOR_EACH_RANK}
+    with Server(NANO, *ORTHRUS_ARGS, *TEST_ARGS, *GAUGES, *REPLICAS, env=env, timeout=600) as server:
         yield server
 
 
