@@ -1,7 +1,7 @@
 # Run it:   demo, serve, play (a page that shows both answers side by side).
 # Check it: check (linters, types, unit and contract tests), test (check, and the servers), test-all (the slow tests, too).
 #           Parts of test-all, with figures: parity, seeded, adjustments, kits, structured, soak, fuzz.
-# Others:   lint, style, types, bench, clean; clients (installs clients of other people for test-all),
+# Others:   lint, style, types, bench, clean; clients (installs other people's clients, and SGLang's router, for test-all),
 #           tokenizer (fetches Qwen3's, for grammars on the real vocabulary).
 # Everything lives in .venv and .venv-clients, made once.
 
@@ -15,7 +15,9 @@ BESIDE := -n logical --maxprocesses 4 --dist loadfile tests/unit tests/contract
 export GOMP_SPINCOUNT ?= 10000
 
 # Each has an environment of its own, since SGLang pins openai and others exactly.
-CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/requirements-*.txt))
+REQUIREMENTS := $(wildcard tests/clients/requirements-*.txt tests/router/requirements-*.txt)
+CLIENTS := $(patsubst requirements-%.txt,.venv-clients/%/.installed,$(notdir $(REQUIREMENTS)))
+vpath requirements-%.txt tests/clients tests/router
 
 .PHONY: demo serve play check test test-all clients parity seeded adjustments kits structured tokenizer soak fuzz bench lint style types clean
 # What fails within seconds comes first.
@@ -114,7 +116,7 @@ clean:
 	$(BIN)/pip install --disable-pip-version-check -e '.[bench]'
 	@touch $@
 
-.venv-clients/%/.installed: tests/clients/requirements-%.txt
+.venv-clients/%/.installed: requirements-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --disable-pip-version-check -r $<
 	@touch $@
