@@ -51,7 +51,7 @@ FORMAT = 1
 _RECORD_ENV = {"SGLANG_RECORD_STEP_TIME": "1"}
 _RECORD_ARGS = ("--decode-log-interval", "8")
 # Requests to a server that has nothing else to do, the former one's last pass included.
-LONE_REQUESTS, LONE_TOKENS, LONE_PAUSE = 8, 4, 0.1
+SINGLE_REQUESTS, SINGLE_TOKENS, SINGLE_PAUSE = 8, 4, 0.1
 
 
 class SweepError(RuntimeError):
@@ -347,8 +347,8 @@ def measure(server: Server, model: Path, setting: Setting, pool: PromptPool) -> 
     metrics, requests = run_load(server.url, model, Load(prompts, setting.concurrency, MAX_NEW_TOKENS, to_the_end=True))
     idle_ttft_ms = None
     if setting.concurrency == 1:
-        lone = pool.take(LONE_REQUESTS, setting.context)
-        _, alone = run_load(server.url, model, Load(lone, 1, LONE_TOKENS, to_the_end=False, pause=LONE_PAUSE))
+        singles = pool.take(SINGLE_REQUESTS, setting.context)
+        _, alone = run_load(server.url, model, Load(singles, 1, SINGLE_TOKENS, to_the_end=False, pause=SINGLE_PAUSE))
         idle_ttft_ms = median_ttft_ms(alone)
     before = len(step_seconds(server, setting.concurrency))
     _, decoded = run_load(

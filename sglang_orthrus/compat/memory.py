@@ -10,6 +10,13 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.wrapping import wrap_once
 
 
+def largest_graph() -> int:
+    """The most requests of a CUDA graph, before any is captured; 1 if there will be none."""
+    from sglang.srt.runtime_context import get_exec
+
+    return max(get_exec().graph.cuda_graph_config.decode.bs or [1])
+
+
 @depends_on(
     "sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len",
     what="wrapped: a row of req_to_token gets room for two blocks past the context length",

@@ -24,7 +24,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from sglang_orthrus import ranks
 from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, depends_on
-from sglang_orthrus.compat.memory import use_graph_runner
+from sglang_orthrus.compat.memory import largest_graph, use_graph_runner
 from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.compat.scheduler import DelayedPart
 from sglang_orthrus.config import WIDTHS, DraftMode, DualViewConfig, slow_mask_seconds, widths_from_env
@@ -111,7 +111,7 @@ class OrthrusWorker(BaseSpecWorker):
         if self.device != "cpu":
             model = self.model_runner.model_config
             size = workspace_bytes(
-                max(get_exec().graph.cuda_graph_config.decode.bs or [1]),
+                largest_graph(),
                 config.block_size,
                 model.num_attention_heads,
                 model.num_key_value_heads,

@@ -15,6 +15,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
+from sglang_orthrus.compat.memory import largest_graph
 from sglang_orthrus.sampling.batch import BatchSampler
 from sglang_orthrus.sampling.drafts import draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments
@@ -187,7 +188,7 @@ def reserve(model_runner: Any, widths: Sequence[int], sampling_backend: str) -> 
             "rounds; use a smaller value."
         ) from error
     # Counts of penalised requests come on top: as many as may run, by default those of the largest graph.
-    num_requests = schedule.max_running_requests or max(get_exec().graph.cuda_graph_config.decode.bs or [1])
+    num_requests = schedule.max_running_requests or largest_graph()
     peak += num_requests * vocab_size * 4
     if graph_pool_borrow_enabled():
         disable_graph_pool_borrow("ORTHRUS chooses tokens between two graphs, in memory of its own")

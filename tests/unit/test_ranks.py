@@ -15,6 +15,7 @@ from sglang_orthrus import ranks
 from sglang_orthrus.models.orthrus import _best_of_all
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.width_controller import WidthController
+from tests.unit.test_policy import Request, batch_of
 
 SHARE, ROWS = 8, 64
 VOCABULARY = 13  # the last share is not full
@@ -45,21 +46,15 @@ def _logits() -> torch.Tensor:
 def _widths() -> list[int]:
     """Of rounds that commit ever fewer tokens; rank 0's controller alone learns of it."""
     controller = WidthController(measured_costs()) if ranks.is_first() else None
-    policy = Policy((1, 8, 16, 32), controller, is_shared=True)
-    request: Any = SimpleNamespace(
-        rid="a", grammar=None, sampling_params=SimpleNamespace(top_k=1), origin_input_ids=[1], output_ids=[2]
-    )
-    request.finished_len = None
-    request.finished, request.is_retracted = lambda: False, False
-    info = SimpleNamespace(is_all_greedy=False)
-    batch: Any = SimpleNamespace(reqs=[request], has_grammar=False, return_logprob=False, sampling_info=info)
+    policy, request = Policy((1, 8, 16, 32), controller, is_shared=True), Request("a")
+    batch = batch_of(request)
     widths = []
     for number in range(60):
         policy.note_prefill()  # so that these rounds are not timed
         widths.append(policy.plan(batch, can_defer=True).width)
         tokens = min(widths[-1], 32 // min(number + 1, 32))
         policy.observe([tokens - 1])
-        request.output_ids += [3] * tokens
+        request.take(tokens)
     return widths
 
 
