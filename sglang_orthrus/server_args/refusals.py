@@ -124,20 +124,11 @@ def _attention_refusals(args: Any) -> Iterator[str]:
         yield from _triton_refusals(args)
 
 
-@depends_on(
-    "sglang.srt.arg_groups.model_override_base:model_config_of",
-    "server_args",
-    what="reads the checkpoint's configuration while arguments are resolved",
-    why="the validation hook gets the arguments alone",
-    until="never: it only reads",
-)
 def _rank_refusals(args: Any) -> Iterator[str]:
     """Tensor-parallel ranks that would have to share key-value heads."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
     if args.tp_size == 1:
         return
-    heads = model_config_of(args).hf_config.num_key_value_heads
+    heads = _hf_config(args).num_key_value_heads
     if heads % args.tp_size:
         fitting = " or ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         yield (
@@ -158,9 +149,7 @@ def _triton_refusals(args: Any) -> Iterator[str]:
 
 def _declares_fp8_kv(args: Any) -> bool:
     """Whether `--kv-cache-dtype auto` means fp8: SGLang heeds what ModelOpt writes."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
-    declared = getattr(model_config_of(args).hf_config, "quantization_config", None) or {}
+    declared = getattr(_hf_config(args), "quantization_config", None) or {}
     algorithm = declared.get("kv_cache_quant_algo") or declared.get("quantization", {}).get("kv_cache_quant_algo")
     scheme = declared.get("kv_cache_scheme") or {}
     is_modelopt = str(declared.get("quant_method", "")).startswith("modelopt")
@@ -194,22 +183,13 @@ def _flag(field: str, value: Any) -> str:
     return f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple | dict) else value}"
 
 
-@depends_on(
-    "sglang.srt.arg_groups.model_override_base:model_config_of",
-    "server_args",
-    what="reads the checkpoint's configuration while arguments are resolved",
-    why="the validation hook gets the arguments alone",
-    until="never: it only reads",
-)
 def dual_view(server_args: Any) -> DualViewConfig:
     """The diffusion view of the checkpoint that the arguments name.
 
     Raises:
         ValueError: if it is not an Orthrus checkpoint, or not a complete one.
     """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
-    hf_config = model_config_of(server_args).hf_config
+    hf_config = _hf_config(server_args)
     if not is_orthrus(hf_config):
         raise ValueError(
             f"--model-path {server_args.model_path}: its architectures are {hf_config.architectures}, and "
@@ -217,3 +197,17 @@ def dual_view(server_args: Any) -> DualViewConfig:
             "such as chiennv/Orthrus-Qwen3-8B, or remove --speculative-algorithm."
         )
     return DualViewConfig.from_hf(hf_config)
+
+
+@depends_on(
+    "sglang.srt.arg_groups.model_override_base:model_config_of",
+    "server_args",
+    what="reads the checkpoint's configuration while arguments are resolved",
+    why="the validation hook gets the arguments alone",
+    until="never: it only reads",
+)
+def _hf_config(args: Any) -> Any:
+    """The checkpoint's configuration, Hugging Face's."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    return model_config_of(args).hf_config

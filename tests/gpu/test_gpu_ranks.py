@@ -16,6 +16,7 @@ from benchmarks.common.setups import BF16_NEAR_TIE
 from sglang_orthrus.cli.demo import NANO, ORTHRUS_ARGS
 from sglang_orthrus.cli.server import Server
 from tests.e2e.helpers import Reply, divergence_of, generate, prompt_of, prompts
+from tests.e2e.test_tensor_parallel import SCHEMA
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,14 +28,6 @@ COMMON = (
     # Some batches have no graph. On two GPUs their rounds take 0.1 s each.
     *("--max-running-requests", "10", "--cuda-graph-max-bs-decode", "8"),
     *("--cuda-graph-backend-prefill", "disabled", "--tp-size", "2", "--enable-deterministic-inference"),
-)
-SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {"name": {"type": "string"}, "count": {"type": "integer"}},
-        "required": ["name", "count"],
-        "additionalProperties": False,
-    }
 )
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
