@@ -20,9 +20,10 @@ IntArray = npt.NDArray[np.int64]
 
 # A request's rounds lose half of their weight in so many more of its rounds.
 HALF_LIFE = 16.0
-# So many rounds in a row without an accepted draft are rare in text that drafts well ...
+# Drafts that a grammar forces are always accepted, and behind them text may draft far worse. So many rounds in a row of
+# a request with a grammar, without an accepted draft ...
 MANY_FAILURES = 3
-# ... tell that it is. Then this share of the drafts that were accepted before still counts, and once more with each
+# ... say that it does. Then this share of the drafts that were accepted before still counts, and once more with each
 # such round.
 KEPT_AFTER_FAILURES = 0.35
 # The same for the rounds of a class ...
