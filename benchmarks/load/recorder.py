@@ -77,7 +77,7 @@ class Recorder:
 
 
 def register() -> None:
-    """Record the results of this process's scheduler."""
+    """Record the results of this process's scheduler; of tensor-parallel ranks, the first one's."""
     recorder = Recorder(Path(os.environ[RECORDS_ENV]))
     _record_results(recorder)
     if os.environ.get("SGLANG_PLUGINS") is None:
@@ -86,6 +86,7 @@ def register() -> None:
 
 def _record_results(recorder: Recorder) -> None:
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import get_parallel
 
     stock = Scheduler.process_batch_result
 
@@ -94,6 +95,8 @@ def _record_results(recorder: Recorder) -> None:
         reqs = list(batch.reqs)
         before = [len(req.output_ids) for req in reqs]
         stock(self, batch, result)
+        if get_parallel().tp_rank:
+            return
         counts: dict[str, list[int]] = {}
         for req, length in zip(reqs, before, strict=True):
             count = counts.setdefault(str(req.rid).partition("-")[0], [0, 0])
@@ -112,7 +115,8 @@ def _fix_widths(recorder: Recorder) -> None:
         @wraps(stock)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             own = self.__dict__.setdefault("_own_controller", self._controller)
-            self._controller = own if recorder.width is None else FixedWidth(recorder.width)
+            # Other ranks have no controller: they take over what the first one chooses.
+            self._controller = own if recorder.width is None or own is None else FixedWidth(recorder.width)
             return stock(self, *args, **kwargs)
 
         return method

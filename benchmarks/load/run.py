@@ -51,8 +51,8 @@ from sglang_orthrus.config import WIDTHS
 from sglang_orthrus.models.checkpoint import export_ar
 
 _RECORDER = {"recorder": "benchmarks.load.recorder"}
-# Requests of a run, at least, and per request in flight.
-_LEAST, _PER_SLOT = 18, 4
+# Requests of a run: at least, per request in flight, and at most, of a mix and of a kind alone.
+_LEAST, _PER_SLOT, _MOST = 18, (8, 4), (512, 256)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,14 @@ MODES = {
 }
 
 
+def num_requests(setting: Setting) -> int:
+    """Of a run; kinds differ in length and acceptance, so a mix needs more for the same accuracy."""
+    if setting.traffic == ONCE:
+        return 1
+    is_kind = setting.traffic in KINDS
+    return max(_LEAST, min(_PER_SLOT[is_kind] * setting.concurrency, _MOST[is_kind]))
+
+
 class Runs:
     """Runs settings and collects their figures.
 
@@ -196,7 +204,7 @@ class Runs:
         key = {"server": server, "traffic": setting.traffic, "concurrency": setting.concurrency}
         if self._find(key) is not None:
             return
-        count = 1 if setting.traffic == ONCE else max(_LEAST, _PER_SLOT * setting.concurrency)
+        count = num_requests(setting)
         requests = self._traffic.take(setting.traffic, count)
         side = self._side(server)
         answers, seconds, results = asyncio.run(refilled(side, requests, setting.concurrency))
