@@ -8,6 +8,8 @@ from enum import Enum
 from typing import Any
 
 ARCHITECTURES = ("OrthrusLM", "OrthrusForCausalLM")
+# Of quantised checkpoints, as their configuration names them.
+QUANT_METHODS = ("awq", "compressed-tensors", "fp8", "gptq")
 GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
 SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
 WIDTHS = "ORTHRUS_WIDTHS"

@@ -20,6 +20,14 @@ DIFF_SUFFIXES = (
     "q_norm_diff.weight",
     "k_norm_diff.weight",
 )
+# What a quantised projection has in place of its weight, or beside it: GPTQ and AWQ, compressed-tensors, fp8.
+_QUANTISED = frozenset(
+    (
+        *("qweight", "qzeros", "scales", "g_idx", "bias"),
+        *("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"),
+        *("weight_scale_inv", "input_scale"),
+    )
+)
 INDEX = "model.safetensors.index.json"
 _DUAL_VIEW_KEYS = ("block_size", "mask_token_id", "auto_map")
 _SHOWN = 4
@@ -32,13 +40,19 @@ def diff_tensor_names(num_layers: int) -> frozenset[str]:
     )
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name; of a quantised `*_diff` projection's tensor, the name of the weight that it stands for."""
+    layer, _, parameter = name.rpartition(".")
+    return f"{layer}.weight" if layer.endswith("_proj_diff") and parameter in _QUANTISED else name
+
+
 def check_tensors(names: Iterable[str], num_layers: int) -> None:
-    """Check that the `*_diff` tensors among `names` are exactly those that `num_layers` layers need.
+    """Check that the `*_diff` tensors among `names` are those that `num_layers` layers need, quantised or not.
 
     Raises:
         ValueError: naming the missing and the unexpected ones (the first few, and how many).
     """
-    found = {name for name in names if "_diff." in name}
+    found = {plain_name(name) for name in names if "_diff." in name}
     expected = diff_tensor_names(num_layers)
     problems = [
         f"{len(wrong)} {label} ({_first_few(wrong)})"

@@ -27,6 +27,7 @@ from sglang_orthrus.models.checkpoint import (
     weight_files,
     write_json,
 )
+from sglang_orthrus.models.quantization import leaving_out_diffusion_view
 
 # Of files that are written here. One is in memory at a time.
 SHARD_BYTES = 2 * 2**30
@@ -36,6 +37,7 @@ _SHAPES = (
     *("head_dim", "vocab_size", "rms_norm_eps"),
 )
 _ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_READS_INPUT_NORM = tuple(f"{name}_proj_diff.weight" for name in "qkv")
 _PEFT_PREFIX = "base_model.model."
 # Settings of PEFT that change more than a product added to a matrix, and the value that means "no".
 _UNMERGEABLE = {
@@ -56,7 +58,7 @@ def graft(
     """Write a dual-view checkpoint, and return its directory.
 
     Tensors are streamed: at most one file of `SHARD_BYTES` is in memory. Without an adapter the weight files of the
-    base are hard-linked where the file system allows it.
+    base are hard-linked where the file system allows it. The base may be quantised; the diffusion view is not then.
 
     Args:
         base: directory of the model whose output counts: a Qwen3 of the Orthrus checkpoint's shape.
@@ -79,6 +81,9 @@ def graft(
         raise ValueError(f"{base} has a diffusion view already")
     views = {name: file for file in weight_files(orthrus) for name in names_in(file) if "_diff." in name}
     check_tensors(views, config["num_hidden_layers"])
+    view = _stream(views)
+    if config.get("quantization_config"):
+        view = _behind_other_norms(view, own, orthrus)
     merge = _lora(Path(adapter), own) if adapter is not None else None
 
     target.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ def graft(
     else:
         merged = ((name, merge(name, tensor)) for name, tensor in _stream(own))
         weight_map = _write_shards(merged, target, "model-merged", progress)
-    weight_map |= _write_shards(_stream(views), target, "model-diffusion", progress)
+    weight_map |= _write_shards(view, target, "model-diffusion", progress)
     write_json(target / INDEX, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
     write_json(target / "config.json", config)
     for file in base.iterdir():
@@ -116,8 +121,12 @@ def merged_config(base: Mapping[str, Any], orthrus: Mapping[str, Any]) -> dict[s
         problems.append(f"model_type {base.get('model_type')}, not qwen3")
     if problems:
         raise ValueError(f"the base model does not fit the Orthrus checkpoint: it has {'; '.join(problems)}")
-    dual_view = {"block_size": view.block_size, "mask_token_id": view.mask_token_id}
-    return {**base, "architectures": orthrus["architectures"], **dual_view}
+    if orthrus.get("quantization_config"):
+        raise ValueError("the Orthrus checkpoint is quantised: take the diffusion view of one that is not")
+    merged = {**base, "block_size": view.block_size, "mask_token_id": view.mask_token_id}
+    if base.get("quantization_config"):
+        merged["quantization_config"] = leaving_out_diffusion_view(base["quantization_config"])
+    return {**merged, "architectures": orthrus["architectures"]}
 
 
 class _Attributes:
@@ -164,6 +173,31 @@ def _lora(folder: Path, own: Mapping[str, Path]) -> Callable[[str, torch.Tensor]
         return (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
 
     return merge
+
+
+def _behind_other_norms(
+    view: Iterator[tuple[str, torch.Tensor]], own: Mapping[str, Path], orthrus: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The view's tensors for a quantised base, whose norms may not be those that they were trained behind.
+
+    AWQ divides a norm's weight by scales, and multiplies the columns of the matrices that read it by them. Both views
+    read the norm before attention.
+
+    Args:
+        own: the base's tensors.
+        orthrus: the checkpoint that the view is of.
+    """
+    norms = {name: file for name, file in own.items() if name.endswith(".input_layernorm.weight")}
+    former = dict(_stream({name: file for file in weight_files(orthrus) for name in names_in(file) if name in norms}))
+    scales = {}
+    for name, norm in _stream(norms):
+        now, then = norm.float(), former[name].float()
+        scales[name] = torch.where(now == then, 1.0, then / now)  # widened checkpoints have zeros
+    for name, tensor in view:
+        if name.endswith(_READS_INPUT_NORM):
+            layer = name.partition("self_attn.")[0]
+            tensor = (tensor.float() * scales[f"{layer}input_layernorm.weight"]).to(tensor.dtype)
+        yield name, tensor
 
 
 def _stream(where: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:

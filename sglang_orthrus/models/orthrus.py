@@ -6,7 +6,7 @@ attention projections and q/k norms (`*_diff`) and attends without a causal mask
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +21,16 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.model import qwen3_attention_class
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import HEAD_ROWS, OrthrusBlockInput, View, view_of
-from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names
+from sglang_orthrus.models.checkpoint import check_tensors, diff_tensor_names, plain_name
 from sglang_orthrus.models.qkv_kernel import caches_of, place_qkv
+from sglang_orthrus.models.quantization import for_diffusion_view
 
+# Checkpoints, and the configuration of quantised ones, name the parts.
+_FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "qkv_proj_diff": ["q_proj_diff", "k_proj_diff", "v_proj_diff"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 _SCALES = ("k_scale", "v_scale", "k_scale_float", "v_scale_float")
 
 
@@ -87,6 +94,7 @@ class OrthrusAttention(Qwen3Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        kwargs["quant_config"] = for_diffusion_view(kwargs.get("quant_config"), _FUSED)
         twin = Qwen3Attention(*args, **kwargs)
         twin.attn = DiffusionAttention(self.attn)
         # Registered as a module the twin would list every parameter a second time.
@@ -130,12 +138,7 @@ class OrthrusLM(Qwen3ForCausalLM):
             not fit the layers.
     """
 
-    # Quantised checkpoints name the unfused projections.
-    packed_modules_mapping = {  # noqa: RUF012 (SGLang's class attribute)
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "qkv_proj_diff": ["q_proj_diff", "k_proj_diff", "v_proj_diff"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = _FUSED
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         dual_view = DualViewConfig.from_hf(config)
@@ -220,7 +223,8 @@ class OrthrusLM(Qwen3ForCausalLM):
         if self._is_loaded:
             super().load_weights(weights)
             return
-        super().load_weights(_checked(weights, self.config.num_hidden_layers))
+        parameters = {name for name, _ in self.named_parameters()}
+        super().load_weights(_checked(weights, self.config.num_hidden_layers, parameters))
         self._is_loaded = True
 
 
@@ -256,16 +260,35 @@ def _without_nan_inplace(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _checked(weights: Iterable[tuple[str, torch.Tensor]], num_layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass the weights on as they stream in; complain before the loader meets an unknown `*_diff` name."""
+def _checked(
+    weights: Iterable[tuple[str, torch.Tensor]], num_layers: int, parameters: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the weights on as they stream in; complain before the loader meets an unknown `*_diff` name.
+
+    parameters: names of the model's own, which follow from the configuration.
+    """
     expected, names, stream = diff_tensor_names(num_layers), set[str](), iter(weights)
     for name, tensor in stream:
         names.add(name)
-        if "_diff." in name and name not in expected:
+        if "_diff." in name and plain_name(name) not in expected:
             names.update(rest for rest, _ in stream)
             break
+        # SGLang leaves out a bias that GPTQ wrote and the model lacks.
+        if "_diff." in name and _fused_name(name) not in parameters and not name.endswith(".bias"):
+            raise ValueError(
+                f"{name}: by the checkpoint's quantization_config this layer has no such tensor. It has to leave out "
+                "the *_diff layers if they are not quantised, and only then; see docs/quantization.md."
+            )
         yield name, tensor
     check_tensors(names, num_layers)
+
+
+def _fused_name(name: str) -> str:
+    """The name of the model's parameter that holds a checkpoint's tensor."""
+    layer, _, parameter = name.rpartition(".")
+    path, _, module = layer.rpartition(".")
+    fused = next((fused for fused, parts in _FUSED.items() if module in parts), module)
+    return f"{path}.{fused}.{parameter}"
 
 
 EntryClass = [OrthrusLM, OrthrusForCausalLM]

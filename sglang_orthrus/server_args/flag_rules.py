@@ -20,6 +20,7 @@ _BLOCK_DECIDES = "ORTHRUS drafts one block per round, as wide as the checkpoint 
 _UNTRIED = "ORTHRUS was not tried with it"
 _OTHER_CACHE = "ORTHRUS was tried with SGLang's own KV pool and radix cache only"
 _OTHER_ALGORITHM = "it belongs to another speculative algorithm"
+_QUANTISED = "it does not know the names of the *_diff layers, or ORTHRUS was not tried with it"
 _EXACT = "ORTHRUS accepts exactly the tokens that the autoregressive view would have chosen"
 
 RULES = (
@@ -74,6 +75,13 @@ RULES = (
         "use flashinfer or pytorch",
         "rounds sample as SGLang's own sampler does",
     ),
+    Rule(
+        "quantization",
+        (None, "fp8", "awq_marlin", "gptq_marlin", "compressed-tensors"),
+        "use fp8, or a checkpoint in AWQ, GPTQ or compressed-tensors form and no flag",
+        _QUANTISED,
+    ),
+    Rule("load_format", ("auto", "safetensors", "dummy"), "use --load-format auto", _QUANTISED),
     Rule("rl_on_policy_target", (None,), _REMOVE),
     Rule("enable_watermark", (False,), _REMOVE),
     Rule("model_impl", ("auto", "sglang"), "use --model-impl sglang", "only SGLang's own model has the two views"),

@@ -10,6 +10,7 @@ from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.versions import require_supported_sglang
 from sglang_orthrus.config import (
     ARCHITECTURES,
+    QUANT_METHODS,
     DraftMode,
     DualViewConfig,
     is_orthrus,
@@ -38,6 +39,7 @@ def validate_server_args(server_args: Any) -> None:
     """
     sentences = [
         *_checkpoint_refusals(server_args),
+        *_quantization_refusals(server_args),
         *_attention_refusals(server_args),
         *_rank_refusals(server_args),
         *flag_refusals(server_args),
@@ -137,6 +139,20 @@ def _rank_refusals(args: Any) -> Iterator[str]:
         )
 
 
+def _quantization_refusals(args: Any) -> Iterator[str]:
+    """A checkpoint quantised by other methods than those that were tried, and any on a CPU."""
+    method = _declared_quantization(args).get("quant_method")
+    checkpoint = f"--model-path {args.model_path}: the checkpoint is quantised ({method})"
+    if args.device == "cpu":
+        advice = "the CPU platform has no kernels for that; use a GPU, or a checkpoint that is not quantised"
+        if method is not None:
+            yield f"{checkpoint}, and {advice}."
+        elif is_given(args, "quantization"):
+            yield f"{_flag('quantization', args.quantization)}: {advice}."
+    elif method is not None and method not in QUANT_METHODS:
+        yield f"{checkpoint}, and ORTHRUS serves {', '.join(QUANT_METHODS)}; use a checkpoint in one of these forms."
+
+
 def _triton_refusals(args: Any) -> Iterator[str]:
     """Its kernel attends to a block's own K and V as they were before they were rounded to the pool's type."""
     reason = "on triton a round would attend to K and V that are not rounded as plain SGLang's are"
@@ -148,13 +164,18 @@ def _triton_refusals(args: Any) -> Iterator[str]:
 
 
 def _declares_fp8_kv(args: Any) -> bool:
-    """Whether `--kv-cache-dtype auto` means fp8: SGLang heeds what ModelOpt writes."""
-    declared = getattr(_hf_config(args), "quantization_config", None) or {}
-    algorithm = declared.get("kv_cache_quant_algo") or declared.get("quantization", {}).get("kv_cache_quant_algo")
+    """Whether `--kv-cache-dtype auto` means fp8, as SGLang reads the checkpoint."""
+    declared = _declared_quantization(args)
     scheme = declared.get("kv_cache_scheme") or {}
-    is_modelopt = str(declared.get("quant_method", "")).startswith("modelopt")
-    is_fp8_scheme = is_modelopt and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
-    return str(algorithm).upper() == "FP8" or is_fp8_scheme
+    is_fp8_scheme = (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    return str(declared.get("kv_cache_quant_algo")).upper() == "FP8" or is_fp8_scheme
+
+
+def _declared_quantization(args: Any) -> dict[str, Any]:
+    """What the checkpoint says of its quantization; empty if it is not quantised."""
+    config = _hf_config(args)
+    declared = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    return dict(declared or {})
 
 
 @depends_on(

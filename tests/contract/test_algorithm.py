@@ -279,7 +279,7 @@ def test_no_refusal_comes_from_what_sglang_derived(checkpoint: Path, flags: str)
 
 
 def test_quantization_of_the_served_model_is_not_that_of_a_draft_model(checkpoint: Path) -> None:
-    _resolve(checkpoint, "--quantization", "fp8")
+    _resolve(checkpoint, "--device", "cuda", "--quantization", "fp8")
     with pytest.raises(Refused, match=r"--speculative-draft-model-quantization fp8: .* remove the flag"):
         _resolve(checkpoint, "--speculative-draft-model-quantization", "fp8")
 
@@ -300,11 +300,9 @@ def test_a_block_and_its_prefix_have_the_same_precision(checkpoint: Path, tmp_pa
         with pytest.raises(Refused, match=rf"--kv-cache-dtype {dtype}: on triton .*use --attention-backend flashinfer"):
             _resolve(checkpoint, *on_triton, "--kv-cache-dtype", dtype)
     _resolve(checkpoint, "--device", "cuda", "--attention-backend", "flashinfer", "--kv-cache-dtype", "fp8_e4m3")
-    declares = ("--json-model-override-args", '{"quantization_config": {"kv_cache_quant_algo": "FP8"}}')
     args = SimpleNamespace(kv_cache_dtype="auto", model_path=checkpoint)
-    found = SimpleNamespace(
-        hf_config=SimpleNamespace(quantization_config=json.loads(declares[1])["quantization_config"])
-    )
+    scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}}
+    found = SimpleNamespace(hf_config=SimpleNamespace(quantization_config=scheme))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sglang.srt.arg_groups.model_override_base.model_config_of", lambda args: found)
         (sentence,) = refusals._triton_refusals(args)
