@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from sglang_orthrus.cpu import kernels
+from sglang_orthrus.cpu.host_pool import install_host_pool
 
 REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func": kernels.assign_req_to_token_pool_func,
@@ -33,6 +34,7 @@ def install_cpu_kernels() -> None:
             if vars(module).get(attribute) is stock:
                 setattr(module, attribute, replacement)
     _mask_on_cpu()
+    install_host_pool()
 
 
 def _mask_on_cpu() -> None:

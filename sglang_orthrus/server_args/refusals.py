@@ -21,6 +21,8 @@ from sglang_orthrus.server_args.flag_rules import REFUSED_IF_DERIVED, RULES
 
 ATTENTION_BACKENDS = ("flashinfer", "fa3", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
+# Of the hierarchical cache, by field: what `cpu/host_pool.py` copies.
+CPU_HOST_POOLS = {"hicache_io_backend": ("kernel",), "hicache_mem_layout": ("page_first", "layer_first")}
 
 
 class Refused(ValueError):
@@ -42,6 +44,7 @@ def validate_server_args(server_args: Any) -> None:
         *_quantization_refusals(server_args),
         *_attention_refusals(server_args),
         *_rank_refusals(server_args),
+        *_host_pool_refusals(server_args),
         *flag_refusals(server_args),
         *environment_refusals(),
     ]
@@ -151,6 +154,18 @@ def _quantization_refusals(args: Any) -> Iterator[str]:
             yield f"{_flag('quantization', args.quantization)}: {advice}."
     elif method is not None and method not in QUANT_METHODS:
         yield f"{checkpoint}, and ORTHRUS serves {', '.join(QUANT_METHODS)}; use a checkpoint in one of these forms."
+
+
+def _host_pool_refusals(args: Any) -> Iterator[str]:
+    """Transfers and layouts of the hierarchical cache that have no PyTorch version."""
+    if args.device != "cpu":
+        return
+    for field, served in CPU_HOST_POOLS.items():
+        if is_given(args, field, served):
+            yield (
+                f"{_flag(field, getattr(args, field))}: with --device cpu the hierarchical cache has "
+                f"{' or '.join(served)} only; remove the flag."
+            )
 
 
 def _triton_refusals(args: Any) -> Iterator[str]:
