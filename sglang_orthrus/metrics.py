@@ -24,11 +24,13 @@ class RoundPath(Enum):
     GRAPH: draft and verify in one CUDA graph. SPLIT: a CUDA graph each, because tokens are chosen in between
     (grammars, sampling, penalties and the like).
     EAGER: no graph for this batch size, or none at all.
+    MIXED: one token per request, chosen behind a prefill that took them along (`--enable-mixed-chunk`).
     """
 
     GRAPH = "graph"
     SPLIT = "split"
     EAGER = "eager"
+    MIXED = "mixed"
 
 
 # A round of one request takes tenths of a millisecond; a batch on few cores may take tens of them.
@@ -152,7 +154,7 @@ class RoundMetrics:
             self._counters[path.value].inc()
         if self._since_log.total() >= self._log_interval:
             counts = (self._since_log[path] for path in RoundPath)
-            logger.info("ORTHRUS rounds: %d in one CUDA graph, %d in two, %d eager", *counts)
+            logger.info("ORTHRUS rounds: %d in one CUDA graph, %d in two, %d eager, %d mixed with a prefill", *counts)
             self._since_log.clear()
 
 

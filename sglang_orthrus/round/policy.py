@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
@@ -92,6 +93,7 @@ class Policy:
         self._planned: deque[_Planned] = deque()
         self._result: _Result | None = None
         self._over: list[str] = []
+        self._mixed: WeakSet[Any] = WeakSet()
         self._num_prefills = 0
         # Of the last result: when it was known, and prefills that had been queued before its round.
         self._observed_at, self._prefills_before = 0.0, -1
@@ -132,9 +134,11 @@ class Policy:
         ]
         self._result = _Result(planned, measured, lens, [text_length(req) for req in planned.reqs])
 
-    def note_prefill(self) -> None:
-        """A prefill is queued before the next round."""
+    def note_prefill(self, running: Iterable[Any] = ()) -> None:
+        """A prefill is queued before the next round. running: requests that take a token each from it."""
         self._num_prefills += 1
+        if self._controller is not None:
+            self._mixed.update(running)
 
     def forget(self, rid: str) -> None:
         """A request is over; its last result is still learnt from."""
@@ -154,7 +158,10 @@ class Policy:
             result = self._controller.observe(planned.rids, width, lens, has_grammar, measured, planned.context)
             if self._metrics is not None:
                 self._metrics.count(WidthFigures(width, planned.is_probe, *result), self._controller.report)
-        for rid in self._over:
+        # SGLang does not tell of requests that end in a prefill.
+        ended = [req for req in self._mixed if req.finished()]
+        self._mixed.difference_update(ended)
+        for rid in (*self._over, *(req.rid for req in ended)):
             self._controller.forget(rid)
         self._over.clear()
 

@@ -23,7 +23,7 @@ from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import DualViewRunner, Pass, PreparedPass
 from sglang_orthrus.round.policy import RoundPlan
 from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing
-from sglang_orthrus.sampling.batch import BatchSampler
+from sglang_orthrus.sampling.batch import BatchSampler, KnownLogits
 from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
@@ -42,8 +42,8 @@ class BegunRound(NamedTuple):
         drafts: of the diffusion view.
         constrained: [R] rows of the requests whose grammars matter.
         candidates: theirs, on the way to the host; None if there are none, or nothing is drafted.
-        prepared: the verify pass.
-        verify: the same, if it is queued already: nothing was drafted, so that it waits for no grammar.
+        prepared: the verify pass; None if another pass has done its work.
+        verify: what it gave, if it is queued already: nothing was drafted, so that it waits for no grammar.
         path: how the draft pass ran.
     """
 
@@ -54,7 +54,7 @@ class BegunRound(NamedTuple):
     drafts: Drafts
     constrained: Sequence[int]
     candidates: CandidatesCopy | None
-    prepared: PreparedPass
+    prepared: PreparedPass | None
     verify: Pass | None
     path: RoundPath
 
@@ -112,13 +112,7 @@ class Round:
 
         A round that drafts nothing verifies here: a GPU is busy while the scheduler takes in the former round's result.
         """
-        scheduled = batch.scheduled
-        adjustments = self._history.adjustments(scheduled)
-        sampler = BatchSampler(
-            self._model_runner.model, scheduled, batch.anchors, adjustments, plan.width, self._sampling_backend
-        )
-        constrained = self._grammars.rows_of(scheduled.reqs) if scheduled.has_grammar else []
-
+        adjustments, sampler, constrained = self._choosing(batch, self._model_runner.model)
         draft = self._passes.draft(batch) if plan.width > 1 else None
         candidates = None
         if draft is None:
@@ -135,6 +129,22 @@ class Round:
             batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, verify, path
         )
 
+    def choose(self, batch: RoundBatch, logits: torch.Tensor) -> RoundEnd:
+        """A round that drafts nothing, behind a pass of the AR view over the anchors. logits: [bs, V], its own."""
+        adjustments, sampler, constrained = self._choosing(batch, KnownLogits())
+        drafts, verify = Drafts.blank(batch.anchors, 0), Pass(logits[:, None], replayed=True)
+        return self.finish(
+            BegunRound(batch, 1, adjustments, sampler, drafts, constrained, None, None, verify, RoundPath.MIXED)
+        )
+
+    def _choosing(self, batch: RoundBatch, model: Any) -> tuple[Adjustments, BatchSampler, Sequence[int]]:
+        """How a round chooses tokens: see `BegunRound`. model: has the head."""
+        scheduled = batch.scheduled
+        adjustments = self._history.adjustments(scheduled)
+        sampler = BatchSampler(model, scheduled, batch.anchors, adjustments, batch.width, self._sampling_backend)
+        constrained = self._grammars.rows_of(scheduled.reqs) if scheduled.has_grammar else []
+        return adjustments, sampler, constrained
+
     def finish(self, begun: BegunRound) -> RoundEnd:
         """Repair the drafts by grammars, which are at the committed text now; verify; accept."""
         batch, scheduled, drafts = begun.batch, begun.batch.scheduled, begun.drafts
@@ -147,6 +157,7 @@ class Round:
             drafts = drafts.replaced(repaired.rows, repaired.tokens)
         verify = begun.verify
         if verify is None:
+            assert begun.prepared is not None, "nobody else has verified"
             verify = self._passes.verify(begun.prepared, drafts.block)
         # Verify needs no masks, and the masks no result of verify: the host fills them meanwhile.
         masks, limits = self._masks(begun, drafts, repaired, verify)

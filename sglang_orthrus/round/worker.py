@@ -37,6 +37,7 @@ from sglang_orthrus.passes.cuda_graphs import LargestGraphRunner, OrthrusGraphRu
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.passes.timing import batch_sizes, time_rounds
 from sglang_orthrus.round.costs import RoundCosts
+from sglang_orthrus.round.mixed import MixedSteps
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
 from sglang_orthrus.round.width_controller import WidthController
@@ -106,6 +107,7 @@ class OrthrusWorker(BaseSpecWorker):
         )
         self._policy = Policy(self._widths)
         self._round = Round(self._passes, self._history, grammars, self.model_runner, sampling_backend)
+        self._mixed = MixedSteps(target_worker, self._history, self._round)
         # The pools and graphs are made after this, and requests arrive later still.
         use_graph_runner(self.model_runner, OrthrusGraphRunner if len(self._widths) == 1 else LargestGraphRunner)
         if self.device != "cpu":
@@ -205,16 +207,16 @@ class OrthrusWorker(BaseSpecWorker):
         grammar_barrier: Callable[[], None] | None = None,
         pp_proxy_tensors: Any = None,
     ) -> GenerationBatchResult:
-        """One scheduler step: a prefill in the AR view, or a round for every running request.
+        """One scheduler step: a prefill in the AR view, which may take running requests along, or a round for these.
 
         The overlap scheduler gets a round with grammars when its first pass has begun. It takes in the former round's
         result then, so that answers do not wait for drafts to be chosen, and calls for the rest (`delay_sample_func`).
 
-        on_publish is called once with the new committed lengths [bs]. grammar_barrier is not needed: by then the
-        grammars are where the former round ended.
+        on_publish is called once with the new committed lengths [bs]. grammar_barrier brings grammars to where the
+        former round ended; for a round they are there by then.
         """
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
-            return self._prefill(batch, on_publish)
+            return self._prefill(batch, on_publish, grammar_barrier)
         return self._run_round(batch, on_publish)
 
     @depends_on(
@@ -224,11 +226,19 @@ class OrthrusWorker(BaseSpecWorker):
         why="a speculative worker runs the target model through it",
         until=SHARED_BY_WORKERS,
     )
-    def _prefill(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
-        self._policy.note_prefill()
-        self._history.resume(batch)
-        result = self._target_worker.forward_batch_generation(batch)
-        self._history.start(batch, result.next_token_ids)
+    def _prefill(
+        self, batch: ScheduleBatch, on_publish: Publish | None, grammar_barrier: Callable[[], None] | None
+    ) -> GenerationBatchResult:
+        if batch.forward_mode.is_mixed():
+            self._policy.note_prefill(batch.decoding_reqs)
+            result, is_wanted = self._mixed.run(batch, grammar_barrier)
+            if is_wanted:
+                self._metrics.count(RoundPath.MIXED)
+        else:
+            self._policy.note_prefill()
+            self._history.resume(batch)
+            result = self._target_worker.forward_batch_generation(batch)
+            self._history.start(batch, result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = OrthrusState(result.next_token_ids, batch.seq_lens)
         _publish(on_publish, batch.seq_lens)

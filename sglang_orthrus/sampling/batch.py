@@ -54,7 +54,7 @@ class BatchSampler:
     """What draft and verification ask of the requests of one round.
 
     Args:
-        model: an `OrthrusLM`, for its head.
+        model: an `OrthrusLM`, for its head, or `KnownLogits`.
         batch: in a decode round; its `spec_info` is not read.
         anchors: [bs] int64.
         adjustments: what the requests' options do to logits.
@@ -173,6 +173,15 @@ class BatchSampler:
         """A parameter of requests, [bs, ...] -> [r * W, ...]."""
         width = num_rows // len(group.requests)
         return parameter[group.index].repeat_interleave(width, dim=0, output_size=num_rows)
+
+
+class KnownLogits:
+    """In place of a model whose head has run: for it, hidden states are logits."""
+
+    def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
+        """A copy, since options are applied in place: [..., V] -> [rows, V]."""
+        dtype = torch.float32 if in_fp32 else hidden_states.dtype
+        return hidden_states.flatten(0, -2).to(dtype, copy=True)
 
 
 @cache

@@ -29,7 +29,7 @@ NAME = "ORTHRUS"
     "supports_overlap",
     "validate_server_args",
     what="subclassed; overrides supports_grammar_overlap, supports_prefill_shared_read_done, has_draft_kv, "
-    "handle_server_args",
+    "supports_mixed_chunk, handle_server_args",
     why="the spec_class argument of SpeculativeAlgorithm.register expects a subclass, but the module is private",
     until=EXTENSION_POINT,
 )
@@ -77,6 +77,10 @@ class OrthrusAlgorithm(CustomSpecAlgo):
 
     def supports_grammar_overlap(self) -> bool:
         """A round asks grammars after the former one's result was taken in: see `OrthrusWorker`."""
+        return True
+
+    def supports_mixed_chunk(self) -> bool:
+        """Running requests may take one token each from a prefill: see `MixedSteps`."""
         return True
 
     def supports_prefill_shared_read_done(self) -> bool:

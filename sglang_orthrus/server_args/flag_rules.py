@@ -36,7 +36,6 @@ RULES = (
     Rule("enable_attn_tp_input_scattered", (False,), _REMOVE, _UNTRIED),
     Rule("tokenizer_worker_num", (1,), "use --tokenizer-worker-num 1", "SGLang loads no plugins in the extra workers"),
     Rule("disaggregation_mode", ("null",), _REMOVE),
-    Rule("enable_mixed_chunk", (False,), _REMOVE),
     Rule("enable_two_batch_overlap", (False,), _REMOVE),
     Rule("enable_pdmux", (False,), _REMOVE),
     Rule("enable_torch_compile", (False,), _REMOVE),

@@ -109,7 +109,6 @@ def test_a_narrower_width_still_reserves_a_whole_block(checkpoint: Path) -> None
         ("--tokenizer-worker-num 2", "use --tokenizer-worker-num 1"),
         ("--disaggregation-mode prefill", "remove the flag"),
         ("--disaggregation-mode decode", "remove the flag"),
-        ("--enable-mixed-chunk", "remove the flag"),
         ("--enable-two-batch-overlap", "remove the flag"),
         ("--enable-pdmux", "remove the flag"),
         ("--enable-torch-compile", "remove the flag"),
@@ -356,11 +355,11 @@ def test_partial_sums_are_reduced_as_in_qwen3(checkpoint: Path, tmp_path: Path) 
 
 def test_every_refusal_is_kept_and_the_first_is_raised(checkpoint: Path) -> None:
     with pytest.raises(Refused) as refused:
-        _resolve(checkpoint, "--pp-size", "2", "--enable-mixed-chunk", "--speculative-num-draft-tokens", "9")
+        _resolve(checkpoint, "--pp-size", "2", "--enable-pdmux", "--speculative-num-draft-tokens", "9")
     assert [sentence.split(":")[0] for sentence in refused.value.sentences] == [
         "--speculative-num-draft-tokens 9",
         "--pp-size 2",
-        "--enable-mixed-chunk",
+        "--enable-pdmux",
     ]
     assert str(refused.value) == refused.value.sentences[0]
 

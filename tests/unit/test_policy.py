@@ -97,3 +97,24 @@ def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.M
             result(at)
     policy.plan(batch_of(request), can_defer=True)
     assert measured == [None, 1.0, 1.5, None, None, 1.0]
+
+
+def test_a_request_that_ends_in_a_prefill_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang tells workers of those alone that end in rounds. The token of the mixed step is no round's."""
+    controller = WidthController(measured_costs(), WIDTHS)
+    forgotten = list[str]()
+    monkeypatch.setattr(controller, "forget", forgotten.append)
+    policy, first, second = Policy(WIDTHS, controller), Request("a"), Request("b")
+    plan = policy.plan(batch_of(first, second), can_defer=True)
+    policy.note_prefill([first, second])
+    policy.observe([2, 2])
+    first.take(3)
+    second.take(3)
+    policy.plan(batch_of(first, second), can_defer=True)
+    assert not forgotten, "the mixed step's result is not known yet"
+    first.take(1, end=1)
+    second.take(1)
+    for _ in range(2):
+        policy.plan(batch_of(second), can_defer=True)
+    assert forgotten == ["a"]
+    assert controller.report().tokens == {plan.width: 3 + 3}

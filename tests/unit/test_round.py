@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_orthrus.core import DraftBlock, RoundBatch
+from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import Pass, PreparedPass
 from sglang_orthrus.round.policy import RoundPlan
 from sglang_orthrus.round.round import Round
@@ -71,3 +72,19 @@ def test_what_is_queued_before_the_former_result_is_known(width: int, before: li
     assert verdict.tokens[:, 0].tolist() == [1, 2, 3] and verdict.accept_lens.tolist() == [1] * REQUESTS
     assert verdict.bonus.tolist() == [1, 2, 3] and verdict.new_seq_lens.tolist() == [11] * REQUESTS
     assert verdict.accept_lens.dtype == torch.int32 and verdict.tokens.shape == (REQUESTS, width)
+
+
+def test_behind_anothers_pass_no_pass_is_queued_and_its_logits_stay() -> None:
+    anchors = torch.arange(REQUESTS)
+    batch: Any = _Batch()
+    biased = [{"top_k": 1, "logit_bias": {str(row): 2.0}} for row in range(REQUESTS)]
+    vars(batch).update(vars(decode_batch(biased, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    passes: Any = _Passes()
+    rounds = Round(passes, History("cpu"), SimpleNamespace(), SimpleNamespace(), "pytorch")  # type: ignore[arg-type]
+    ids = anchors[:, None]
+    logits = torch.eye(VOCAB)[anchors + 1]
+    end = rounds.choose(RoundBatch(batch, DraftBlock(ids, ids, ids)), logits)
+    assert passes.queued == [] and end.path is RoundPath.MIXED
+    assert end.verdict.bonus.tolist() == anchors.tolist(), "the bias outweighs the model"
+    assert end.verdict.new_seq_lens.tolist() == [11] * REQUESTS
+    assert torch.equal(logits, torch.eye(VOCAB)[anchors + 1])

@@ -14,7 +14,9 @@ def test_a_log_line_sums_up_every_interval(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO):
         for path in (RoundPath.GRAPH, RoundPath.EAGER, RoundPath.GRAPH, RoundPath.SPLIT):
             metrics.count(path)
-    assert [record.message for record in caplog.records] == ["ORTHRUS rounds: 2 in one CUDA graph, 0 in two, 1 eager"]
+    assert [record.message for record in caplog.records] == [
+        "ORTHRUS rounds: 2 in one CUDA graph, 0 in two, 1 eager, 0 mixed with a prefill"
+    ]
 
 
 def test_the_metric_counts_by_path() -> None:
@@ -25,10 +27,10 @@ def test_the_metric_counts_by_path() -> None:
         return {own["path"]: REGISTRY.get_sample_value("sglang_orthrus:rounds_total", own) for own in labels}
 
     metrics = RoundMetrics(log_interval=100, model_name="nano")
-    assert counts() == {"graph": 0, "split": 0, "eager": 0}, "a rate needs the count before the first event"
+    assert counts() == {"graph": 0, "split": 0, "eager": 0, "mixed": 0}, "a rate needs the count before the first event"
     for path in (RoundPath.SPLIT, RoundPath.SPLIT, RoundPath.GRAPH):
         metrics.count(path)
-    assert counts() == {"graph": 1, "split": 2, "eager": 0}
+    assert counts() == {"graph": 1, "split": 2, "eager": 0, "mixed": 0}
 
 
 def test_the_metrics_of_widths_count_what_rounds_brought(caplog: pytest.LogCaptureFixture) -> None:
