@@ -23,7 +23,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,13 +123,14 @@ def measure_next(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[
         for _ in range(WARM_UP + ROUNDS):
             chosen = rng.choices(drafted, k=bs)
             reqs = [_request(backend, templates, block) for block in chosen]
-            best = np.array([[block.best] for block in chosen])
+            best = [block.best or 0 for block in chosen]
             started = time.perf_counter()
             skippable = range(bs) if name == "needed_ms" else ()
-            masks = grammars.next_masks(reqs, range(bs), VOCABULARY, skippable, partial(np.take, best, axis=0))
+            masks = grammars.next_masks(reqs, range(bs), VOCABULARY, skippable)
+            grammars.late_masks(masks, dict(enumerate(best)))
             taken.append(time.perf_counter() - started)
-            bits = masks.vocab_mask.numpy()
-            refused += sum(not is_allowed(int(token), own) for (token,), own in zip(best, bits, strict=True))
+            bits = masks.host.numpy()
+            refused += sum(not is_allowed(token, own) for token, own in zip(best, bits, strict=True))
         milliseconds = 1e3 * np.array(taken[WARM_UP:])
         found[name] = {
             "mean": round(float(milliseconds.mean()), 3),

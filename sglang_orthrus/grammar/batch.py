@@ -7,7 +7,7 @@ mask row.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from sglang_orthrus.grammar.cursor import Cursor, Ids
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
-from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
+from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller, NextRow
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
 from sglang_orthrus.grammar.slow_masks import Deadline
@@ -66,6 +66,20 @@ class BlockMasks(NamedTuple):
 
     mask: GrammarMask
     limits: list[int]
+
+
+class NextMasks(NamedTuple):
+    """What may follow committed texts.
+
+    Attributes:
+        mask: [R, W], on the model's device.
+        host: the same on the CPU.
+        late: requests, by their numbers, whose masks allow all so far; see `BlockGrammars.late_masks`.
+    """
+
+    mask: GrammarMask
+    host: torch.Tensor
+    late: dict[int, NextRow]
 
 
 class CandidatesCopy:
@@ -186,24 +200,18 @@ class BlockGrammars:
         until=SHARED_BY_WORKERS,
     )
     def next_masks(
-        self,
-        reqs: Sequence[Any],
-        rows: Sequence[int],
-        vocab_size: int,
-        skippable: Collection[int] = (),
-        best_of: BestOf | None = None,
-    ) -> GrammarMask:
+        self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int, skippable: Collection[int] = ()
+    ) -> NextMasks:
         """What may follow the committed text of every constrained request: one row each.
 
         For rounds that draft nothing. Host work, while a GPU verifies. SGLang has XGrammar fill one mask after the
-        other. Here several threads do it, and of slow grammars only the masks that refuse the best token are filled.
+        other. Here several threads do it, and masks of slow grammars may be left out at first: see `late_masks`.
 
         Args:
             reqs: the batch.
             rows: its constrained requests, at least one.
             vocab_size: of the logits.
             skippable: see `MaskFiller.fill`.
-            best_of: see there; not needed if none is skippable.
         """
         grammars = [reqs[row].grammar for row in rows]
         masks = grammars[0].allocate_vocab_mask(vocab_size=vocab_size, batch_size=len(rows), device=self._device)
@@ -211,18 +219,28 @@ class BlockGrammars:
             GrammarRow(number, grammar) for number, grammar in enumerate(grammars) if not grammar.is_terminated()
         ]
         own = [masks[entry.row : entry.row + 1] for entry in entries]
-        to_fill = [(cursor_of(entry.grammar, self.text, mask), mask) for entry, mask in zip(entries, own, strict=True)]
-        if any(isinstance(cursor, GuidanceCursor) for cursor, _ in to_fill):
+        to_fill = [
+            NextRow(cursor_of(entry.grammar, self.text, mask), mask) for entry, mask in zip(entries, own, strict=True)
+        ]
+        late: dict[int, NextRow] = {}
+        if any(isinstance(row.cursor, GuidanceCursor) for row in to_fill):
             grammars[0].fill_vocab_mask_batched(entries, masks)
         else:
-            numbers = [entry.row for entry in entries]
-            ask = best_of or _nothing_skippable
-            self._filler.fill_next(
-                to_fill,
-                [place for place, number in enumerate(numbers) if number in skippable],
-                lambda places: ask([numbers[place] for place in places])[:, 0].tolist(),
-            )
-        return GrammarMask(grammars[0], grammars[0].move_vocab_mask(masks, self._device))
+            places = [place for place, entry in enumerate(entries) if entry.row in skippable]
+            late = {entries[place].row: to_fill[place] for place in self._filler.fill_next(to_fill, places)}
+        return NextMasks(self._on_device(grammars[0], masks), masks, late)
+
+    def late_masks(self, masks: NextMasks, chosen: Mapping[int, int]) -> GrammarMask | None:
+        """The same masks with those that refuse what was chosen without them; None if they make no difference.
+
+        chosen: the tokens of the requests in `masks.late`, by their numbers.
+        """
+        if not self._filler.fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
+            return None
+        return self._on_device(masks.mask.grammar, masks.host)
+
+    def _on_device(self, grammar: Any, masks: torch.Tensor) -> GrammarMask:
+        return GrammarMask(grammar, grammar.move_vocab_mask(masks, self._device))
 
     def _cursor(self, slot: Slot, grammar: Any) -> Cursor | None:
         # What a cursor writes to a mask here is filled anew later.

@@ -16,7 +16,7 @@ from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Cursor, Ids, Match, allow
 from sglang_orthrus.grammar.llguidance import GuidanceCursor, fill_blocks
 from sglang_orthrus.grammar.mask_buffers import HostBlocks, Slot
 from sglang_orthrus.grammar.repair import Repair
-from sglang_orthrus.grammar.slow_masks import SlowGrammars, TimeShares
+from sglang_orthrus.grammar.slow_masks import ExpectedWaits, SlowGrammars, TimeShares
 from sglang_orthrus.grammar.threads import Job, ThreadTeam, available_cores
 
 # On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
@@ -29,8 +29,10 @@ MIN_NEEDED_SECONDS = 0.01
 # asked to help.
 ALONE_SECONDS = 0.0003
 
-# One mask that takes so much of a round's time makes a grammar slow. A GPU verifies for about as long meanwhile.
-SLOW_MASK_SHARE = 0.5
+# Of a round's time for masks. A GPU verifies for about as long meanwhile, so a mask that takes no longer costs nothing.
+HIDDEN_SHARE = 0.5
+# What it costs to look at chosen tokens before the next round: meanwhile a GPU has nothing to do.
+LOOK_SHARE = 0.4
 
 # For some requests, by their numbers among the constrained ones: [n, Q].
 BestOf = Callable[[Sequence[int]], Ids]
@@ -41,6 +43,13 @@ class ConstrainedBlock(NamedTuple):
 
     cursor: Cursor
     repair: Repair
+
+
+class NextRow(NamedTuple):
+    """Where a mask is to be filled: a cursor, and the mask of what may come next, [1, W] int32 on the CPU."""
+
+    cursor: Cursor
+    mask: torch.Tensor
 
 
 class Filled(NamedTuple):
@@ -78,6 +87,7 @@ class MaskFiller:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._slow = SlowGrammars()
+        self._waits = ExpectedWaits()
         # The engines fill masks outside the interpreter's lock.
         self._num_threads = min(MAX_THREADS, available_cores())
         self._team = ThreadTeam(self._num_threads, "orthrus-grammar")
@@ -133,47 +143,49 @@ class MaskFiller:
             seconds += time.perf_counter() - started
         return Filled(limits, sum(limits[number] == num_drafts for number in sparse), seconds)
 
-    def fill_next(
-        self,
-        rows: Sequence[tuple[Cursor, torch.Tensor]],
-        skippable: Collection[int] = (),
-        best_of: Callable[[Sequence[int]], Sequence[int]] | None = None,
-    ) -> None:
-        """Fill one mask at each of some cursors.
+    def fill_next(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> list[int]:
+        """Fill one mask at each of some cursors, or let it allow all if that is expected to be faster.
 
         Args:
-            rows: cursors, and their masks: [1, W] int32 on the CPU.
+            rows: where to fill.
             skippable: see `fill`: numbers of rows.
-            best_of: waits for verification and gives the best tokens of some rows, any token allowed.
+
+        Returns:
+            Numbers of the rows that allow all: `fill_refused` is to be told what was chosen there.
         """
-        self._slow.begin_round()
-        keys = {number: key for number in skippable if (key := rows[number][0].key) is not None}
-        slow = [number for number, key in keys.items() if key in self._slow]
-        found_slow: list[int] = []
+        keys = {number: key for number in skippable if (key := rows[number].cursor.key) is not None}
+        left_out = self._waits.not_worth(keys, LOOK_SHARE * self._seconds)
+        waits: list[tuple[int, float]] = []
 
         def fill(number: int) -> None:
             cursor, mask = rows[number]
             started = time.thread_time()
             cursor.fill(mask)
-            if number in keys and time.thread_time() - started >= SLOW_MASK_SHARE * self._seconds:
-                found_slow.append(keys[number])
+            if number in keys:
+                seconds = time.thread_time() - started
+                waits.append((keys[number], max(0.0, seconds - HIDDEN_SHARE * self._seconds)))
 
+        for number in left_out:
+            rows[number].mask.fill_(ALL_ALLOWED)
         started = time.perf_counter()
-        left = iter(sorted(set(range(len(rows))).difference(slow)))
+        left = iter(sorted(set(range(len(rows))).difference(left_out)))
         for number in left:
             fill(number)
             if time.perf_counter() - started > ALONE_SECONDS:
                 break
         self._team.run([partial(fill, number) for number in left])
-        for key in found_slow:
-            self._slow.add(key)
-        if slow and best_of is not None:
-            refused = [
-                rows[number]
-                for number, best in zip(slow, best_of(slow), strict=True)
-                if _is_needed(*rows[number], best)
-            ]
-            self._team.run([partial(cursor.fill, mask) for cursor, mask in refused])
+        for key, seconds in waits:
+            self._waits.learn(key, seconds)
+        return left_out
+
+    def fill_refused(self, rows: Sequence[NextRow], chosen: Sequence[int]) -> bool:
+        """Fill the masks that refuse what was chosen while they allowed all. Returns whether there are any.
+
+        A token that a grammar allows is chosen with its mask, too.
+        """
+        refused = [row for row, token in zip(rows, chosen, strict=True) if not _allows(row.cursor, token)]
+        self._team.run([partial(cursor.fill, mask) for cursor, mask in refused])
+        return bool(refused)
 
     def _fill_blocks(
         self, host: HostBlocks, blocks: Sequence[ConstrainedBlock | None], but: Collection[int]
@@ -233,12 +245,11 @@ def _fill_guided(
         _close_end(host.slots[number], match)
 
 
-def _is_needed(cursor: Cursor, mask: torch.Tensor, best: int) -> bool:
-    """Whether a grammar refuses a token; else the mask allows all, which makes the same choice."""
-    mask.fill_(ALL_ALLOWED)
-    match = cursor.advance([best])
+def _allows(cursor: Cursor, token: int) -> bool:
+    """Whether a token may come next."""
+    match = cursor.advance([token])
     cursor.rollback(match.num_moved)
-    return not match.length
+    return match.length == 1
 
 
 def _close_end(slot: Slot, match: Match) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from math import isfinite
 
 # So many slow blocks make a grammar slow: one alone may be the machine's fault.
@@ -44,6 +45,43 @@ class SlowGrammars:
 
     def __len__(self) -> int:
         return len(self._slow_blocks)
+
+
+# Weight of a new mask in the mean of its grammar. Slow masks are rare, one in tens.
+_WEIGHT = 1 / 64
+# What a mean loses in a round that does not look, so that a grammar is tried again.
+_FORGOTTEN = 1 / 1000
+# Of what it costs to leave masks out. A mean below it is not worth it.
+_LEAST_SHARE = 1 / 64
+
+
+class ExpectedWaits:
+    """How long a mask of each grammar is expected to keep a round waiting. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        # Seconds by key; the one that was learnt least recently is first. Grammars that never were slow are not listed.
+        self._means: OrderedDict[int, float] = OrderedDict()
+
+    def learn(self, key: int, seconds: float) -> None:
+        """What one mask of a grammar cost."""
+        mean = self._means.pop(key, 0.0)
+        if mean or seconds:
+            self._means[key] = mean + _WEIGHT * (seconds - mean)
+        if len(self._means) > MAX_GRAMMARS:
+            self._means.popitem(last=False)
+
+    def not_worth(self, keys: Mapping[int, int], cost: float) -> list[int]:
+        """The requests of a round whose masks are better left out; none if all together wait for less than it costs.
+
+        keys: of requests' grammars by request; cost: in seconds.
+        """
+        means = {request: mean for request, key in keys.items() if (mean := self._means.get(key, 0.0)) > 0.0}
+        if sum(means.values()) <= cost:
+            return []
+        left_out = [request for request, mean in means.items() if mean > _LEAST_SHARE * cost]
+        for key in {keys[request] for request in left_out}:
+            self._means[key] *= 1 - _FORGOTTEN
+        return left_out
 
 
 class TimeShares:

@@ -17,7 +17,7 @@ import torch
 from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus.core import RoundBatch, Verdict
-from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
+from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, NextMasks, RepairedDrafts
 from sglang_orthrus.grammar.cursor import Ids
 from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import DualViewRunner, Pass, PreparedPass
@@ -160,8 +160,11 @@ class Round:
             assert begun.prepared is not None, "nobody else has verified"
             verify = self._passes.verify(begun.prepared, drafts.block)
         # Verify needs no masks, and the masks no result of verify: the host fills them meanwhile.
-        masks, limits = self._masks(begun, drafts, repaired, verify)
-        verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks, logprobs, limits)
+        masks = self._masks(begun, drafts, repaired, verify)
+        verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks.rows, logprobs, masks.limits)
+        if masks.next is not None and (late := self._late_masks(masks.next, begun.constrained, verdict)) is not None:
+            logprobs = RoundLogprobs(scheduled, begun.width) if scheduled.return_logprob else None
+            verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, late, logprobs)
 
         self._history.extend(scheduled, begun.adjustments, drafts.block, verdict)
         return RoundEnd(verdict, begun.path if verify.replayed else RoundPath.EAGER, logprobs)
@@ -173,24 +176,42 @@ class Round:
         vocab_size = scheduled.sampling_info.vocab_size
         return self._grammars.repair(scheduled.reqs, begun.constrained, begun.candidates, vocab_size)
 
-    def _masks(
-        self, begun: BegunRound, drafts: Drafts, repaired: RepairedDrafts | None, verify: Pass
-    ) -> tuple[RowMasks | None, torch.Tensor | None]:
-        """What grammars allow after each row, and the most drafts that may be accepted: [bs] int64, None for all."""
+    def _masks(self, begun: BegunRound, drafts: Drafts, repaired: RepairedDrafts | None, verify: Pass) -> _Masks:
         scheduled, constrained = begun.batch.scheduled, begun.constrained
         if not constrained:
-            return None, None
+            return _Masks()
         reqs = scheduled.reqs
         # Log probabilities would show a missing mask.
         known = {row for row in requests_with_known_best(begun.sampler) if not reqs[row].return_logprob}
         skippable = {number for number, row in enumerate(constrained) if row in known}
-        best_of = partial(_best_of, begun.sampler, drafts, verify.hidden_states, constrained)
         if repaired is None:
-            vocab_size = scheduled.sampling_info.vocab_size
-            mask = self._grammars.next_masks(reqs, constrained, vocab_size, skippable, best_of)
-            return RowMasks(mask, constrained), None
+            if any(req.custom_logit_processor is not None for req in reqs):
+                skippable.clear()  # it would run twice
+            found = self._grammars.next_masks(reqs, constrained, scheduled.sampling_info.vocab_size, skippable)
+            return _Masks(RowMasks(found.mask, constrained), None, found if found.late else None)
+        best_of = partial(_best_of, begun.sampler, drafts, verify.hidden_states, constrained)
         filled = self._grammars.masks(repaired, skippable, best_of)
-        return RowMasks(filled.mask, constrained), _limits(filled.limits, constrained, drafts.tokens)
+        return _Masks(RowMasks(filled.mask, constrained), _limits(filled.limits, constrained, drafts.tokens))
+
+    def _late_masks(self, masks: NextMasks, constrained: Sequence[int], verdict: Verdict) -> RowMasks | None:
+        """Masks with which to choose again, if some that were left out refuse what was chosen."""
+        chosen = verdict.bonus.tolist()  # waits for verification, as no mask would have been faster
+        late = self._grammars.late_masks(masks, {number: chosen[constrained[number]] for number in masks.late})
+        return None if late is None else RowMasks(late, constrained)
+
+
+class _Masks(NamedTuple):
+    """What grammars allow.
+
+    Attributes:
+        rows: after each row; None without grammars.
+        limits: [bs] int64, the most drafts that may be accepted; None for all.
+        next: masks of a round that drafts nothing, if some are left out.
+    """
+
+    rows: RowMasks | None = None
+    limits: torch.Tensor | None = None
+    next: NextMasks | None = None
 
 
 def _best_of(

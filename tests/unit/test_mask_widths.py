@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar import masks as masks_module
 from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
-from sglang_orthrus.grammar.cursor import Ids
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
@@ -126,7 +124,7 @@ def test_rounds_of_any_width_follow_one_another(backend: BaseGrammarBackend) -> 
             for slot, masks in enumerate(filled.mask.vocab_mask.split(width)):
                 check_masks(reqs[rows[slot]].grammar, repaired.tokens[slot].tolist(), masks)
             if width == 1:
-                assert torch.equal(grammars.next_masks(reqs, rows, VOCABULARY).vocab_mask, filled.mask.vocab_mask)
+                assert torch.equal(grammars.next_masks(reqs, rows, VOCABULARY).host, filled.mask.vocab_mask)
             found.append((repaired, filled.mask.vocab_mask))
         (ours, masks), (fresh, _) = found
         assert torch.equal(ours.tokens, fresh.tokens)
@@ -147,7 +145,7 @@ def test_masks_of_rounds_that_draft_nothing_are_sglangs(
     for _ in range(12):
         world.turn()
         rows = grammars.rows_of(world.reqs)
-        found = grammars.next_masks(world.reqs, rows, VOCABULARY).vocab_mask
+        found = grammars.next_masks(world.reqs, rows, VOCABULARY).mask.vocab_mask
         for row, mask in zip(rows, found, strict=True):
             grammar = world.reqs[row].grammar
             wanted = torch.full((1, VOCABULARY // 32), -1, dtype=torch.int32)
@@ -184,29 +182,26 @@ def test_slow_grammars_in_rounds_of_any_width(backend: BaseGrammarBackend, secon
 
 
 @pytest.mark.parametrize("skippable", [{0, 1}, {1}, set()], ids=str)
-def test_rounds_that_draft_nothing_fill_the_slow_masks_that_refuse_the_best_token(
+def test_rounds_that_draft_nothing_fill_the_slow_masks_that_refuse_the_choice(
     backend: BaseGrammarBackend, skippable: set[int]
 ) -> None:
-    """One mask of a slow grammar is late twice, then only what makes a difference is filled."""
+    """Masks that took time are left out of the next round, and filled where they make a difference."""
     grammars, is_xgrammar = block_grammars(seconds=0.0), isinstance(backend, XGrammarGrammarBackend)
     world = Judged(backend, 1)
-    asked: list[list[int]] = []
-
-    def best(numbers: Sequence[int]) -> Ids:
-        asked.append(list(numbers))
-        return world.best(numbers)
-
+    expected = sorted(skippable) if is_xgrammar else []
     for is_refused in (False, True):
         for slot, row in enumerate(world.masks.numpy()):
             allowed = [token for token in range(VOCABULARY) if row[token >> 5] >> (token & 31) & 1]
             refused = next(token for token in range(VOCABULARY) if token not in allowed)
             world.scores[slot, 0, [allowed[0], refused]] = (8.0, 9.0) if is_refused else (9.0, 8.0)
-        for _ in range(NUM_SLOW_BLOCKS + 1):
-            masks = grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable, best).vocab_mask
-            assert world.emitted(masks) == world.emitted(world.masks)
-        left_out = [number for number in (0, 1) if bool((masks[number] == -1).all())]
-        assert left_out == (sorted(skippable) if is_xgrammar and not is_refused else [])
-    assert asked == ([sorted(skippable)] * (NUM_SLOW_BLOCKS + 2) if is_xgrammar and skippable else [])
+        grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable)
+        masks = grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable)
+        assert sorted(masks.late) == expected
+        assert [number for number in (0, 1) if bool((masks.host[number] == -1).all())] == expected
+        chosen = [tokens[0] for tokens in world.emitted(masks.host)]
+        late = grammars.late_masks(masks, dict(enumerate(chosen)))
+        assert (late is not None) == (is_refused and bool(expected))
+        assert world.emitted(masks.host if late is None else late.vocab_mask) == world.emitted(world.masks)
 
 
 def test_a_narrow_round_leaves_room_for_the_widest(backend: BaseGrammarBackend) -> None:

@@ -10,6 +10,7 @@ from sglang_orthrus.grammar.slow_masks import (
     NUM_SLOW_BLOCKS,
     ROUNDS_KEPT,
     Deadline,
+    ExpectedWaits,
     SlowGrammars,
     TimeShares,
 )
@@ -47,6 +48,37 @@ def test_clients_can_not_make_it_grow() -> None:
     assert len(slow) == MAX_GRAMMARS
     assert 3 * MAX_GRAMMARS - 1 in slow
     assert 0 not in slow
+
+
+def test_masks_are_left_out_where_they_are_expected_to_take_longer_than_a_look() -> None:
+    """Masks of 1 s in 1 of 20 positions take 50 ms in the mean: longer than a look of 20 ms, but not of 120 ms."""
+    waits = ExpectedWaits()
+    for number in range(2000):
+        waits.learn(7, float(number % 20 == 0))
+        waits.learn(8, 0.0)
+    assert waits.not_worth({0: 7, 1: 8}, 0.02) == [0]
+    assert waits.not_worth({0: 7, 1: 8}, 0.12) == []
+    assert waits.not_worth({0: 7, 1: 8, 2: 7, 3: 7}, 0.12) == [0, 2, 3], "together they take longer"
+    assert waits.not_worth({0: 8, 1: 9}, 0.0) == [], "a grammar without slow masks, and an unknown one"
+
+
+def test_a_grammar_that_is_left_out_is_tried_again() -> None:
+    waits = ExpectedWaits()
+    for _ in range(100):
+        waits.learn(7, 0.1)
+    rounds = 0
+    while waits.not_worth({0: 7}, 0.05):
+        rounds += 1
+        assert rounds < 10 * ROUNDS_KEPT
+    assert rounds > ROUNDS_KEPT / 10
+
+
+def test_means_of_few_grammars_are_kept() -> None:
+    waits = ExpectedWaits()
+    for key in range(3 * MAX_GRAMMARS):
+        waits.learn(key, 1.0)
+    kept = waits.not_worth({key: key for key in range(3 * MAX_GRAMMARS)}, 1e-9)
+    assert kept == list(range(2 * MAX_GRAMMARS, 3 * MAX_GRAMMARS))
 
 
 def test_shares_of_a_round_are_equal_and_end_with_it() -> None:
