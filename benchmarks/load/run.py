@@ -11,6 +11,7 @@ Fixed widths run on the server that adapts, which is told the width: all have th
 - `decode`: so many requests; when a quarter of them are answered, as many new ones are sent at once. Rounds that follow
   a round are timed. So decoding is timed alone, under a steady load: answers are short, 80 tokens in the mean, and
   prefills take a large share of the time.
+  On a CPU servers take three turns each at a setting.
 - `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
   and all else included. Fixed widths do not run it.
 - `ngram` runs the mix of nano's families only.
@@ -33,13 +34,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from benchmarks.common.plugins import with_plugins
 from benchmarks.common.provenance import RESULTS, provenance
 from benchmarks.load import open_loop
 from benchmarks.load.client import Side, closed_loop, in_steps, refilled
-from benchmarks.load.figures import ADAPTIVE, PLAIN, decode_figures, summary, timeline
+from benchmarks.load.figures import ADAPTIVE, PLAIN, Result, decode_figures, summary, timeline
 from benchmarks.load.open_loop import SHARES
 from benchmarks.load.recorder import RECORDS_ENV
 from benchmarks.load.traffic import FOREIGN, KINDS, MIXED, MIXED_WITH_FOREIGN, ONCE, SCHEMA, Traffic
@@ -57,11 +59,12 @@ _LEAST, _PER_SLOT, _MOST = 18, (8, 4), (512, 256)
 
 @dataclass(frozen=True)
 class Setting:
-    """Traffic at a concurrency, and whether fixed widths get it, too."""
+    """Traffic at a concurrency, whether fixed widths get it, too, and how often servers get it in turn."""
 
     traffic: str
     concurrency: int
     with_fixed: bool
+    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ MODES = {
         ("--dtype", "float32", "--context-length", "2048", "--max-total-tokens", "16384"),
         (1, 8, 16, 32),
         (
-            *(Setting(MIXED, concurrency, True) for concurrency in (1, 4)),
-            *(Setting(kind, concurrency, False) for concurrency, kind in product((1, 4), (*KINDS, ONCE))),
+            # A CPU's speed drifts by some percent within minutes.
+            *(Setting(MIXED, concurrency, True, turns=3) for concurrency in (1, 4)),
+            *(Setting(kind, concurrency, False, turns=3) for concurrency, kind in product((1, 4), (*KINDS, ONCE))),
         ),
         ((4.0, 1), (4.0, 8), (4.0, 1)),
     ),
@@ -139,6 +143,29 @@ def num_requests(setting: Setting) -> int:
     return max(_LEAST, min(_PER_SLOT[is_kind] * setting.concurrency, _MOST[is_kind]))
 
 
+class _Turn(NamedTuple):
+    """A server's turn at a setting.
+
+    Attributes:
+        answers: digests in the order of the requests.
+        tokens: of all answers.
+        seconds: that they took.
+        results: that the server wrote down.
+        served: tokens per second of the closed loop, if there was one.
+    """
+
+    answers: list[str]
+    tokens: int
+    seconds: float
+    results: list[Result]
+    served: float | None
+
+
+def _key(server: str, setting: Setting) -> dict[str, Any]:
+    """What tells a run from others."""
+    return {"server": server, "traffic": setting.traffic, "concurrency": setting.concurrency}
+
+
 class Runs:
     """Runs settings and collects their figures.
 
@@ -169,8 +196,10 @@ class Runs:
         """What the result lacks."""
         for setting in self._mode.settings:
             others = (*self._mode.rivals, *self._fixed) if setting.with_fixed else ()
-            for server in (PLAIN, *others, ADAPTIVE):
-                self._run(server, setting)
+            servers = [server for server in (PLAIN, *others, ADAPTIVE) if self._find(_key(server, setting)) is None]
+            turns = [[self._turn(server, setting) for server in servers] for _ in range(setting.turns)]
+            for server, own in zip(servers, zip(*turns, strict=True), strict=True):
+                self._add(server, setting, own)
         for server in (PLAIN, self._fixed[0], ADAPTIVE):
             if self._mode.steps and server not in self._result["steps"]:
                 side = self._side(server)
@@ -199,37 +228,38 @@ class Runs:
         most = max(runs, key=lambda run: run["concurrency"])
         return float(most["requests"] * most["serve_tokens_per_second"] / most["tokens"])
 
-    def _run(self, server: str, setting: Setting) -> None:
+    def _turn(self, server: str, setting: Setting) -> _Turn:
         """server: `plain`, `adaptive`, a rival or a width."""
-        key = {"server": server, "traffic": setting.traffic, "concurrency": setting.concurrency}
-        if self._find(key) is not None:
-            return
-        count = num_requests(setting)
-        requests = self._traffic.take(setting.traffic, count)
+        requests = self._traffic.take(setting.traffic, num_requests(setting))
         side = self._side(server)
         answers, seconds, results = asyncio.run(refilled(side, requests, setting.concurrency))
-        figures = decode_figures(results, min(setting.concurrency, count))
         served = None
         if setting.traffic in (MIXED, MIXED_WITH_FOREIGN) and server in self._sides:
             replies, serving, _ = asyncio.run(closed_loop(side, requests, setting.concurrency))
-            served = round(sum(map(len, replies)) / serving, 1)
-        digests = [digest(str(answer)) for answer in answers]
-        plain = self._find(key | {"server": PLAIN})
+            served = sum(map(len, replies)) / serving
+        return _Turn([digest(str(answer)) for answer in answers], sum(map(len, answers)), seconds, results, served)
+
+    def _add(self, server: str, setting: Setting, turns: Sequence[_Turn]) -> None:
+        results = [result for turn in turns for result in turn.results]
+        figures = decode_figures(results, min(setting.concurrency, num_requests(setting)))
+        digests = [answer for turn in turns for answer in turn.answers]
+        served = [turn.served for turn in turns if turn.served is not None]
+        plain = self._find(_key(PLAIN, setting))
         expected = digests if plain is None else plain["answers"].split()
         self._result["runs"].append(
-            key
+            _key(server, setting)
             | {
-                "requests": count,
-                "tokens": sum(map(len, answers)),
-                "seconds": round(seconds, 3),
+                "requests": len(digests),
+                "tokens": sum(turn.tokens for turn in turns),
+                "seconds": round(sum(turn.seconds for turn in turns), 3),
                 "decode": figures,
-                "serve_tokens_per_second": served,
+                "serve_tokens_per_second": round(fmean(served), 1) if served else None,
                 "identical_to_plain": sum(a == b for a, b in zip(digests, expected, strict=True)),
                 "answers": " ".join(digests),
             }
         )
         self._write()
-        print(f"{server} {setting}: {seconds:.2f} s, {figures}"[:500], file=sys.stderr, flush=True)
+        print(f"{server} {setting}: {figures}"[:500], file=sys.stderr, flush=True)
 
     def _side(self, server: str) -> Side:
         side = self._sides.get(server, self._sides[ADAPTIVE])
