@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -34,7 +35,8 @@ class RoundPlan(NamedTuple):
     is_deferred: bool
 
 
-class _Planned(NamedTuple):
+@dataclass
+class _Planned:
     """A round whose result is not known yet.
 
     Attributes:
@@ -42,6 +44,8 @@ class _Planned(NamedTuple):
         has_grammar: of any of its requests. Such rounds take longer.
         context: tokens of all its requests' contexts, about.
         num_prefills: that were queued before it.
+        began: when it was planned, in seconds.
+        seconds: until the next one was planned; None if a prefill came between, or nothing did yet.
     """
 
     reqs: Sequence[Any]
@@ -51,6 +55,8 @@ class _Planned(NamedTuple):
     has_grammar: bool
     context: int
     num_prefills: int
+    began: float
+    seconds: float | None = None
 
 
 class _Result(NamedTuple):
@@ -77,6 +83,8 @@ class Policy:
         controller: chooses among them; None for the largest always, or on ranks that take over what rank 0 chooses.
         metrics: of widths.
         is_shared: whether rank 0 chooses widths for all ranks, whose clocks differ.
+        runs_at_once: whether a round has run when it is queued, as on a CPU. Under overlap scheduling the next one has
+            then run, too, before a result is taken in.
     """
 
     def __init__(
@@ -85,12 +93,16 @@ class Policy:
         controller: WidthController | None = None,
         metrics: WidthMetrics | None = None,
         is_shared: bool = False,
+        runs_at_once: bool = False,
     ) -> None:
         self._is_shared = is_shared
+        self._runs_at_once = runs_at_once
+        self._is_overlapping = False
         self._widths = tuple(widths)
         self._controller = controller
         self._metrics = metrics
         self._planned: deque[_Planned] = deque()
+        self._last: _Planned | None = None
         self._result: _Result | None = None
         self._over: list[str] = []
         self._mixed: WeakSet[Any] = WeakSet()
@@ -105,6 +117,7 @@ class Policy:
 
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
+        self._is_overlapping = can_defer
         width = self._width(batch.reqs, bool(batch.has_grammar))
         if self._is_shared:
             [width] = ranks.numbers_from_first([width])
@@ -126,6 +139,8 @@ class Policy:
         now = time.perf_counter()
         # A prefill takes time twice: when it runs, and on the host, which queues it before it takes in a result.
         measured = now - self._observed_at if self._prefills_before == self._num_prefills else None
+        if self._runs_at_once and self._is_overlapping:
+            measured = planned.seconds
         self._observed_at, self._prefills_before = now, planned.num_prefills
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
@@ -180,9 +195,13 @@ class Policy:
             self._context_age = 0
         self._context_age += 1
         width, is_probe = self._controller.plan(self._rids, has_grammar, self._context)
-        self._planned.append(
-            _Planned(self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._num_prefills)
+        now, last = time.perf_counter(), self._last
+        if last is not None and last.num_prefills == self._num_prefills:
+            last.seconds = now - last.began
+        self._last = _Planned(
+            self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._num_prefills, now
         )
+        self._planned.append(self._last)
         return width
 
 

@@ -67,8 +67,9 @@ class Probes:
         seconds: FloatArray,
         rounds_seen: FloatArray,
         allowed: BoolArray | None = None,
+        rounds: int = 1,
     ) -> int | None:
-        """The width to try in this round, by its index; None for no probe. Called once before each round.
+        """The width to try in this round, by its index; None for no probe.
 
         Args:
             current: index of the width that the round would have.
@@ -77,12 +78,13 @@ class Probes:
             seconds: [K] of a round.
             rounds_seen: [K] how many rounds of its requests at every width the expectation rests on.
             allowed: [K] which widths may be tried; None for all.
+            rounds: since this was asked last, this one included; the others had the same width.
         """
-        self._round += 1
+        self._round += rounds
         self._last_round_of[current] = self._round
         # What is saved up has a limit, so that probes never come in bursts. A new server, which knows nothing, has it.
-        new = self._share * float(seconds[current])
-        most = new * LONGEST_INTERVAL
+        new = self._share * float(seconds[current]) * rounds
+        most = new / rounds * LONGEST_INTERVAL
         self._allowance = most if self._allowance is None else min(most, self._allowance + new)
         if self._round - self._last_probe < INTERVAL:
             return None

@@ -27,6 +27,8 @@ DEFAULT_FLOOR = 0.8
 DEFAULT_PROBE_SHARE = 0.02
 # When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
 LARGE_CHANGE = 1.5
+# Plain decoding teaches nothing about drafts, so a batch for which it is best keeps it for so many rounds.
+SETTLED_ROUNDS = 8
 
 
 class RoundWidth(NamedTuple):
@@ -134,6 +136,13 @@ class WidthController:
         # In the batch for which it was chosen.
         self._num_requests = 1
         self._patience = 0
+        # A batch that decodes plainly for some more rounds: its requests, their kind, costs, and the rounds left.
+        self._settled: tuple[Sequence[Hashable], Hashable] = ((), None)
+        self._settled_row = np.zeros(0)
+        self._rounds_left = 0
+        # Rounds since a width was last chosen, and whether the time of the next one is to be learnt.
+        self._rounds_passed = 0
+        self._is_time_wanted = True
         self._rounds: Counter[int] = Counter()
         self._requests: Counter[int] = Counter()
         self._tokens: Counter[int] = Counter()
@@ -164,6 +173,12 @@ class WidthController:
             kind: what rounds have in common that take alike, apart from their size, context and width.
             context: tokens of all their contexts; those that start-up timed if it is not given.
         """
+        self._rounds_passed += 1
+        if self._rounds_left and self._settled == (keys, kind):
+            self._rounds_left -= 1
+            self._rounds[1] += 1
+            return RoundWidth(1, False)
+        self._is_time_wanted = True
         row = self._seconds_of(len(keys), kind, context)
         seconds = np.where(self._costs.worthwhile(len(keys)), row, np.inf)[self._columns]
         tokens = self._rates.expected(keys)
@@ -173,8 +188,13 @@ class WidthController:
         current, is_limited = self._choose(len(keys), totals, seconds, allowed)
         probe = None
         if self._probes is not None and not is_limited:
-            probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen.sum(0), allowed)
+            rounds_seen = rounds_seen.sum(0)
+            probe = self._probes.next(
+                current, len(keys), totals, seconds, rounds_seen, allowed, rounds=self._rounds_passed
+            )
+        self._rounds_passed = 0
         width = self.widths[current if probe is None else probe]
+        self._settle(keys, kind, row, width == 1 and not is_limited and not self._patience)
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
@@ -198,11 +218,15 @@ class WidthController:
             context: as planned.
         """
         index = self.widths.index(width)
-        if measured is not None:
+        is_settled = width == 1 and len(self._settled_row) > 0 and self._settled == (keys, kind)
+        if width > 1:
+            self._rounds_left = 0
+        if measured is not None and (self._is_time_wanted or not is_settled):
+            self._is_time_wanted = not is_settled
             column = self._columns[index]
             factor = measured / float(self._costs.row(len(keys), context)[column])
             self._corrections.observe(kind, len(keys), column, factor)
-        row = self._seconds_of(len(keys), kind, context)
+        row = self._settled_row if is_settled else self._seconds_of(len(keys), kind, context)
         seconds = float(row[self._columns[index]])
         total = int(sum(accept_lens))
         num_requests = sum(accept_len > 0 for accept_len in accept_lens)
@@ -233,6 +257,12 @@ class WidthController:
             plain_seconds=self._plain_seconds,
             num_limited=self._num_limited,
         )
+
+    def _settle(self, keys: Sequence[Hashable], kind: Hashable, row: FloatArray, is_settled: bool) -> None:
+        """Whether the batch decodes plainly for some more rounds; row: what its rounds cost."""
+        self._rounds_left = SETTLED_ROUNDS - 1 if is_settled else 0
+        self._settled = (keys, kind) if is_settled else ((), None)
+        self._settled_row = row
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""

@@ -178,7 +178,8 @@ class OrthrusWorker(BaseSpecWorker):
         metrics = WidthMetrics(*_reporting(), timed)
         # Retracted requests are remembered, too.
         controller = WidthController(costs, max_requests=2 * max_requests) if ranks.is_first() else None
-        return Policy(self._widths, controller, metrics, is_shared=ranks.are_several())
+        is_cpu = self.device == "cpu"
+        return Policy(self._widths, controller, metrics, is_shared=ranks.are_several(), runs_at_once=is_cpu)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The oldest round's result is on the host."""

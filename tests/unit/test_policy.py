@@ -99,6 +99,38 @@ def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.M
     assert measured == [None, 1.0, 1.5, None, None, 1.0]
 
 
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_where_rounds_run_at_once_each_is_charged_its_own_time(monkeypatch: pytest.MonkeyPatch, overlaps: bool) -> None:
+    """On a CPU. The next round has run before a result is taken in, unless there is no overlap."""
+    now, measured = [0.0], list[float | None]()
+    monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
+    controller = WidthController(measured_costs(), WIDTHS)
+    stock = controller.observe
+
+    def observe(*args: Any) -> Any:
+        measured.append(args[4])
+        return stock(*args)
+
+    monkeypatch.setattr(controller, "observe", observe)
+    policy, request = Policy(WIDTHS, controller, runs_at_once=True), Request("a")
+    rounds = [2.0, 3.0, 5.0, None, 7.0, 1.0]  # None: a prefill
+    waiting = 0
+    for seconds in rounds:
+        if seconds is None:
+            policy.note_prefill()
+            now[0] += 100.0
+            continue
+        policy.plan(batch_of(request), can_defer=overlaps)
+        waiting += 1
+        now[0] += seconds
+        while waiting > overlaps:
+            policy.observe([0])
+            request.take(1)
+            waiting -= 1
+    policy.plan(batch_of(request), can_defer=overlaps)
+    assert measured == ([2.0, 3.0, None, 7.0] if overlaps else [None, 3.0, 5.0, None, 1.0])
+
+
 def test_a_request_that_ends_in_a_prefill_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang tells workers of those alone that end in rounds. The token of the mixed step is no round's."""
     controller = WidthController(measured_costs(), WIDTHS)
