@@ -23,7 +23,7 @@ CHUNK = 64
 MIXED_ARGS = ("--enable-mixed-chunk", "--chunked-prefill-size", str(CHUNK))
 # On a CPU SGLang has no radix cache under this flag, without which seeds do not count.
 SEEDS = ("--enable-deterministic-inference",)
-POOL = 2304  # tokens: too few for all
+POOL = 1792  # tokens: too few for all
 SETS = {"overlap": SEEDS, "no overlap": (*SEEDS, WITHOUT_OVERLAP), "small pool": ("--max-total-tokens", str(POOL))}
 LENGTH = 160
 REGEX = "([a-f][0-9]){70}"  # a mask of another position is wrong
