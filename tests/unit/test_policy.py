@@ -35,6 +35,20 @@ def batch_of(*requests: Request) -> Any:
     return SimpleNamespace(reqs=list(requests), has_grammar=False, return_logprob=False, sampling_info=info)
 
 
+def recorded(controller: WidthController, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float | None]]:
+    """A policy's clock, to be set, and the times of rounds that its controller is told."""
+    now, measured = [0.0], list[float | None]()
+    monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
+    stock = controller.observe
+
+    def observe(*args: Any) -> Any:
+        measured.append(args[4])
+        return stock(*args)
+
+    monkeypatch.setattr(controller, "observe", observe)
+    return now, measured
+
+
 def test_tokens_behind_the_end_of_a_text_are_no_gain() -> None:
     controller = WidthController(measured_costs(), WIDTHS)
     policy, first, second = Policy(WIDTHS, controller), Request("a"), Request("b")
@@ -67,16 +81,8 @@ def test_a_round_that_ran_for_an_ended_request_teaches_nothing_of_it() -> None:
 
 def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs before the one behind it, and the host queues it before it takes in the result of the one before it."""
-    now, measured = [0.0], list[float | None]()
-    monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
     controller = WidthController(measured_costs(), WIDTHS)
-    stock = controller.observe
-
-    def observe(*args: Any) -> Any:
-        measured.append(args[4])
-        return stock(*args)
-
-    monkeypatch.setattr(controller, "observe", observe)
+    now, measured = recorded(controller, monkeypatch)
     policy, request = Policy(WIDTHS, controller), Request("a")
 
     def result(at: float) -> None:
@@ -102,16 +108,8 @@ def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.M
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_where_rounds_run_at_once_each_is_charged_its_own_time(monkeypatch: pytest.MonkeyPatch, overlaps: bool) -> None:
     """On a CPU. The next round has run before a result is taken in, unless there is no overlap."""
-    now, measured = [0.0], list[float | None]()
-    monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
     controller = WidthController(measured_costs(), WIDTHS)
-    stock = controller.observe
-
-    def observe(*args: Any) -> Any:
-        measured.append(args[4])
-        return stock(*args)
-
-    monkeypatch.setattr(controller, "observe", observe)
+    now, measured = recorded(controller, monkeypatch)
     policy, request = Policy(WIDTHS, controller, runs_at_once=True), Request("a")
     rounds = [2.0, 3.0, 5.0, None, 7.0, 1.0]  # None: a prefill
     waiting = 0
