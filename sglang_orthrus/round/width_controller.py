@@ -218,7 +218,7 @@ class WidthController:
             context: as planned.
         """
         index = self.widths.index(width)
-        is_settled = width == 1 and len(self._settled_row) > 0 and self._settled == (keys, kind)
+        is_settled = width == 1 and self._settled == (keys, kind)
         if width > 1:
             self._rounds_left = 0
         if measured is not None and (self._is_time_wanted or not is_settled):

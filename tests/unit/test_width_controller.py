@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 import pytest
 
 from benchmarks.load.simulate import WIDTHS, measured_costs
-from sglang_orthrus.round.costs import RoundCosts
-from sglang_orthrus.round.width_controller import DEFAULT_PROBE_SHARE, WidthController
+from sglang_orthrus.round.costs import FloatArray, RoundCosts
+from sglang_orthrus.round.width_controller import DEFAULT_PROBE_SHARE, SETTLED_ROUNDS, WidthController
 
 GREEDY = (False, False)
 
@@ -173,3 +175,26 @@ def test_a_width_whose_graphs_are_too_small_is_neither_chosen_nor_tried() -> Non
             widths.add(width)
             controller.observe(keys, width, [min(width, 6)] * size)
         assert widths >= expected if size != 100 else widths == expected
+
+
+def test_a_batch_that_decodes_plainly_seldom_asks_and_any_other_asks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes come all the same."""
+    controller, keys = started(2)
+    bad = dict.fromkeys(WIDTHS, 1)
+    run(controller, keys, bad, 400)
+    asked: list[int] = []
+    stock = controller._rates.expected
+
+    def expected(keys: Sequence[Hashable]) -> FloatArray:
+        asked.append(len(keys))
+        return stock(keys)
+
+    monkeypatch.setattr(controller._rates, "expected", expected)
+    widths = run(controller, keys, bad, 800)
+    num_probes = len(widths) - widths.count(1)
+    assert 0 < num_probes < 30
+    assert len(asked) <= 800 / SETTLED_ROUNDS + 4 * num_probes
+    asked.clear()
+    run(controller, keys[:1], bad, 1)
+    assert asked == [1]
+    assert sum(controller.report().rounds.values()) == 1201
