@@ -183,7 +183,8 @@ def _declares_fp8_kv(args: Any) -> bool:
     declared = _declared_quantization(args)
     scheme = declared.get("kv_cache_scheme") or {}
     is_fp8_scheme = (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
-    return str(declared.get("kv_cache_quant_algo")).upper() == "FP8" or is_fp8_scheme
+    algorithm = declared.get("kv_cache_quant_algo") or declared.get("quantization", {}).get("kv_cache_quant_algo")
+    return str(algorithm).upper() == "FP8" or is_fp8_scheme
 
 
 def _declared_quantization(args: Any) -> dict[str, Any]:

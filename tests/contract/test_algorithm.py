@@ -304,14 +304,18 @@ def test_a_block_and_its_prefix_have_the_same_precision(checkpoint: Path, tmp_pa
             _resolve(checkpoint, *on_triton, "--kv-cache-dtype", dtype)
     _resolve(checkpoint, "--device", "cuda", "--attention-backend", "flashinfer", "--kv-cache-dtype", "fp8_e4m3")
     args = SimpleNamespace(kv_cache_dtype="auto", model_path=checkpoint)
-    scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}}
-    found = SimpleNamespace(hf_config=SimpleNamespace(quantization_config=scheme))
+    found = SimpleNamespace(hf_config=SimpleNamespace(quantization_config=None))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sglang.srt.arg_groups.model_override_base.model_config_of", lambda args: found)
-        (sentence,) = refusals._triton_refusals(args)
-        assert sentence.startswith(f"--model-path {checkpoint}: the checkpoint asks for an fp8 KV cache")
-        found.hf_config.quantization_config = None
         assert not list(refusals._triton_refusals(args))
+        for declared in (
+            {"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}},
+            {"kv_cache_quant_algo": "FP8"},
+            {"quantization": {"kv_cache_quant_algo": "FP8"}},
+        ):
+            found.hf_config.quantization_config = declared
+            (sentence,) = refusals._triton_refusals(args)
+            assert sentence.startswith(f"--model-path {checkpoint}: the checkpoint asks for an fp8 KV cache")
 
 
 @pytest.mark.parametrize(
