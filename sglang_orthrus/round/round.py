@@ -148,7 +148,7 @@ class Round:
     def finish(self, begun: BegunRound) -> RoundEnd:
         """Repair the drafts by grammars, which are at the committed text now; verify; accept."""
         batch, scheduled, drafts = begun.batch, begun.batch.scheduled, begun.drafts
-        logprobs = RoundLogprobs(scheduled, begun.width) if scheduled.return_logprob else None
+        logprobs = _logprobs(begun)
         if all(req.finished() for req in scheduled.reqs):
             return RoundEnd(accept_nothing(drafts.block, batch.prefix_lens), begun.path, logprobs, is_wanted=False)
 
@@ -163,7 +163,7 @@ class Round:
         masks = self._masks(begun, drafts, repaired, verify)
         verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks.rows, logprobs, masks.limits)
         if masks.next is not None and (late := self._late_masks(masks.next, begun.constrained, verdict)) is not None:
-            logprobs = RoundLogprobs(scheduled, begun.width) if scheduled.return_logprob else None
+            logprobs = _logprobs(begun)
             verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, late, logprobs)
 
         self._history.extend(scheduled, begun.adjustments, drafts.block, verdict)
@@ -212,6 +212,12 @@ class _Masks(NamedTuple):
     rows: RowMasks | None = None
     limits: torch.Tensor | None = None
     next: NextMasks | None = None
+
+
+def _logprobs(begun: BegunRound) -> RoundLogprobs | None:
+    """For the log probabilities that its requests want; None if none does."""
+    scheduled = begun.batch.scheduled
+    return RoundLogprobs(scheduled, begun.width) if scheduled.return_logprob else None
 
 
 def _best_of(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +100,25 @@ class WidthReport(NamedTuple):
         )
 
 
+@dataclass
+class _Settled:
+    """A batch that decodes plainly for some more rounds.
+
+    Attributes:
+        keys: its requests.
+        kind: of its rounds.
+        row: what they cost.
+        rounds_left: for which no width is chosen.
+        is_time_wanted: whether the time of its next round is to be learnt.
+    """
+
+    keys: Sequence[Hashable]
+    kind: Hashable
+    row: FloatArray
+    rounds_left: int = SETTLED_ROUNDS - 1
+    is_time_wanted: bool = True
+
+
 class WidthController:
     """Chooses widths and learns from their rounds. Results may come rounds later, and without some of the requests.
 
@@ -136,13 +156,9 @@ class WidthController:
         # In the batch for which it was chosen.
         self._num_requests = 1
         self._patience = 0
-        # A batch that decodes plainly for some more rounds: its requests, their kind, costs, and the rounds left.
-        self._settled: tuple[Sequence[Hashable], Hashable] = ((), None)
-        self._settled_row = np.zeros(0)
-        self._rounds_left = 0
-        # Rounds since a width was last chosen, and whether the time of the next one is to be learnt.
+        self._settled: _Settled | None = None
+        # Rounds since a width was last chosen.
         self._rounds_passed = 0
-        self._is_time_wanted = True
         self._rounds: Counter[int] = Counter()
         self._requests: Counter[int] = Counter()
         self._tokens: Counter[int] = Counter()
@@ -174,11 +190,11 @@ class WidthController:
             context: tokens of all their contexts; those that start-up timed if it is not given.
         """
         self._rounds_passed += 1
-        if self._rounds_left and self._settled == (keys, kind):
-            self._rounds_left -= 1
+        settled = self._settled_for(keys, kind)
+        if settled is not None and settled.rounds_left:
+            settled.rounds_left -= 1
             self._rounds[1] += 1
             return RoundWidth(1, False)
-        self._is_time_wanted = True
         row = self._seconds_of(len(keys), kind, context)
         seconds = np.where(self._costs.worthwhile(len(keys)), row, np.inf)[self._columns]
         tokens = self._rates.expected(keys)
@@ -194,7 +210,8 @@ class WidthController:
             )
         self._rounds_passed = 0
         width = self.widths[current if probe is None else probe]
-        self._settle(keys, kind, row, width == 1 and not is_limited and not self._patience)
+        is_settled = width == 1 and not is_limited and not self._patience
+        self._settled = _Settled(keys, kind, row) if is_settled else None
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
@@ -218,15 +235,16 @@ class WidthController:
             context: as planned.
         """
         index = self.widths.index(width)
-        is_settled = width == 1 and self._settled == (keys, kind)
-        if width > 1:
-            self._rounds_left = 0
-        if measured is not None and (self._is_time_wanted or not is_settled):
-            self._is_time_wanted = not is_settled
+        settled = self._settled_for(keys, kind) if width == 1 else None
+        if width > 1 and self._settled is not None:
+            self._settled.rounds_left = 0
+        if measured is not None and (settled is None or settled.is_time_wanted):
+            if settled is not None:
+                settled.is_time_wanted = False
             column = self._columns[index]
             factor = measured / float(self._costs.row(len(keys), context)[column])
             self._corrections.observe(kind, len(keys), column, factor)
-        row = self._settled_row if is_settled else self._seconds_of(len(keys), kind, context)
+        row = self._seconds_of(len(keys), kind, context) if settled is None else settled.row
         seconds = float(row[self._columns[index]])
         total = int(sum(accept_lens))
         num_requests = sum(accept_len > 0 for accept_len in accept_lens)
@@ -258,11 +276,9 @@ class WidthController:
             num_limited=self._num_limited,
         )
 
-    def _settle(self, keys: Sequence[Hashable], kind: Hashable, row: FloatArray, is_settled: bool) -> None:
-        """Whether the batch decodes plainly for some more rounds; row: what its rounds cost."""
-        self._rounds_left = SETTLED_ROUNDS - 1 if is_settled else 0
-        self._settled = (keys, kind) if is_settled else ((), None)
-        self._settled_row = row
+    def _settled_for(self, keys: Sequence[Hashable], kind: Hashable) -> _Settled | None:
+        settled = self._settled
+        return settled if settled is not None and (settled.keys, settled.kind) == (keys, kind) else None
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""
