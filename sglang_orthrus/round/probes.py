@@ -6,6 +6,7 @@ Letters: K widths.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -82,23 +83,20 @@ class Probes:
         """
         self._round += rounds
         self._last_round_of[current] = self._round
-        # What is saved up has a limit, so that probes never come in bursts. A new server, which knows nothing, has it.
-        new = self._share * float(seconds[current]) * rounds
-        most = new / rounds * LONGEST_INTERVAL
-        self._allowance = most if self._allowance is None else min(most, self._allowance + new)
+        token_seconds = float(seconds[current] / tokens[current])
+        losses = np.maximum(0.0, seconds - tokens * token_seconds)
+        candidates = [width for width in self._candidates(current) if allowed is None or allowed[width]]
+        cheapest = min((lost for lost in losses[candidates].tolist() if isfinite(lost)), default=0.0)
+        self._save_up(self._share * float(seconds[current]), rounds, cheapest)
         if self._round - self._last_probe < INTERVAL:
             return None
-        token_seconds = float(seconds[current] / tokens[current])
         likely = num_requests * np.minimum(likely_tokens(tokens / num_requests, rounds_seen, 1.0), self._most)
-        for width in sorted(self._candidates(current), key=lambda width: -likely[width] / seconds[width]):
-            if allowed is not None and not allowed[width]:
-                continue
+        for width in sorted(candidates, key=lambda width: -likely[width] / seconds[width]):
             may_be_better = likely[width] * token_seconds > seconds[width]
             if self._round - self._last_round_of[width] < self._wait(current, width, may_be_better):
                 continue
-            lost = max(0.0, float(seconds[width] - tokens[width] * token_seconds))
-            if lost <= self._allowance:
-                self._begin(width, lost, float(tokens[width]), token_seconds)
+            if losses[width] <= self._allowance:
+                self._begin(width, float(losses[width]), float(tokens[width]), token_seconds)
                 return width
         return None
 
@@ -131,6 +129,12 @@ class Probes:
         if may_be_better:
             return min(INTERVAL << failures, PLAIN_INTERVAL)
         return min(PLAIN_INTERVAL << failures, LONGEST_INTERVAL)
+
+    def _save_up(self, of_round: float, rounds: int, cheapest: float) -> None:
+        """Some seconds of each round are for probes. A new server, which knows nothing, has the most at once."""
+        # There is a limit, so that probes never come in bursts. One can always be paid for in the end.
+        most = max(of_round * LONGEST_INTERVAL, cheapest)
+        self._allowance = most if self._allowance is None else min(most, self._allowance + of_round * rounds)
 
     def _begin(self, width: int, lost: float, tokens: float, token_seconds: float) -> None:
         self._pending = _Pending(width, tokens, token_seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sglang_orthrus.round.costs import FloatArray
 from sglang_orthrus.round.probes import INTERVAL, LONGEST_INTERVAL, PLAIN_INTERVAL, Probes
 from sglang_orthrus.round.speed_floor import FEW_STANDARD_ERRORS, SHORTFALL, SLACK, SpeedFloor
 from sglang_orthrus.round.widths import PATIENCE, choose_width, fast_enough
@@ -99,12 +100,14 @@ def test_the_floor_forgets_and_can_be_off() -> None:
     assert off.protected(list(range(10)))[0] == []
 
 
-def probe_rounds(tokens: list[float], rounds_seen: list[float], current: int, count: int) -> list[tuple[int, int]]:
+def probe_rounds(
+    tokens: list[float], rounds_seen: list[float], current: int, count: int, seconds: FloatArray = SECONDS
+) -> list[tuple[int, int]]:
     """(round, width) of probes that bring what was expected."""
     probes = Probes(WIDTHS, share=0.02)
     found = []
     for number in range(count):
-        width = probes.next(current, 1, np.array(tokens), SECONDS, np.array(rounds_seen))
+        width = probes.next(current, 1, np.array(tokens), seconds, np.array(rounds_seen))
         if width is not None:
             found.append((number, width))
             probes.observe(width, tokens[width])
@@ -136,6 +139,14 @@ def test_plain_decoding_tries_drafts_now_and_then() -> None:
     gaps = np.diff([number for number, _ in found])
     assert min(gaps) <= PLAIN_INTERVAL
     assert max(gaps) <= LONGEST_INTERVAL
+
+
+def test_a_probe_that_costs_more_than_is_saved_up_at_most_is_made_in_the_end() -> None:
+    """Masks of 128 blocks may make a wide round take twice as long as at start-up."""
+    seconds = np.array([1.0, 20.0, 40.0, np.inf])
+    found = probe_rounds([1.0, 1.2, 1.3, 1.3], [100.0] * 4, 0, 5000, seconds)
+    assert {width for _, width in found} == {1}
+    assert len(found) == pytest.approx(5000 * 0.02 / (20.0 - 1.2), abs=1)
 
 
 def test_width_one_is_never_a_probe() -> None:
