@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import aiohttp
 
@@ -18,6 +20,12 @@ from benchmarks.load.traffic import Request
 
 # Requests in flight at which new ones are sent, as a share of the concurrency.
 REFILL = 0.75
+# Of a server, in the JSON.
+SETTINGS = (
+    *("attention_backend", "dtype", "quantization", "kv_cache_dtype", "page_size", "tp_size"),
+    *("mem_fraction_static", "max_total_tokens", "max_running_requests", "chunked_prefill_size"),
+    *("disable_overlap_schedule", "speculative_algorithm", "speculative_num_draft_tokens"),
+)
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -27,14 +35,22 @@ class Side:
 
     Attributes:
         records: the file that it appends to.
+        start_up_seconds: until it answered; None if it was started elsewhere.
     """
 
     url: str
     records: Path
+    start_up_seconds: float | None = None
 
     def set_width(self, width: int | None) -> None:
         """Of all rounds from the second result on; None for the controller's choice."""
         control_file(self.records).write_text("" if width is None else str(width))
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this server from others: settings as SGLang resolved them, and its start-up time."""
+        with urlopen(f"{self.url}/server_info", timeout=60) as reply:
+            info = json.load(reply)
+        return {key: info.get(key) for key in SETTINGS} | {"start_up_seconds": self.start_up_seconds}
 
     def since(self, offset: int) -> list[Result]:
         """Results behind so many bytes of the file."""

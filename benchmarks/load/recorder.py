@@ -34,7 +34,7 @@ class FixedWidth:
     def forget(self, key: Hashable) -> None:
         """Nothing."""
 
-    def plan(self, keys: Sequence[Hashable], kind: Hashable = None, context: int | None = None) -> Any:
+    def plan(self, keys: Sequence[Hashable], *others: Any) -> Any:
         """The width."""
         from sglang_orthrus.round.width_controller import RoundWidth
 

@@ -18,7 +18,8 @@ Fixed widths run on the server that adapts, which is told the width: all have th
 - `steps`: concurrency that rises and falls: plain SGLang, the largest width, and widths that follow.
 - `open`: an open loop (`benchmarks.load.open_loop`) of these three, from light load to more than plain SGLang serves.
 
-`summary` holds the ratios. Every finished run is written at once; `--resume` continues a file.
+`summary` holds the ratios, `servers` what SGLang made of the servers' arguments. Every finished run is written at once;
+`--resume` continues a file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -288,7 +290,9 @@ def servers(mode: Mode, model: Path, args: list[str]) -> Iterator[dict[str, Side
             records = folder / f"{name}.jsonl"
             env = plugins | dict(env) | {RECORDS_ENV: str(records)}
             server = Server(model, *flags, *mode.args, *args, env=env, timeout=900)
-            return Side(stack.enter_context(server).url, records)
+            began = time.perf_counter()
+            url = stack.enter_context(server).url
+            return Side(url, records, round(time.perf_counter() - began, 1))
 
         yield {
             PLAIN: side(PLAIN, exported, env=theirs),
@@ -323,11 +327,12 @@ def main() -> None:
     mode = MODES[options.mode].limited(options.traffic, options.concurrency)
     args = [part for text in options.server_arg for part in shlex.split(text)]
     out = options.out or RESULTS / f"load-{options.mode}.json"
-    result: dict[str, Any] = {"summary": [], "runs": [], "steps": {}, "open": [], "args": [*mode.args, *args]}
+    result: dict[str, Any] = {"summary": [], "runs": [], "steps": {}, "open": []}
     if options.resume and out.exists():
         result = json.loads(out.read_text())
     result["provenance"] = provenance()
     with running(options.running) if options.running else servers(mode, options.model, args) as sides:
+        result["servers"] = {name: side.describe() for name, side in sides.items()}
         mode = replace(mode, rivals={name: flags for name, flags in mode.rivals.items() if name in sides})
         runs = Runs(mode, options.model, sides, result, out)
         runs.warm_up()

@@ -185,7 +185,7 @@ class Simulation:
     def _round(self) -> None:
         requests, size = self._requests, len(self._requests)
         keys = [request.key for request in requests]
-        width, is_probe = (self._width, False) if self._controller is None else self._controller.plan(keys)
+        width, is_probe = (self._width, False) if self._controller is None else self._controller.plan(keys)[:2]
         lens = self._lengths(width)
         seconds, plain = self._costs.seconds(width, size), self._costs.seconds(1, size)
         result = self.result

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -19,6 +19,15 @@ from sglang_orthrus.sampling.logit_adjustments import are_adjusted
 
 # Contexts are counted again after so many rounds of the same requests.
 _CONTEXT_ROUNDS = 16
+# In larger batches a wide round costs more than what grammars force of one request or another.
+_MOST_FORCED = 4
+
+
+class CountsForced(Protocol):
+    """Knows what grammars force: see `BlockGrammars.num_forced`."""
+
+    def num_forced(self, reqs: Sequence[Any], vocab_size: int, most: int) -> list[int]:
+        """Tokens that must come next, of each request, at most so many."""
 
 
 class RoundPlan(NamedTuple):
@@ -45,6 +54,7 @@ class _Planned:
         context: tokens of all its requests' contexts, about.
         num_prefills: that were queued before it.
         began: when it was planned, in seconds.
+        forced: of each request, if it has its width for these.
         seconds: until the next one was planned; None if a prefill came between, or nothing did yet.
     """
 
@@ -56,6 +66,7 @@ class _Planned:
     context: int
     num_prefills: int
     began: float
+    forced: Sequence[int] | None = None
     seconds: float | None = None
 
 
@@ -85,6 +96,7 @@ class Policy:
         is_shared: whether rank 0 chooses widths for all ranks, whose clocks differ.
         runs_at_once: whether a round has run when it is queued, as on a CPU. Under overlap scheduling the next one has
             then run, too, before a result is taken in.
+        grammars: know what is forced; None to go without.
     """
 
     def __init__(
@@ -94,9 +106,11 @@ class Policy:
         metrics: WidthMetrics | None = None,
         is_shared: bool = False,
         runs_at_once: bool = False,
+        grammars: CountsForced | None = None,
     ) -> None:
         self._is_shared = is_shared
         self._runs_at_once = runs_at_once
+        self._grammars = grammars
         self._is_overlapping = False
         self._widths = tuple(widths)
         self._controller = controller
@@ -118,7 +132,7 @@ class Policy:
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         self._is_overlapping = can_defer
-        width = self._width(batch.reqs, bool(batch.has_grammar))
+        width = self._width(batch)
         if self._is_shared:
             [width] = ranks.numbers_from_first([width])
         return RoundPlan(
@@ -170,7 +184,9 @@ class Policy:
             after = map(text_length, planned.reqs)
             lens = [min(length, new - old) for length, new, old in zip(accept_lens, after, before, strict=True)]
             width, has_grammar = planned.width, planned.has_grammar
-            result = self._controller.observe(planned.rids, width, lens, has_grammar, measured, planned.context)
+            result = self._controller.observe(
+                planned.rids, width, lens, has_grammar, measured, planned.context, planned.forced
+            )
             if self._metrics is not None:
                 self._metrics.count(WidthFigures(width, planned.is_probe, *result), self._controller.report)
         # SGLang does not tell of requests that end in a prefill.
@@ -180,9 +196,10 @@ class Policy:
             self._controller.forget(rid)
         self._over.clear()
 
-    def _width(self, reqs: Sequence[Any], has_grammar: bool) -> int:
+    def _width(self, batch: ScheduleBatch) -> int:
         if self._controller is None:
             return self._widths[-1]
+        reqs, has_grammar = batch.reqs, bool(batch.has_grammar)
         self._learn()
         if reqs != self._reqs:
             for req in reqs:
@@ -194,15 +211,28 @@ class Policy:
             self._context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs)
             self._context_age = 0
         self._context_age += 1
-        width, is_probe = self._controller.plan(self._rids, has_grammar, self._context)
+        forced = self._forced(batch)
+        width, is_probe, is_forced = self._controller.plan(self._rids, has_grammar, self._context, forced)
         now, last = time.perf_counter(), self._last
         if last is not None and last.num_prefills == self._num_prefills:
             last.seconds = now - last.began
         self._last = _Planned(
-            self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._num_prefills, now
+            *(self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._num_prefills, now),
+            forced=forced if is_forced else None,
         )
         self._planned.append(self._last)
         return width
+
+    def _forced(self, batch: ScheduleBatch) -> list[int] | None:
+        """Of each request, how many of its next tokens are forced; None if none are known."""
+        if self._grammars is None or not batch.has_grammar or len(batch.reqs) > _MOST_FORCED:
+            return None
+        # Grammars have not seen what is in flight: the one token of a prefill or of a round of plain decoding.
+        if self._is_overlapping and self._last is not None and self._last.width > 1:
+            return None
+        found = self._grammars.num_forced(batch.reqs, batch.sampling_info.vocab_size, self._widths[-1] - 1)
+        ahead = [max(0, count - self._is_overlapping) for count in found]
+        return ahead if any(ahead) else None
 
 
 def _is_greedy_without_options(batch: ScheduleBatch) -> bool:

@@ -1,7 +1,7 @@
 """Chooses every round's width: what follows traffic, from acceptance and costs.
 
-Any width is exact. A width follows from earlier rounds only, never from tokens drawn in the round that is planned:
-rejection sampling would be biased otherwise.
+Any width is exact. A width follows from earlier rounds, and from what grammars force behind them, never from tokens
+drawn in the round that is planned: rejection sampling would be biased otherwise.
 
 Letters: R requests, K widths.
 """
@@ -9,7 +9,7 @@ Letters: R requests, K widths.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from sglang_orthrus.round.cost_corrections import CostCorrections
 from sglang_orthrus.round.costs import BoolArray, FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.speed_floor import SpeedFloor
-from sglang_orthrus.round.widths import choose_width, fast_enough, likely_tokens
+from sglang_orthrus.round.width_report import WidthReport
+from sglang_orthrus.round.widths import PATIENCE, choose_width, fast_enough, likely_tokens
 
 # No kind of request falls below this share of plain decoding's speed for long.
 DEFAULT_FLOOR = 0.8
@@ -38,10 +39,12 @@ class RoundWidth(NamedTuple):
     Attributes:
         width: W.
         is_probe: whether the round is to learn about a width rather than because it is the best.
+        is_forced: whether it has its width for what grammars force, in a batch that decodes plainly otherwise.
     """
 
     width: int
     is_probe: bool
+    is_forced: bool = False
 
 
 class RoundResult(NamedTuple):
@@ -58,46 +61,6 @@ class RoundResult(NamedTuple):
     tokens: int
     seconds: float
     plain_seconds: float
-
-
-class WidthReport(NamedTuple):
-    """What rounds were, since the start. Seconds are what the cost model says.
-
-    Attributes:
-        width: of the rounds now, probes apart.
-        rounds: by width, as planned.
-        requests: requests in observed rounds, by width.
-        tokens: tokens that these committed, by width.
-        num_probes: rounds that were probes.
-        probe_seconds: that they cost, compared with rounds of the other width.
-        seconds: of all observed rounds.
-        plain_seconds: that plain decoding would have taken for the same tokens in the same batches; 0 if width 1 was
-            not measured.
-        num_limited: rounds whose width the floor chose.
-    """
-
-    width: int | None
-    rounds: Mapping[int, int]
-    requests: Mapping[int, int]
-    tokens: Mapping[int, int]
-    num_probes: int
-    probe_seconds: float
-    seconds: float
-    plain_seconds: float
-    num_limited: int
-
-    def __str__(self) -> str:
-        """One line for the log."""
-        widths = ", ".join(
-            f"{width}: {self.tokens.get(width, 0) / max(1, self.requests.get(width, 0)):.1f} in {rounds} rounds"
-            for width, rounds in sorted(self.rounds.items())
-        )
-        seconds = max(self.seconds, 1e-9)
-        return (
-            f"width {self.width}; tokens per cycle by width: {widths}; {self.plain_seconds / seconds:.2f} times plain "
-            f"decoding's speed; {self.num_probes} probes, {100 * self.probe_seconds / seconds:.1f} % of the time; "
-            f"{self.num_limited} rounds limited by the floor"
-        )
 
 
 @dataclass
@@ -181,22 +144,34 @@ class WidthController:
         self._rates.forget(key)
         self._floor.forget(key)
 
-    def plan(self, keys: Sequence[Hashable], kind: Hashable = None, context: int | None = None) -> RoundWidth:
+    def plan(
+        self,
+        keys: Sequence[Hashable],
+        kind: Hashable = None,
+        context: int | None = None,
+        forced: Sequence[int] | None = None,
+    ) -> RoundWidth:
         """The width of the next round.
 
         Args:
             keys: [R] its requests, at least one.
             kind: what rounds have in common that take alike, apart from their size, context and width.
             context: tokens of all their contexts; those that start-up timed if it is not given.
+            forced: [R] the next tokens of each that are certain; None if none are known.
         """
         self._rounds_passed += 1
+        if forced is not None and self._current is not None and self.widths[self._current] == 1:
+            width = self._width_if_forced(keys, kind, context, forced)
+            if width > 1:
+                self._rounds[width] += 1
+                return RoundWidth(width, is_probe=False, is_forced=True)
         settled = self._settled_for(keys, kind)
         if settled is not None and settled.rounds_left:
             settled.rounds_left -= 1
             self._rounds[1] += 1
             return RoundWidth(1, False)
         row = self._seconds_of(len(keys), kind, context)
-        seconds = np.where(self._costs.worthwhile(len(keys)), row, np.inf)[self._columns]
+        seconds = self._worthwhile_seconds(row, len(keys))
         tokens = self._rates.expected(keys)
         rounds_seen = self._rates.rounds_seen(keys)
         allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
@@ -223,6 +198,7 @@ class WidthController:
         kind: Hashable = None,
         measured: float | None = None,
         context: int | None = None,
+        forced: Sequence[int] | None = None,
     ) -> RoundResult:
         """Of a round that `plan` chose the width of, when its result is known.
 
@@ -233,10 +209,11 @@ class WidthController:
             kind: as planned.
             measured: seconds since the result before; None if something else ran meanwhile.
             context: as planned.
+            forced: as planned, of a round that is forced; these tokens say nothing of drafts.
         """
         index = self.widths.index(width)
         settled = self._settled_for(keys, kind) if width == 1 else None
-        if width > 1 and self._settled is not None:
+        if width > 1 and forced is None and self._settled is not None:
             self._settled.rounds_left = 0
         if measured is not None and (settled is None or settled.is_time_wanted):
             if settled is not None:
@@ -251,8 +228,9 @@ class WidthController:
         self._requests[width] += num_requests
         self._tokens[width] += total
         self._seconds += seconds
-        self._rates.observe_round(keys, width, accept_lens)
-        if self._probes is not None:
+        drafted = accept_lens if forced is None else list(map(_behind, accept_lens, forced))
+        self._rates.observe_round(keys, width, drafted)
+        if self._probes is not None and forced is None:
             self._probes.observe(index, total)
         plain_seconds = 0.0
         if self._knows_plain:
@@ -279,6 +257,20 @@ class WidthController:
     def _settled_for(self, keys: Sequence[Hashable], kind: Hashable) -> _Settled | None:
         settled = self._settled
         return settled if settled is not None and (settled.keys, settled.kind) == (keys, kind) else None
+
+    def _width_if_forced(
+        self, keys: Sequence[Hashable], kind: Hashable, context: int | None, forced: Sequence[int]
+    ) -> int:
+        """The best width of a single round that has these tokens for certain."""
+        row = self._seconds_of(len(keys), kind, context)
+        seconds = self._worthwhile_seconds(row, len(keys))
+        tokens = np.minimum(self._rates.expected(keys) + np.array(forced)[:, None], self.widths)
+        allowed = self._allowed(keys, tokens, self._rates.rounds_seen(keys), seconds, float(row[0]))
+        return self.widths[choose_width(tokens.sum(0), seconds, self._current, allowed, PATIENCE)]
+
+    def _worthwhile_seconds(self, row: FloatArray, num_requests: int) -> FloatArray:
+        """[K]; infinite for widths that are out. row: of all widths that were measured."""
+        return np.where(self._costs.worthwhile(num_requests), row, np.inf)[self._columns]
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""
@@ -319,3 +311,8 @@ class WidthController:
         if not allowed.any():
             allowed[0] = True
         return None if allowed.all() else allowed
+
+
+def _behind(accept_len: int, num_forced: int) -> int:
+    """Tokens of a request behind those that were forced; 0 stays, since such a round does not count."""
+    return max(min(1, accept_len), accept_len - num_forced)

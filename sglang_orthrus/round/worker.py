@@ -106,6 +106,7 @@ class OrthrusWorker(BaseSpecWorker):
             slow_mask_seconds(is_cpu=self.device == "cpu"),
         )
         self._policy = Policy(self._widths)
+        self._grammars = grammars
         self._round = Round(self._passes, self._history, grammars, self.model_runner, sampling_backend)
         self._mixed = MixedSteps(target_worker, self._history, self._round)
         # The pools and graphs are made after this, and requests arrive later still.
@@ -178,8 +179,12 @@ class OrthrusWorker(BaseSpecWorker):
         metrics = WidthMetrics(*_reporting(), timed)
         # Retracted requests are remembered, too.
         controller = WidthController(costs, max_requests=2 * max_requests) if ranks.is_first() else None
-        is_cpu = self.device == "cpu"
-        return Policy(self._widths, controller, metrics, is_shared=ranks.are_several(), runs_at_once=is_cpu)
+        return Policy(
+            *(self._widths, controller, metrics),
+            is_shared=ranks.are_several(),
+            runs_at_once=self.device == "cpu",
+            grammars=self._grammars,
+        )
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The oldest round's result is on the host."""

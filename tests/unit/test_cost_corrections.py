@@ -44,7 +44,7 @@ def test_a_width_that_was_slow_once_is_tried_again() -> None:
     controller.start("key", "class")
     widths = []
     for _ in range(400):
-        width, _ = controller.plan(["key"])
+        width = controller.plan(["key"]).width
         is_first = width == 1 and 1 not in widths
         widths.append(width)
         controller.observe(["key"], width, [1], None, 0.1 if is_first else {1: 0.005, 8: 0.010}[width])
@@ -83,7 +83,7 @@ def test_a_width_that_takes_longer_than_at_start_up_is_left() -> None:
         controller.start(key, "class")
     widths = []
     for _ in range(60):
-        width, _ = controller.plan(keys, kind="grammar")
+        width = controller.plan(keys, kind="grammar").width
         widths.append(width)
         controller.observe(keys, width, [3 if width == 8 else 1] * 32, "grammar", {1: 0.005, 8: 0.030}[width])
     assert widths[0] == 8 and widths[-1] == 1

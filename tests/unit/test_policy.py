@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks.load.simulate import WIDTHS, measured_costs
 from sglang_orthrus.round.policy import Policy
-from sglang_orthrus.round.width_controller import WidthController
+from sglang_orthrus.round.width_controller import RoundWidth, WidthController
 
 
 class Request:
@@ -30,9 +31,9 @@ class Request:
         self.output_ids += [4] * tokens
 
 
-def batch_of(*requests: Request) -> Any:
-    info = SimpleNamespace(is_all_greedy=False)
-    return SimpleNamespace(reqs=list(requests), has_grammar=False, return_logprob=False, sampling_info=info)
+def batch_of(*requests: Request, has_grammar: bool = False) -> Any:
+    info = SimpleNamespace(is_all_greedy=False, vocab_size=64)
+    return SimpleNamespace(reqs=list(requests), has_grammar=has_grammar, return_logprob=False, sampling_info=info)
 
 
 def recorded(controller: WidthController, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float | None]]:
@@ -148,3 +149,67 @@ def test_a_request_that_ends_in_a_prefill_is_forgotten(monkeypatch: pytest.Monke
         policy.plan(batch_of(second), can_defer=True)
     assert forgotten == ["a"]
     assert controller.report().tokens == {plan.width: 3 + 3}
+
+
+class Forced:
+    """Grammars that force so many tokens of each request."""
+
+    def __init__(self) -> None:
+        self.counts = [0]
+
+    def num_forced(self, reqs: Sequence[Any], vocab_size: int, most: int) -> list[int]:
+        return [min(count, most) for count in (self.counts * len(reqs))[: len(reqs)]]
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_what_grammars_force_is_known_but_for_the_token_in_flight(
+    monkeypatch: pytest.MonkeyPatch, overlaps: bool
+) -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    grammars, told = Forced(), list[Any]()
+    policy, requests = Policy(WIDTHS, controller, grammars=grammars), [Request(name) for name in "abcde"]
+
+    def plan(*args: Any) -> RoundWidth:
+        told.append(args[3])
+        return widths.pop(0)
+
+    monkeypatch.setattr(controller, "plan", plan)
+    plain, wide = RoundWidth(1, is_probe=False), RoundWidth(8, is_probe=False, is_forced=True)
+    widths = [plain, wide, plain, plain, plain, plain]
+    for counts, size, has_grammar in (
+        ([3], 1, True),
+        ([3, 1, 0, 99], 4, True),  # a wide round
+        ([3], 1, True),  # behind one, whose tokens are in flight
+        ([1], 1, True),
+        ([3], 5, True),
+        ([3], 1, False),
+    ):
+        grammars.counts = counts
+        policy.plan(batch_of(*requests[:size], has_grammar=has_grammar), can_defer=overlaps)
+    if overlaps:
+        assert told == [[2], [2, 0, 0, 30], None, None, None, None]
+    else:
+        assert told == [[3], [3, 1, 0, 31], [3], [1], None, None]
+
+
+def test_a_result_that_was_forced_is_told_with_what_was() -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    grammars, request = Forced(), Request("a")
+    policy = Policy(WIDTHS, controller, grammars=grammars)
+
+    def rounds(count: int, accepted: int) -> list[int]:
+        widths = []
+        for _ in range(count):
+            policy.note_prefill()  # so that no time is taken
+            width = policy.plan(batch_of(request, has_grammar=True), can_defer=False).width
+            drafts = min(width - 1, accepted)
+            policy.observe([drafts])
+            request.take(drafts + 1)
+            widths.append(width)
+        return widths
+
+    rounds(400, accepted=0)
+    grammars.counts = [6]
+    assert min(rounds(10, accepted=6)) > 1
+    grammars.counts = [0]
+    assert rounds(100, accepted=0).count(1) > 95

@@ -18,7 +18,7 @@ def run(controller: WidthController, keys: list[str], lens: dict[int, int], coun
     """Widths of so many rounds that commit so many tokens of every request, by width."""
     widths = []
     for _ in range(count):
-        width, _ = controller.plan(keys)
+        width = controller.plan(keys).width
         controller.observe(keys, width, [lens[width]] * len(keys))
         widths.append(width)
     return widths
@@ -56,7 +56,7 @@ def test_results_may_come_late_and_for_requests_that_are_over() -> None:
     controller, keys = started(3)
     late = []
     for number in range(60):
-        width, _ = controller.plan(keys)
+        width = controller.plan(keys).width
         late.append((list(keys), width))
         if len(late) > 2:
             of, at = late.pop(0)
@@ -72,7 +72,7 @@ def test_results_may_come_late_and_for_requests_that_are_over() -> None:
 
 def test_requests_that_were_never_started_are_planned_for() -> None:
     controller = WidthController(measured_costs(), WIDTHS)
-    width, _ = controller.plan(["unknown"])
+    width = controller.plan(["unknown"]).width
     controller.observe(["unknown"], width, [1])
     assert width == 32
 
@@ -82,7 +82,7 @@ def test_without_width_one_in_use_the_floor_takes_the_narrowest() -> None:
     for key in ("good", "bad"):
         controller.start(key, key)
     for _ in range(40):
-        width, _ = controller.plan(["good", "bad"])
+        width = controller.plan(["good", "bad"]).width
         controller.observe(["good", "bad"], width, [width, 1])
     assert controller.plan(["good", "bad"]).width == 8
 
@@ -122,7 +122,7 @@ def test_a_slow_request_beside_fast_ones_keeps_its_share() -> None:
     costs, tokens, steps = measured_costs(), 0, 0.0
     widths = []
     for _ in range(2000):
-        width, _ = controller.plan(keys)
+        width = controller.plan(keys).width
         controller.observe(keys, width, [*[min(width, 12)] * 31, 1])
         tokens, steps = tokens + 1, steps + costs.seconds(width, 32) / costs.seconds(1, 32)
         widths.append(width)
@@ -142,7 +142,7 @@ def test_long_contexts_change_the_width() -> None:
         controller.start(key, GREEDY)
     for context, expected in ((3200, 1), (3_200_000, 8), (3200, 1)):
         for _ in range(20):
-            width, _ = controller.plan(keys, context=context)
+            width = controller.plan(keys, context=context).width
             controller.observe(keys, width, [min(width, 5)] * 32, context=context)
         assert width == expected
 
@@ -171,7 +171,7 @@ def test_a_width_whose_graphs_are_too_small_is_neither_chosen_nor_tried() -> Non
             controller.start(key, None)
         widths = set()
         for _ in range(300):
-            width, _ = controller.plan(keys)
+            width = controller.plan(keys).width
             widths.add(width)
             controller.observe(keys, width, [min(width, 6)] * size)
         assert widths >= expected if size != 100 else widths == expected
@@ -198,3 +198,35 @@ def test_a_batch_that_decodes_plainly_seldom_asks_and_any_other_asks_at_once(mon
     run(controller, keys[:1], bad, 1)
     assert asked == [1]
     assert sum(controller.report().rounds.values()) == 1201
+
+
+def test_what_a_grammar_forces_gets_one_wide_round_and_is_no_merit_of_drafts() -> None:
+    bad = dict.fromkeys(WIDTHS, 1)
+    (with_forced, keys), (without, _) = started(1), started(1)
+    for controller in (with_forced, without):
+        run(controller, keys, bad, 400)
+    forced = 0
+    for _ in range(20):
+        width, is_probe, is_forced = with_forced.plan(keys, forced=[6])
+        if is_forced:
+            forced += 1
+            assert width > 6 and not is_probe
+        lens = [min(width, 7)] if is_forced else [1]
+        with_forced.observe(keys, width, lens, forced=[6] if is_forced else None)
+    assert forced >= 19, "any other round is a probe"
+    assert (with_forced._rates.expected(keys) <= without._rates.expected(keys) + 1e-9).all()
+    widths = run(with_forced, keys, bad, 200)
+    assert widths.count(1) >= 195
+
+
+def test_what_is_forced_of_one_of_many_requests_is_not_worth_a_wide_round() -> None:
+    controller, keys = started(64)
+    run(controller, keys, dict.fromkeys(WIDTHS, 1), 400)
+    assert not controller.plan(keys, forced=[6, *[0] * 63]).is_forced
+    assert controller.plan(keys, forced=[7] * 64).is_forced
+
+
+def test_a_batch_that_drafts_keeps_its_width_whatever_is_forced() -> None:
+    controller, keys = started(1)
+    run(controller, keys, {width: width for width in WIDTHS}, 100)
+    assert not controller.plan(keys, forced=[6]).is_forced
