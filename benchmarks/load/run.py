@@ -10,8 +10,8 @@ Fixed widths run on the server that adapts, which is told the width: all have th
 
 - `decode`: so many requests; when a quarter of them are answered, as many new ones are sent at once. Rounds that follow
   a round are timed. So decoding is timed alone, under a steady load: answers are short, 80 tokens in the mean, and
-  prefills take a large share of the time.
-  On a CPU servers take three turns each at a setting.
+  prefills take a large share of the time. A kind alone is timed behind a batch of its like, so that widths have
+  followed. On a CPU servers take three turns each at a setting.
 - `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
   and all else included. Fixed widths do not run it.
 - `ngram` runs the mix of nano's families only.
@@ -55,8 +55,8 @@ from sglang_orthrus.config import WIDTHS
 from sglang_orthrus.models.checkpoint import export_ar
 
 _RECORDER = {"recorder": "benchmarks.load.recorder"}
-# Requests of a run: at least, per request in flight, and at most, of a mix and of a kind alone.
-_LEAST, _PER_SLOT, _MOST = 18, (8, 4), (512, 256)
+# Requests of a run: at least, per request in flight, and at most.
+_LEAST, _PER_SLOT, _MOST = 18, (8, 4), 512
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def num_requests(setting: Setting) -> int:
     if setting.traffic == ONCE:
         return 1
     is_kind = setting.traffic in KINDS
-    return max(_LEAST, min(_PER_SLOT[is_kind] * setting.concurrency, _MOST[is_kind]))
+    return max(_LEAST, min(_PER_SLOT[is_kind] * setting.concurrency, _MOST))
 
 
 class _Turn(NamedTuple):
@@ -232,12 +232,16 @@ class Runs:
 
     def _turn(self, server: str, setting: Setting) -> _Turn:
         """server: `plain`, `adaptive`, a rival or a width."""
-        requests = self._traffic.take(setting.traffic, num_requests(setting))
+        count, concurrency = num_requests(setting), setting.concurrency
+        requests = self._traffic.take(setting.traffic, count + concurrency)
+        requests, others = requests[:count], requests[count:]
         side = self._side(server)
-        answers, seconds, results = asyncio.run(refilled(side, requests, setting.concurrency))
+        if setting.traffic in KINDS:
+            asyncio.run(refilled(side, others, concurrency))
+        answers, seconds, results = asyncio.run(refilled(side, requests, concurrency))
         served = None
         if setting.traffic in (MIXED, MIXED_WITH_FOREIGN) and server in self._sides:
-            replies, serving, _ = asyncio.run(closed_loop(side, requests, setting.concurrency))
+            replies, serving, _ = asyncio.run(closed_loop(side, requests, concurrency))
             served = sum(map(len, replies)) / serving
         return _Turn([digest(str(answer)) for answer in answers], sum(map(len, answers)), seconds, results, served)
 

@@ -30,7 +30,10 @@ def test_a_load_is_measured_and_drawn(tmp_path: Path) -> None:
         "provenance": {"gpu": None, "cpu": "some"},
     }
     with servers(mode, NANO, []) as sides:
+        described = {name: side.describe() for name, side in sides.items()}
         Runs(mode, NANO, sides, result, out).all()
+    assert {name: one["speculative_algorithm"] for name, one in described.items()} == {PLAIN: None, ADAPTIVE: "ORTHRUS"}
+    assert all(one["max_total_tokens"] == 16384 and one["start_up_seconds"] > 1 for one in described.values())
     written = json.loads(out.read_text())
     assert [(run["server"], run["traffic"]) for run in written["runs"]] == [
         *((server, MIXED) for server in (PLAIN, "32", "16", "8", "1", ADAPTIVE)),
