@@ -23,7 +23,7 @@ from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller, NextRow
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
-from sglang_orthrus.grammar.slow_masks import Deadline
+from sglang_orthrus.grammar.slow_masks import Deadline, LookCost
 from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.metrics import GrammarMetrics
 
@@ -145,6 +145,11 @@ class BlockGrammars:
     def num_candidates(self) -> int:
         """How many candidates per position a repair needs; the first is the draft."""
         return NUM_CANDIDATES if self._max_repairs else 1
+
+    @property
+    def look_cost(self) -> LookCost:
+        """To be told of rounds that draft nothing, and of their looks at `NextMasks.late`."""
+        return self._filler.look_cost
 
     def rows_of(self, reqs: Sequence[Any]) -> list[int]:
         """Rows of the requests whose grammars matter in this round."""

@@ -16,7 +16,7 @@ from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Cursor, Ids, Match, allow
 from sglang_orthrus.grammar.llguidance import GuidanceCursor, fill_blocks
 from sglang_orthrus.grammar.mask_buffers import HostBlocks, Slot
 from sglang_orthrus.grammar.repair import Repair
-from sglang_orthrus.grammar.slow_masks import ExpectedWaits, SlowGrammars, TimeShares
+from sglang_orthrus.grammar.slow_masks import ExpectedWaits, LookCost, SlowGrammars, TimeShares
 from sglang_orthrus.grammar.threads import Job, ThreadTeam, available_cores
 
 # On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
@@ -31,7 +31,7 @@ ALONE_SECONDS = 0.0003
 
 # Of a round's time for masks. A GPU verifies for about as long meanwhile, so a mask that takes no longer costs nothing.
 HIDDEN_SHARE = 0.5
-# What it costs to look at chosen tokens before the next round: meanwhile a GPU has nothing to do.
+# The same of what it costs to look at chosen tokens before the next round, until some looks were timed.
 LOOK_SHARE = 0.4
 
 # For some requests, by their numbers among the constrained ones: [n, Q].
@@ -82,10 +82,14 @@ class MaskFiller:
 
     Args:
         seconds: the time of a round.
+
+    Attributes:
+        look_cost: to be told of looks.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        self.look_cost = LookCost(LOOK_SHARE * seconds)
         self._slow = SlowGrammars()
         self._waits = ExpectedWaits()
         # The engines fill masks outside the interpreter's lock.
@@ -154,7 +158,7 @@ class MaskFiller:
             Numbers of the rows that allow all: `fill_refused` is to be told what was chosen there.
         """
         keys = {number: key for number in skippable if (key := rows[number].cursor.key) is not None}
-        left_out = self._waits.not_worth(keys, LOOK_SHARE * self._seconds)
+        left_out = self._waits.not_worth(keys, self.look_cost.seconds)
         waits: list[tuple[int, float]] = []
 
         def fill(number: int) -> None:

@@ -84,6 +84,48 @@ class ExpectedWaits:
         return left_out
 
 
+# Weight of a new look in the mean; one look counts as at most so many times the mean.
+_LOOK_WEIGHT, _MOST_AT_ONCE = 1 / 8, 2.0
+# What the mean loses of its distance from the first guess in a round without a look, so that looks are tried again.
+_LOOK_FORGOTTEN = 1 / 1000
+
+
+class LookCost:
+    """What it costs to look at chosen tokens before the next round is queued, where rounds draft nothing.
+
+    The host waits for a GPU then, and until it has queued the next pass the GPU waits for the host. Without looks both
+    work side by side. So a look costs the shorter of the two waits; on a CPU that is none.
+
+    Args:
+        seconds: a first guess.
+
+    Attributes:
+        seconds: what a look is expected to cost.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = self._first = seconds
+        # When the last round's look was over, and how long the GPU has waited since then; None if there was none.
+        self._looked_at: float | None = None
+        self._idle: float | None = None
+
+    def queued(self, now: float | None = None) -> None:
+        """The pass of a round is queued that may look at what it chooses. now: the time in seconds."""
+        now = time.perf_counter() if now is None else now
+        self._idle = None if self._looked_at is None else now - self._looked_at
+        if self._looked_at is None:
+            self.seconds += _LOOK_FORGOTTEN * (self._first - self.seconds)
+        self._looked_at = None
+
+    def looked(self, waited: float, now: float | None = None) -> None:
+        """The round looked. waited: seconds for its pass; now: the time in seconds."""
+        if self._idle is not None:
+            found = min(self._idle, waited)
+            self.seconds += _LOOK_WEIGHT * (min(found, _MOST_AT_ONCE * self.seconds) - self.seconds)
+            self._idle = None
+        self._looked_at = time.perf_counter() if now is None else now
+
+
 class TimeShares:
     """Divides the time of a round among jobs that several threads take one after the other.
 

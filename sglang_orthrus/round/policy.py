@@ -110,7 +110,8 @@ class Policy:
     ) -> None:
         self._is_shared = is_shared
         self._runs_at_once = runs_at_once
-        self._grammars = grammars
+        # What is forced matters to plain decoding alone.
+        self._grammars = grammars if widths[0] == 1 else None
         self._is_overlapping = False
         self._widths = tuple(widths)
         self._controller = controller

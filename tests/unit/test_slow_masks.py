@@ -11,6 +11,7 @@ from sglang_orthrus.grammar.slow_masks import (
     ROUNDS_KEPT,
     Deadline,
     ExpectedWaits,
+    LookCost,
     SlowGrammars,
     TimeShares,
 )
@@ -60,6 +61,47 @@ def test_masks_are_left_out_where_they_are_expected_to_take_longer_than_a_look()
     assert waits.not_worth({0: 7, 1: 8}, 0.12) == []
     assert waits.not_worth({0: 7, 1: 8, 2: 7, 3: 7}, 0.12) == [0, 2, 3], "together they take longer"
     assert waits.not_worth({0: 8, 1: 9}, 0.0) == [], "a grammar without slow masks, and an unknown one"
+
+
+def looks(cost: LookCost, host: float, gpu: float, count: int, prefill: float = 0.0, now: float = 100.0) -> None:
+    """Rounds that look, each behind a prefill or not: the host queues a pass, which the GPU then runs."""
+    for _ in range(count):
+        now += host + prefill
+        cost.queued(now)
+        now += gpu
+        cost.looked(gpu, now)
+
+
+def test_a_look_costs_the_shorter_of_what_host_and_gpu_wait_for() -> None:
+    for host, gpu, expected in ((0.005, 0.007, 0.005), (0.005, 0.002, 0.002), (0.02, 0.0, 0.0)):
+        cost = LookCost(0.004)
+        looks(cost, host, gpu, 60)
+        assert math.isclose(cost.seconds, expected, abs_tol=1e-4)
+
+
+def test_a_prefill_between_two_looks_counts_little() -> None:
+    cost = LookCost(0.004)
+    looks(cost, 0.005, 0.5, 60)
+    looks(cost, 0.005, 0.5, 1, prefill=0.1, now=130.3)
+    assert cost.seconds <= 0.005 * 1.2
+
+
+def test_rounds_between_two_looks_are_no_cost_and_bring_looks_back() -> None:
+    cost = LookCost(0.004)
+    looks(cost, 0.008, 0.02, 60)
+    before = cost.seconds
+    cost.queued(1e3)  # behind a look, but does not look
+    cost.queued(1e4)
+    assert 0.004 < cost.seconds < before
+    cost.looked(0.01, 2e4)
+    assert cost.seconds < before
+    looks(cost, 0.008, 0.02, 2, now=2e4)
+    before = cost.seconds
+    cost.looked(0.02, 3e4)  # behind a pass that was not queued here, as in a mixed step
+    assert cost.seconds == before
+    for _ in range(5000):
+        cost.queued()
+    assert cost.seconds < 0.0041
 
 
 def test_a_grammar_that_is_left_out_is_tried_again() -> None:
