@@ -232,7 +232,8 @@ class Policy:
         if self._is_overlapping and self._last is not None and self._last.width > 1:
             return None
         found = self._grammars.num_forced(batch.reqs, batch.sampling_info.vocab_size, self._widths[-1] - 1)
-        ahead = [max(0, count - self._is_overlapping) for count in found]
+        in_flight = 1 if self._is_overlapping else 0
+        ahead = [max(0, count - in_flight) for count in found]
         return ahead if any(ahead) else None
 
 
