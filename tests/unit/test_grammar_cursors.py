@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -275,7 +276,9 @@ def test_a_batch_is_walked_in_parallel_and_a_grammar_without_a_say_allows_all(ba
     constrain([request(regex), request(json_grammar), request(None), request(ended), request(regex.copy())])
 
 
-def test_what_grammars_force_is_counted_before_anything_is_drafted(backend: BaseGrammarBackend) -> None:
+def test_what_grammars_force_is_counted_before_anything_is_drafted(
+    backend: BaseGrammarBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     metrics = GrammarMetrics(log_interval=100, model_name=None)
     ended, begun, regex = backend.dispatch_regex("a"), backend.dispatch_json(SCHEMA), backend.dispatch_regex("[a-c]*")
     for token in (*ENCODE("a"), END):
@@ -284,11 +287,12 @@ def test_what_grammars_force_is_counted_before_anything_is_drafted(backend: Base
         begun.accept_token(token)
     reqs = [request(None), request(begun), request(regex), request(ended), request(begun.copy(), finished=True)]
     masks = allowed_by_sglang(begun, [])
-    counts = {
-        (mode, most): BlockGrammars(mode, WIDTH, "cpu", TOKENIZER, metrics).num_forced(reqs, VOCABULARY, most)
-        for mode in DraftMode
-        for most in (31, 1)
-    }
+
+    def counted(mode: DraftMode, most: int, seconds: float) -> list[int]:
+        monkeypatch.setattr("sglang_orthrus.grammar.batch.MAX_FORCED_SECONDS", seconds)
+        return BlockGrammars(mode, WIDTH, "cpu", TOKENIZER, metrics).num_forced(reqs, VOCABULARY, most)
+
+    counts = {(mode, most): counted(mode, most, math.inf) for mode in DraftMode for most in (31, 1)}
     assert torch.equal(allowed_by_sglang(begun, []), masks)
     # "größe" and what follows it, but for the last token.
     [forced] = {counts[DraftMode.REPAIR, 31][1]}
@@ -296,6 +300,8 @@ def test_what_grammars_force_is_counted_before_anything_is_drafted(backend: Base
     assert counts[DraftMode.REPAIR, 31] == [0, forced, 0, 0, 0]
     assert counts[DraftMode.REPAIR, 1] == [0, 1, 0, 0, 0]
     assert counts[DraftMode.OFF, 31] == [0] * 5, "nothing is drafted because it is forced"
+    if isinstance(backend, XGrammarGrammarBackend):
+        assert counted(DraftMode.REPAIR, 31, 0.0) == [0] * 5, "no time to look"
 
 
 def test_what_follows_the_end_of_a_text_leaves_the_grammar_whole(backend: BaseGrammarBackend) -> None:
