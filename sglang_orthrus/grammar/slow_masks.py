@@ -109,21 +109,20 @@ class LookCost:
         self._looked_at: float | None = None
         self._idle: float | None = None
 
-    def queued(self, now: float | None = None) -> None:
-        """The pass of a round is queued that may look at what it chooses. now: the time in seconds."""
-        now = time.perf_counter() if now is None else now
-        self._idle = None if self._looked_at is None else now - self._looked_at
+    def queued(self) -> None:
+        """The pass of a round is queued that may look at what it chooses."""
+        self._idle = None if self._looked_at is None else time.perf_counter() - self._looked_at
         if self._looked_at is None:
             self.seconds += _LOOK_FORGOTTEN * (self._first - self.seconds)
         self._looked_at = None
 
-    def looked(self, waited: float, now: float | None = None) -> None:
-        """The round looked. waited: seconds for its pass; now: the time in seconds."""
+    def looked(self, waited: float) -> None:
+        """The round looked. waited: seconds for its pass."""
         if self._idle is not None:
             found = min(self._idle, waited)
             self.seconds += _LOOK_WEIGHT * (min(found, _MOST_AT_ONCE * self.seconds) - self.seconds)
             self._idle = None
-        self._looked_at = time.perf_counter() if now is None else now
+        self._looked_at = time.perf_counter()
 
 
 class TimeShares:

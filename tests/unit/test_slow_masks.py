@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from sglang_orthrus.grammar.slow_masks import (
     MAX_GRAMMARS,
     NO_DEADLINE,
@@ -63,42 +65,46 @@ def test_masks_are_left_out_where_they_are_expected_to_take_longer_than_a_look()
     assert waits.not_worth({0: 8, 1: 9}, 0.0) == [], "a grammar without slow masks, and an unknown one"
 
 
-def looks(cost: LookCost, host: float, gpu: float, count: int, prefill: float = 0.0, now: float = 100.0) -> None:
-    """Rounds that look, each behind a prefill or not: the host queues a pass, which the GPU then runs."""
-    for _ in range(count):
-        now += host + prefill
-        cost.queued(now)
-        now += gpu
-        cost.looked(gpu, now)
+class Looks:
+    """Rounds that look: the host queues a pass, which the GPU then runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cost, self._now = LookCost(0.004), 100.0
+        monkeypatch.setattr("sglang_orthrus.grammar.slow_masks.time.perf_counter", lambda: self._now)
+
+    def take(self, host: float, gpu: float, count: int = 1) -> float:
+        """So many, of so many seconds each. Returns what a look costs then."""
+        for _ in range(count):
+            self._now += host
+            self.cost.queued()
+            self._now += gpu
+            self.cost.looked(gpu)
+        return self.cost.seconds
 
 
-def test_a_look_costs_the_shorter_of_what_host_and_gpu_wait_for() -> None:
+def test_a_look_costs_the_shorter_of_what_host_and_gpu_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for host, gpu, expected in ((0.005, 0.007, 0.005), (0.005, 0.002, 0.002), (0.02, 0.0, 0.0)):
-        cost = LookCost(0.004)
-        looks(cost, host, gpu, 60)
-        assert math.isclose(cost.seconds, expected, abs_tol=1e-4)
+        assert math.isclose(Looks(monkeypatch).take(host, gpu, 60), expected, abs_tol=1e-4)
 
 
-def test_a_prefill_between_two_looks_counts_little() -> None:
-    cost = LookCost(0.004)
-    looks(cost, 0.005, 0.5, 60)
-    looks(cost, 0.005, 0.5, 1, prefill=0.1, now=130.3)
-    assert cost.seconds <= 0.005 * 1.2
+def test_a_prefill_between_two_looks_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch)
+    looks.take(0.005, 0.5, 60)
+    assert looks.take(0.105, 0.5) <= 0.005 * 1.2
 
 
-def test_rounds_between_two_looks_are_no_cost_and_bring_looks_back() -> None:
-    cost = LookCost(0.004)
-    looks(cost, 0.008, 0.02, 60)
-    before = cost.seconds
-    cost.queued(1e3)  # behind a look, but does not look
-    cost.queued(1e4)
+def test_rounds_between_two_looks_are_no_cost_and_bring_looks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch)
+    cost, before = looks.cost, looks.take(0.008, 0.02, 60)
+    cost.queued()  # behind a look, but does not look
+    cost.queued()
     assert 0.004 < cost.seconds < before
-    cost.looked(0.01, 2e4)
+    cost.looked(0.01)
     assert cost.seconds < before
-    looks(cost, 0.008, 0.02, 2, now=2e4)
-    before = cost.seconds
-    cost.looked(0.02, 3e4)  # behind a pass that was not queued here, as in a mixed step
+    before = looks.take(0.008, 0.02, 2)
+    cost.looked(0.02)  # behind a pass that was not queued here, as in a mixed step
     assert cost.seconds == before
+    cost.queued()
     for _ in range(5000):
         cost.queued()
     assert cost.seconds < 0.0041
