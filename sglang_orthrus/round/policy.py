@@ -110,8 +110,7 @@ class Policy:
     ) -> None:
         self._is_shared = is_shared
         self._runs_at_once = runs_at_once
-        # What is forced matters to plain decoding alone.
-        self._grammars = grammars if widths[0] == 1 else None
+        self._grammars = grammars
         self._is_overlapping = False
         self._widths = tuple(widths)
         self._controller = controller
@@ -212,7 +211,8 @@ class Policy:
             self._context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs)
             self._context_age = 0
         self._context_age += 1
-        forced = self._forced(batch)
+        # What is forced matters to plain decoding alone.
+        forced = self._forced(batch) if self._controller.decodes_plainly else None
         width, is_probe, is_forced = self._controller.plan(self._rids, has_grammar, self._context, forced)
         now, last = time.perf_counter(), self._last
         if last is not None and last.num_prefills == self._num_prefills:

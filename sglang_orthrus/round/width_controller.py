@@ -144,6 +144,11 @@ class WidthController:
         self._rates.forget(key)
         self._floor.forget(key)
 
+    @property
+    def decodes_plainly(self) -> bool:
+        """Whether rounds draft nothing now, probes and what grammars force apart."""
+        return self._current is not None and self.widths[self._current] == 1
+
     def plan(
         self,
         keys: Sequence[Hashable],
@@ -160,7 +165,7 @@ class WidthController:
             forced: [R] the next tokens of each that are certain; None if none are known.
         """
         self._rounds_passed += 1
-        if forced is not None and self._current is not None and self.widths[self._current] == 1:
+        if forced is not None and self.decodes_plainly:
             width = self._width_if_forced(keys, kind, context, forced)
             if width > 1:
                 self._rounds[width] += 1

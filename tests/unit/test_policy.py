@@ -174,6 +174,7 @@ def test_what_grammars_force_is_known_but_for_the_token_in_flight(
         return widths.pop(0)
 
     monkeypatch.setattr(controller, "plan", plan)
+    monkeypatch.setattr(WidthController, "decodes_plainly", True)
     plain, wide = RoundWidth(1, is_probe=False), RoundWidth(8, is_probe=False, is_forced=True)
     widths = [plain, wide, plain, plain, plain, plain]
     for counts, size, has_grammar in (
