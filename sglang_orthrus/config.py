@@ -12,6 +12,8 @@ ARCHITECTURES = ("OrthrusLM", "OrthrusForCausalLM")
 QUANT_METHODS = ("awq", "compressed-tensors", "fp8", "gptq")
 GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
 SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
+SPEED_FLOOR = "ORTHRUS_SPEED_FLOOR"
+DEFAULT_SPEED_FLOOR = 0.87
 WIDTHS = "ORTHRUS_WIDTHS"
 # Its value for one width alone.
 LARGEST = "largest"
@@ -133,3 +135,21 @@ def slow_mask_seconds(is_cpu: bool = False) -> float:
     if not milliseconds >= 0:
         raise ValueError(f"{SLOW_MASK_MS}={value}: use milliseconds, 0 or more, or unset it.")
     return milliseconds / 1e3
+
+
+def speed_floor() -> float:
+    """The share of plain decoding's speed that requests are kept at, by `ORTHRUS_SPEED_FLOOR`: 0.87 if it is unset.
+
+    Requests end a little behind it. So no kind of request falls below 0.8 for long.
+
+    Raises:
+        ValueError: naming the value and the fix.
+    """
+    value = os.environ.get(SPEED_FLOOR, str(DEFAULT_SPEED_FLOOR))
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{SPEED_FLOOR}={value}: use a share from 0, for none, to 1, or unset it.")
+    return share

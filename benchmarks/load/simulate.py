@@ -17,6 +17,7 @@ from functools import cache
 
 import numpy as np
 
+from sglang_orthrus.config import DEFAULT_SPEED_FLOOR
 from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.width_controller import WidthController
 
@@ -238,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--traffic", nargs="+")
-    parser.add_argument("--floor", type=float, default=0.8)
+    parser.add_argument("--floor", type=float, default=DEFAULT_SPEED_FLOOR)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 64, 128])
     args = parser.parse_args()
     traffic = {**{kind: (kind,) for kind in KINDS}, "mixed": FAMILIES, "mixed+foreign": WITH_FOREIGN}

@@ -24,6 +24,11 @@ WARM_UPS = 2
 # Of a graph that drafts, if there are several widths. On an H200 (8B shape), a round of 1,024 rows takes 43 ms, six
 # plain steps of 128 requests, and rounds of twice as many rows won at no batch size.
 MOST_ROWS = 1024
+# Of a graph of a whole round that drafts. A round of more rows takes a GPU longer than a host needs for two graphs.
+MOST_FUSED_ROWS = 256
+# Up to this batch size the largest width has graphs of every size: its rounds are the best there, and padding one
+# request of eight costs a tenth. Of larger batches few are best at it.
+SMALL_BATCH = 8
 
 
 @depends_on(
@@ -68,11 +73,12 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
         self._phase = Phase.VERIFY
         super().__init__(model_runner, **kwargs)  # captures
 
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """What this runner's width can do, the whole round first."""
-        drafts = (Phase.DRAFT,) if self.captured_req_width > 1 else ()
-        return (Phase.ROUND, Phase.VERIFY, *drafts)
+    def phases(self, size: int) -> tuple[Phase, ...]:
+        """What there are graphs of for a batch size, the whole round first if it is among them."""
+        width = self.captured_req_width
+        fused = (Phase.ROUND,) if width == 1 or size * width <= MOST_FUSED_ROWS else ()
+        drafts = (Phase.DRAFT,) if width > 1 else ()
+        return (*fused, Phase.VERIFY, *drafts)
 
     def capture(self) -> None:
         """Capture every batch size; what a round leaves behind lies outside the memory that graphs share."""
@@ -89,12 +95,12 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
         variant_label: str | None = None,
         attention_variant: str | None = None,
     ) -> None:
-        """Capture every phase of a batch size, the whole round first: it loads the kernels of its passes."""
-        for phase in self.phases:
+        """Capture every phase of a batch size. The first one is warmed up: it loads the kernels of the others."""
+        for number, phase in enumerate(self.phases(size)):
             self._phase = phase
-            run, skipped = (self._round(forward), 1) if phase is Phase.ROUND else (forward, WARM_UPS)
+            run = self._round(forward) if phase is Phase.ROUND else forward
             if isinstance(self.backend, FullCudaGraphBackend):
-                run = _skipping(run, skipped)
+                run = _skipping(run, WARM_UPS if number else 1)
             super().capture_one_shape(size, run, stream_idx, phase.value, attention_variant)
 
     def get_spec_info(self, num_tokens: int) -> OrthrusBlockInput:
@@ -103,8 +109,9 @@ class OrthrusGraphRunner(DecodeCudaGraphRunner):
 
     def can_run_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether a graph of the batch's phase covers its size."""
-        block = forward_batch.spec_info
-        is_block = isinstance(block, OrthrusBlockInput) and block.phase in self.phases
+        block, size = forward_batch.spec_info, forward_batch.batch_size
+        padded = next((captured for captured in self.capture_bs if captured >= size), size)
+        is_block = isinstance(block, OrthrusBlockInput) and block.phase in self.phases(padded)
         return is_block and bool(super().can_run_graph(forward_batch))
 
     def _resolve_lora_variant(self, forward_batch: ForwardBatch) -> str:
@@ -158,7 +165,8 @@ class LargestGraphRunner(OrthrusGraphRunner):
             super().__init__(model_runner, **kwargs)
 
     def _worthwhile(self, sizes: Sequence[int], width: int) -> list[int]:
-        return worthwhile(sizes, width)
+        small = [size for size in sizes if size <= SMALL_BATCH]
+        return worthwhile(sorted({*small, *as_in_plain_decoding(sizes)}), width)
 
 
 class NarrowGraphRunner(LargestGraphRunner):

@@ -159,7 +159,7 @@ class DualViewRunner:
         """
         with self._at(batch.width):
             graphs = self._model_runner.decode_cuda_graph_runner
-            if Phase.ROUND not in getattr(graphs, "phases", ()):
+            if not isinstance(graphs, OrthrusGraphRunner):
                 return None
             prepared = self._prepare(batch, Phase.ROUND)
             if not graphs.can_run_graph(prepared.forward_batch):

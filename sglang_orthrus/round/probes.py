@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_orthrus.round.costs import BoolArray, FloatArray
+from sglang_orthrus.round.costs import FloatArray
 from sglang_orthrus.round.widths import likely_tokens
 
 # Rounds between two probes, and until a width that may well be better is tried again.
@@ -67,7 +67,6 @@ class Probes:
         tokens: FloatArray,
         seconds: FloatArray,
         rounds_seen: FloatArray,
-        allowed: BoolArray | None = None,
         rounds: int = 1,
     ) -> int | None:
         """The width to try in this round, by its index; None for no probe.
@@ -78,14 +77,13 @@ class Probes:
             tokens: [K] expected of the batch at every width.
             seconds: [K] of a round.
             rounds_seen: [K] how many rounds of its requests at every width the expectation rests on.
-            allowed: [K] which widths may be tried; None for all.
             rounds: since this was asked last, this one included; the others had the same width.
         """
         self._round += rounds
         self._last_round_of[current] = self._round
         token_seconds = float(seconds[current] / tokens[current])
         losses = np.maximum(0.0, seconds - tokens * token_seconds)
-        candidates = [width for width in self._candidates(current) if allowed is None or allowed[width]]
+        candidates = sorted(self._candidates(current))
         cheapest = min((lost for lost in losses[candidates].tolist() if isfinite(lost)), default=0.0)
         self._save_up(self._share * float(seconds[current]), rounds, cheapest)
         if self._round - self._last_probe < INTERVAL:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-# A request that fell behind its share is protected until it is so many tokens ahead of it.
-SLACK = 4.0
-# Its tokens per cycle may be higher than they look, by so many standard errors: it may have been unlucky ...
-STANDARD_ERRORS = 3.0
-# ... but hardly if it is so many tokens behind.
-SHORTFALL = 48.0
-FEW_STANDARD_ERRORS = 1.0
+import numpy as np
+
+from sglang_orthrus.round.costs import FloatArray
+
+# A request that is so many tokens behind its share counts twice, and one twice as far behind five times.
+SHORTFALL = 4.0
+# It is so many ahead at most: what was gained long ago is no reason to be slow for long.
+MOST_AHEAD = 8.0
 
 
 class SpeedFloor:
     """Keeps account of every request's tokens against its share of plain decoding's.
 
-    A request that falls behind is protected: widths that are slower for it than its share are out until it has caught
-    up. So a batch of both kinds alternates, and over its length no request gets much less than its share.
+    The further a request is behind, the more it counts when a width is chosen. So widths that are slow for it are out
+    when it is far behind, or when many like it are a little: single ones may have been unlucky. A batch of both kinds
+    alternates, and over its length no request gets much less than its share. Virtual queues do the same in Lyapunov
+    optimisation.
 
     Args:
         floor: the share of plain decoding's speed; 0 protects nobody.
@@ -28,22 +31,19 @@ class SpeedFloor:
         self.floor = floor
         self._max_requests = max_requests
         # Tokens ahead of the share.
-        self._credits: dict[Hashable, float] = {}
-        # Standard errors by which a protected request may have been unlucky.
-        self._protected: dict[Hashable, float] = {}
+        self._ahead: dict[Hashable, float] = {}
 
     def start(self, key: Hashable) -> None:
         """Keep account of a request from now on; nothing changes if it is known."""
-        if not self.floor or key in self._credits:
+        if not self.floor or key in self._ahead:
             return
-        if len(self._credits) >= self._max_requests:
-            self.forget(next(iter(self._credits)))
-        self._credits[key] = 0.0
+        if len(self._ahead) >= self._max_requests:
+            self.forget(next(iter(self._ahead)))
+        self._ahead[key] = 0.0
 
     def forget(self, key: Hashable) -> None:
         """Of a request that is over; one that is not known is ignored."""
-        self._credits.pop(key, None)
-        self._protected.pop(key, None)
+        self._ahead.pop(key, None)
 
     def observe(self, keys: Sequence[Hashable], accept_lens: Sequence[int], plain_steps: float) -> None:
         """Account for a round.
@@ -54,23 +54,15 @@ class SpeedFloor:
             plain_steps: its time, in plain steps of the same batch.
         """
         share = self.floor * plain_steps
-        credits, protected = self._credits, self._protected
+        ahead = self._ahead
         for key, accept_len in zip(keys, accept_lens, strict=True):
-            before = credits.get(key)
-            if before is None or accept_len < 1 or (before >= SLACK and accept_len >= share):
-                continue
-            # What was gained long ago is no reason to be slow for long.
-            ahead = credits[key] = min(SLACK, before + accept_len - share)
-            if ahead < -SHORTFALL:
-                protected[key] = FEW_STANDARD_ERRORS
-            elif ahead >= SLACK:
-                protected.pop(key, None)
-            elif ahead < 0.0 and (key not in protected or ahead >= SLACK - SHORTFALL):
-                protected[key] = STANDARD_ERRORS
+            before = ahead.get(key)
+            if before is not None and accept_len > 0:
+                ahead[key] = min(MOST_AHEAD, before + accept_len - share)
 
-    def protected(self, keys: Sequence[Hashable]) -> tuple[list[int], list[float]]:
-        """The protected ones among requests: their indexes, and standard errors that they may have been unlucky by."""
-        if not self._protected:
-            return [], []
-        indexes = [index for index, key in enumerate(keys) if key in self._protected]
-        return indexes, [self._protected[keys[index]] for index in indexes]
+    def weights(self, keys: Sequence[Hashable]) -> FloatArray:
+        """How much each request counts: [R], with a mean of 1."""
+        ahead = self._ahead
+        behind = np.array([-ahead.get(key, 0.0) for key in keys])
+        weights = 1.0 + np.square(np.maximum(behind, 0.0) / SHORTFALL)
+        return np.asarray(weights / weights.mean())

@@ -15,16 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sglang_orthrus.config import DEFAULT_SPEED_FLOOR
 from sglang_orthrus.round.acceptance_rates import AcceptanceRates
 from sglang_orthrus.round.cost_corrections import CostCorrections
-from sglang_orthrus.round.costs import BoolArray, FloatArray, RoundCosts
+from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.speed_floor import SpeedFloor
 from sglang_orthrus.round.width_report import WidthReport
-from sglang_orthrus.round.widths import PATIENCE, choose_width, fast_enough, likely_tokens
+from sglang_orthrus.round.widths import PATIENCE, choose_width
 
-# No kind of request falls below this share of plain decoding's speed for long.
-DEFAULT_FLOOR = 0.8
 # Of all rounds' time, what probes may cost. Single results vary; this keeps them within 3 %.
 DEFAULT_PROBE_SHARE = 0.02
 # When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
@@ -89,7 +88,7 @@ class WidthController:
         costs: of rounds of every width, timed at start-up; measured rounds correct them. With width 1 among them, the
             floor holds, be the width in use or not.
         widths: that rounds may have; None for all that were measured.
-        floor: share of plain decoding's speed below which no request is kept for long; 0 for none.
+        floor: share of plain decoding's speed that requests are kept at; 0 for none.
         probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
 
@@ -101,7 +100,7 @@ class WidthController:
         self,
         costs: RoundCosts,
         widths: Sequence[int] | None = None,
-        floor: float = DEFAULT_FLOOR,
+        floor: float = DEFAULT_SPEED_FLOOR,
         probe_share: float = DEFAULT_PROBE_SHARE,
         max_requests: int = 1024,
     ) -> None:
@@ -178,16 +177,12 @@ class WidthController:
         row = self._seconds_of(len(keys), kind, context)
         seconds = self._worthwhile_seconds(row, len(keys))
         tokens = self._rates.expected(keys)
-        rounds_seen = self._rates.rounds_seen(keys)
-        allowed = self._allowed(keys, tokens, rounds_seen, seconds, float(row[0]))
         totals = tokens.sum(0)
-        current, is_limited = self._choose(len(keys), totals, seconds, allowed)
+        current, is_limited = self._choose(keys, tokens, seconds)
         probe = None
         if self._probes is not None and not is_limited:
-            rounds_seen = rounds_seen.sum(0)
-            probe = self._probes.next(
-                current, len(keys), totals, seconds, rounds_seen, allowed, rounds=self._rounds_passed
-            )
+            rounds_seen = self._rates.rounds_seen(keys).sum(0)
+            probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen, rounds=self._rounds_passed)
         self._rounds_passed = 0
         width = self.widths[current if probe is None else probe]
         is_settled = width == 1 and not is_limited and not self._patience
@@ -267,11 +262,9 @@ class WidthController:
         self, keys: Sequence[Hashable], kind: Hashable, context: int | None, forced: Sequence[int]
     ) -> int:
         """The best width of a single round that has these tokens for certain."""
-        row = self._seconds_of(len(keys), kind, context)
-        seconds = self._worthwhile_seconds(row, len(keys))
+        seconds = self._worthwhile_seconds(self._seconds_of(len(keys), kind, context), len(keys))
         tokens = np.minimum(self._rates.expected(keys) + np.array(forced)[:, None], self.widths)
-        allowed = self._allowed(keys, tokens, self._rates.rounds_seen(keys), seconds, float(row[0]))
-        return self.widths[choose_width(tokens.sum(0), seconds, self._current, allowed, PATIENCE)]
+        return self.widths[choose_width(self._floor.weights(keys) @ tokens, seconds, self._current, PATIENCE)]
 
     def _worthwhile_seconds(self, row: FloatArray, num_requests: int) -> FloatArray:
         """[K]; infinite for widths that are out. row: of all widths that were measured."""
@@ -281,16 +274,19 @@ class WidthController:
         """Of a round at every width that was measured, as rounds take in traffic."""
         return self._costs.row(num_requests, context) * self._corrections.factors(kind, num_requests)
 
-    def _choose(
-        self, num_requests: int, totals: FloatArray, seconds: FloatArray, allowed: BoolArray | None
-    ) -> tuple[int, bool]:
-        """The next width by its index, current from then on, and whether the floor rules out a better one."""
+    def _choose(self, keys: Sequence[Hashable], tokens: FloatArray, seconds: FloatArray) -> tuple[int, bool]:
+        """The next width by its index, current from then on, and whether the floor rules out a better one.
+
+        tokens: [R, K] expected.
+        """
+        num_requests = len(keys)
         is_like_before = 1 / LARGE_CHANGE < num_requests / self._num_requests < LARGE_CHANGE
-        chosen = choose_width(totals, seconds, self._current if is_like_before else None, allowed, self._patience)
+        weighted = self._floor.weights(keys) @ tokens
+        chosen = choose_width(weighted, seconds, self._current if is_like_before else None, self._patience)
         if chosen != self._current or not is_like_before:
             self._num_requests = num_requests
-        best = int(np.argmax(totals / seconds))
-        is_limited = allowed is not None and not allowed[best]
+        best = int(np.argmax(weighted / seconds))
+        is_limited = best == chosen != int(np.argmax(tokens.sum(0) / seconds))
         self._num_limited += is_limited
         self._patience = 0 if best == chosen else self._patience + 1
         if chosen != self._current:
@@ -298,24 +294,6 @@ class WidthController:
             if self._probes is not None:
                 self._probes.width_changed()
         return chosen, is_limited
-
-    def _allowed(
-        self,
-        keys: Sequence[Hashable],
-        tokens: FloatArray,
-        rounds_seen: FloatArray,
-        seconds: FloatArray,
-        plain_seconds: float,
-    ) -> BoolArray | None:
-        """Which widths the floor allows: [K]; None for all."""
-        protected, errors = self._floor.protected(keys)
-        if not protected:
-            return None
-        likely = likely_tokens(tokens[protected], rounds_seen[protected].sum(1)[:, None], np.array(errors)[:, None])
-        allowed = fast_enough(likely, seconds, plain_seconds, self._floor.floor)
-        if not allowed.any():
-            allowed[0] = True
-        return None if allowed.all() else allowed
 
 
 def _behind(accept_len: int, num_forced: int) -> int:

@@ -27,7 +27,14 @@ from sglang_orthrus.compat.ledger import EXTENSION_POINT, SHARED_BY_WORKERS, dep
 from sglang_orthrus.compat.memory import largest_graph, use_graph_runner
 from sglang_orthrus.compat.model import replace_sampler
 from sglang_orthrus.compat.scheduler import DelayedPart
-from sglang_orthrus.config import WIDTHS, DraftMode, DualViewConfig, slow_mask_seconds, widths_from_env
+from sglang_orthrus.config import (
+    WIDTHS,
+    DraftMode,
+    DualViewConfig,
+    slow_mask_seconds,
+    speed_floor,
+    widths_from_env,
+)
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.across_ranks import GrammarsAcrossRanks
 from sglang_orthrus.grammar.batch import BlockGrammars
@@ -178,7 +185,9 @@ class OrthrusWorker(BaseSpecWorker):
         timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
         metrics = WidthMetrics(*_reporting(), timed)
         # Retracted requests are remembered, too.
-        controller = WidthController(costs, max_requests=2 * max_requests) if ranks.is_first() else None
+        controller = (
+            WidthController(costs, floor=speed_floor(), max_requests=2 * max_requests) if ranks.is_first() else None
+        )
         return Policy(
             *(self._widths, controller, metrics),
             is_shared=ranks.are_several(),

@@ -15,6 +15,7 @@ from sglang_orthrus.config import (
     DualViewConfig,
     is_orthrus,
     slow_mask_seconds,
+    speed_floor,
     widths_from_env,
 )
 from sglang_orthrus.server_args.flag_rules import REFUSED_IF_DERIVED, RULES
@@ -84,7 +85,7 @@ def environment_refusals() -> Iterator[str]:
         if variable.get() != served:
             setting = f"{variable.name}={os.environ.get(variable.name)}"
             yield f"{setting}: ORTHRUS does not support it; unset the environment variable."
-    for read in (DraftMode.from_env, slow_mask_seconds):
+    for read in (DraftMode.from_env, slow_mask_seconds, speed_floor):
         try:
             read()
         except ValueError as error:

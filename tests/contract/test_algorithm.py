@@ -225,6 +225,7 @@ def test_an_unsupported_environment_variable_is_named(
     [
         ("ORTHRUS_GRAMMAR_DRAFT=on", "use one of repair, off"),
         ("ORTHRUS_SLOW_MASK_MS=-1", "use milliseconds, 0 or more"),
+        ("ORTHRUS_SPEED_FLOOR=80", "use a share from 0, for none, to 1"),
     ],
 )
 def test_a_setting_that_does_not_exist_is_named(

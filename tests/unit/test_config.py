@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_orthrus.config import WIDTHS, DualViewConfig, is_orthrus, widths_from_env
+from sglang_orthrus.config import SPEED_FLOOR, WIDTHS, DualViewConfig, is_orthrus, speed_floor, widths_from_env
 
 
 def test_the_released_values_are_read() -> None:
@@ -63,3 +63,15 @@ def test_other_widths_are_refused_with_the_value_and_the_fix(value: str, monkeyp
     monkeypatch.setenv(WIDTHS, value)
     with pytest.raises(ValueError, match=f"ORTHRUS_WIDTHS={value}: .*32"):
         widths_from_env(32)
+
+
+def test_the_floor_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SPEED_FLOOR, raising=False)
+    assert speed_floor() == 0.87
+    for value in ("0", "0.5", "1"):
+        monkeypatch.setenv(SPEED_FLOOR, value)
+        assert speed_floor() == float(value)
+    for value in ("-0.1", "87", "nan", "low"):
+        monkeypatch.setenv(SPEED_FLOOR, value)
+        with pytest.raises(ValueError, match=f"ORTHRUS_SPEED_FLOOR={value}: use a share from 0, for none, to 1"):
+            speed_floor()

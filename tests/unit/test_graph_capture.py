@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import _ConfigBag
 
+from sglang_orthrus.core import Phase
 from sglang_orthrus.passes import cuda_graphs
 from sglang_orthrus.passes.cuda_graphs import (
     MOST_ROWS,
@@ -17,6 +19,7 @@ from sglang_orthrus.passes.cuda_graphs import (
     LargestGraphRunner,
     NarrowGraphRunner,
     OrthrusGraphRunner,
+    _captured_input,
     _skipping,
     as_in_plain_decoding,
     worthwhile,
@@ -67,7 +70,7 @@ def test_rounds_of_many_rows_are_not_captured() -> None:
 @pytest.mark.parametrize(
     ("named", "no_padding", "is_narrow", "expected"),
     [
-        (None, False, False, [*range(1, 9), *range(10, 33, 2)]),
+        (None, False, False, [*range(1, 9), 12, 16, 24, 32]),
         (None, False, True, [1, 2, 4, 8, 12, 16, 24, 32]),
         ([3, 200], False, True, [3, 200]),
         (None, True, True, SIZES),
@@ -95,3 +98,26 @@ def test_each_of_several_widths_has_fewer_graphs_unless_sizes_are_named(
     (NarrowGraphRunner if is_narrow else LargestGraphRunner)(None)
     assert found == [expected]
     assert graph.cuda_graph_config.decode.bs == (named or SIZES), "the next width begins with all of them"
+
+
+@pytest.mark.parametrize(
+    ("width", "fused"), [(1, [1, 2, 4, 8, 16, 32, 64, 128]), (8, [1, 2, 4, 8, 16, 32]), (32, [1, 2, 4, 8])]
+)
+def test_whole_rounds_that_draft_have_graphs_where_they_are_short(
+    width: int, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is padded to the next size, and runs in two graphs if that one has none for a whole round."""
+    monkeypatch.setattr(DecodeCudaGraphRunner, "can_run_graph", lambda self, batch: batch.batch_size <= 128)
+    runner = object.__new__(OrthrusGraphRunner)
+    runner.captured_req_width = width
+    runner.capture_bs = [1, 2, 4, 8, 16, 32, 64, 128]
+
+    def can_run(phase: Phase, size: int) -> bool:
+        batch: Any = SimpleNamespace(spec_info=_captured_input(phase, width), batch_size=size)
+        return runner.can_run_graph(batch)
+
+    for size in range(1, 140):
+        assert can_run(Phase.ROUND, size) == (size <= fused[-1])
+        assert can_run(Phase.VERIFY, size) == (size <= 128)
+        assert can_run(Phase.DRAFT, size) == (size <= 128 and width > 1)
+    assert [size for size in runner.capture_bs if runner.phases(size)[0] is Phase.ROUND] == fused

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.load.simulate import WIDTHS, measured_costs
+from sglang_orthrus.config import DEFAULT_SPEED_FLOOR
 from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.width_controller import DEFAULT_PROBE_SHARE, SETTLED_ROUNDS, WidthController
 
@@ -81,10 +82,11 @@ def test_without_width_one_in_use_the_floor_takes_the_narrowest() -> None:
     controller = WidthController(measured_costs(), (8, 32), probe_share=0.0)
     for key in ("good", "bad"):
         controller.start(key, key)
-    for _ in range(40):
-        width = controller.plan(["good", "bad"]).width
-        controller.observe(["good", "bad"], width, [width, 1])
-    assert controller.plan(["good", "bad"]).width == 8
+    widths = []
+    for _ in range(400):
+        widths.append(controller.plan(["good", "bad"]).width)
+        controller.observe(["good", "bad"], widths[-1], [widths[-1], 1])
+    assert widths[0] == 32 and widths[-1] == 8
 
 
 def test_a_width_that_was_not_measured_is_refused() -> None:
@@ -126,9 +128,9 @@ def test_a_slow_request_beside_fast_ones_keeps_its_share() -> None:
         controller.observe(keys, width, [*[min(width, 12)] * 31, 1])
         tokens, steps = tokens + 1, steps + costs.seconds(width, 32) / costs.seconds(1, 32)
         widths.append(width)
-    assert tokens / steps == pytest.approx(0.8, abs=0.03)
+    assert tokens / steps == pytest.approx(DEFAULT_SPEED_FLOOR, abs=0.03)
     # Width 8 brings the others most: so many of its rounds, which take 2.66 plain steps, leave the slow one its share.
-    assert np.mean(np.array(widths) > 1) == pytest.approx((1 / 0.8 - 1) / 1.66, abs=0.03)
+    assert np.mean(np.array(widths) > 1) == pytest.approx((1 / DEFAULT_SPEED_FLOOR - 1) / 1.66, abs=0.03)
     assert controller.report().num_limited > 1000
 
 
