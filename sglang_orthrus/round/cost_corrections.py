@@ -42,8 +42,9 @@ class CostCorrections:
     def factors(self, kind: Hashable, num_requests: int) -> FloatArray:
         """Of a batch at every width: [K], not to be written to.
 
-        A batch size that was not seen is as far off as the nearest one. A width that was not seen takes what it took at
-        start-up: so it is tried if that is promising, and then its factor is known.
+        A batch size that was not seen is as far off as the nearest one. A width that was hardly seen takes what it took
+        at start-up, or as much less as the one that was seen most: start-up may have been disturbed. So a width is
+        tried if it may be promising, and then its factor is known.
         """
         table = self._tables.get(kind)
         return np.ones(self._num_widths) if table is None else table.factors(_size(num_requests))
@@ -59,21 +60,28 @@ class _Table:
     """Factors by batch size and width, of one kind of round."""
 
     def __init__(self, num_widths: int) -> None:
-        # A column more: what stands for a width that was not seen.
-        self._factors = np.ones((_NUM_SIZES, num_widths + 1))
-        # Rounds that a factor rests on, and rounds of this size until the last of them.
-        self._rounds = np.zeros((_NUM_SIZES, num_widths + 1))
-        self._seen_at = np.zeros((_NUM_SIZES, num_widths + 1))
+        # Means of what was seen.
+        self._factors = np.ones((_NUM_SIZES, num_widths))
+        # Rounds that a mean rests on, and rounds of this size until the last of them.
+        self._rounds = np.zeros((_NUM_SIZES, num_widths))
+        self._seen_at = np.zeros((_NUM_SIZES, num_widths))
         self._clock = np.zeros((_NUM_SIZES, 1))
-        # By size: which of all factors stand for the widths.
+        self._columns = np.arange(num_widths)
+        # By size: the nearest one of every width that was seen.
         self._sources: dict[int, npt.NDArray[np.int64]] = {}
 
     def factors(self, size: int) -> FloatArray:
         """[K]."""
         if size not in self._sources:
-            self._sources[size] = self._nearest(size)
-        faded = 1.0 + (self._factors - 1.0) * np.exp2((self._seen_at - self._clock) / HALF_LIFE)
-        return np.asarray(faded.ravel()[self._sources[size]])
+            distance = np.abs(np.arange(_NUM_SIZES) - size)[:, None] + np.where(self._rounds > 0, 0, _NUM_SIZES)
+            self._sources[size] = distance.argmin(0)
+        at = (self._sources[size], self._columns)
+        means, rounds = self._factors[at], self._rounds[at]
+        fading = np.exp2((self._seen_at[at] - self._clock[at[0], 0]) / HALF_LIFE)
+        shares = fading * rounds / (rounds + START_UP_ROUNDS)
+        most = int(np.argmax(fading * rounds))
+        expected = min(1.0, 1.0 + float(shares[most] * (means[most] - 1.0)))
+        return np.asarray(expected + shares * (means - expected))
 
     def observe(self, size: int, width: int, factor: float) -> None:
         known = float(self.factors(size)[width])
@@ -81,18 +89,11 @@ class _Table:
             self._sources.clear()
         rounds = self._rounds[size, width] * np.exp2((self._seen_at - self._clock)[size, width] / HALF_LIFE)
         limited = min(max(factor, known / MOST_AT_ONCE), known * MOST_AT_ONCE)
-        weight = max(WEIGHT, 1.0 / (rounds + 1.0 + START_UP_ROUNDS))
-        self._factors[size, width] = known + weight * (limited - known)
+        weight = max(WEIGHT, 1.0 / (rounds + 1.0))
+        self._factors[size, width] += weight * (limited - self._factors[size, width])
         self._rounds[size, width] = rounds + 1.0
         self._clock[size] += 1.0
         self._seen_at[size, width] = self._clock[size, 0]
-
-    def _nearest(self, size: int) -> npt.NDArray[np.int64]:
-        seen = self._rounds[:, :-1] > 0
-        num_widths = seen.shape[1]
-        distance = np.abs(np.arange(_NUM_SIZES) - size)[:, None] + np.where(seen, 0, 2 * _NUM_SIZES)
-        columns = np.where(seen.any(0), np.arange(num_widths), num_widths)
-        return np.asarray(distance.argmin(0) * (num_widths + 1) + columns)
 
 
 def _size(num_requests: int) -> int:

@@ -21,6 +21,8 @@ from sglang_orthrus.sampling.logit_adjustments import are_adjusted
 _CONTEXT_ROUNDS = 16
 # In larger batches a wide round costs more than what grammars force of one request or another.
 _MOST_FORCED = 4
+# Rounds that are under way while a host streams what a round committed.
+_DEPTH = 2
 
 
 class CountsForced(Protocol):
@@ -123,6 +125,7 @@ class Policy:
         self._num_prefills = 0
         # Of the last result: when it was known, and prefills that had been queued before its round.
         self._observed_at, self._prefills_before = 0.0, -1
+        self._widths_before: deque[int] = deque(maxlen=_DEPTH)
         # Of the last round, which the next one mostly has again.
         self._reqs: list[Any] = []
         self._rids: list[str] = []
@@ -155,6 +158,10 @@ class Policy:
         measured = now - self._observed_at if self._prefills_before == self._num_prefills else None
         if self._runs_at_once and self._is_overlapping:
             measured = planned.seconds
+        # So many tokens keep a host busy that a GPU waits for it, or has long finished a narrow round.
+        if planned.width < max(self._widths_before, default=0):
+            measured = None
+        self._widths_before.append(planned.width)
         self._observed_at, self._prefills_before = now, planned.num_prefills
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [

@@ -9,7 +9,7 @@ import numpy as np
 from sglang_orthrus.round.costs import FloatArray
 
 # A request that is so many tokens behind its share counts twice, and one twice as far behind five times.
-SHORTFALL = 4.0
+SHORTFALL = 3.0
 # It is so many ahead at most: what was gained long ago is no reason to be slow for long.
 MOST_AHEAD = 8.0
 

@@ -74,6 +74,30 @@ def test_a_batch_size_that_was_not_seen_is_as_far_off_as_the_nearest() -> None:
     assert corrections.factors("other", 32).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_start_up_that_was_disturbed_does_not_hide_a_width() -> None:
+    """All took twice as long as they do, and one width alone is in use: the others may be as much faster."""
+    corrections = CostCorrections(3)
+    _learn(corrections, 32, 2, 0.5)
+    assert corrections.factors("kind", 32) == pytest.approx([0.5, 0.5, 0.5], rel=0.05)
+    corrections.observe("kind", 32, 1, 0.5)
+    assert corrections.factors("kind", 32) == pytest.approx([0.5, 0.5, 0.5], rel=0.05), "one round is enough to agree"
+
+
+def test_a_narrower_width_is_found_though_start_up_was_disturbed() -> None:
+    """Timed beside another server, all widths looked twice as slow. Width 8 is the best, 32 in use at first."""
+    true = {1: 0.005, 8: 0.010, 32: 0.030}
+    costs = RoundCosts({width: {1: 2 * seconds, 64: 2 * seconds} for width, seconds in true.items()})
+    controller = WidthController(costs, floor=0.0, probe_share=0.0)
+    keys = list(range(16))
+    for key in keys:
+        controller.start(key, "class")
+    widths = []
+    for _ in range(40):
+        widths.append(controller.plan(keys).width)
+        controller.observe(keys, widths[-1], [min(widths[-1], 7)] * 16, None, true[widths[-1]])
+    assert widths[-20:] == [8] * 20
+
+
 def test_a_width_that_takes_longer_than_at_start_up_is_left() -> None:
     """At start-up width 8 took twice a plain step. With grammars on the host it takes six times as long."""
     costs = RoundCosts({1: {1: 0.005, 64: 0.005}, 8: {1: 0.010, 64: 0.010}})

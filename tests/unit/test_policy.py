@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +37,16 @@ def batch_of(*requests: Request, has_grammar: bool = False) -> Any:
     return SimpleNamespace(reqs=list(requests), has_grammar=has_grammar, return_logprob=False, sampling_info=info)
 
 
-def recorded(controller: WidthController, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float | None]]:
-    """A policy's clock, to be set, and the times of rounds that its controller is told."""
+def recorded(
+    controller: WidthController, monkeypatch: pytest.MonkeyPatch, widths: Sequence[int] = (8,)
+) -> tuple[list[float], list[float | None]]:
+    """A policy's clock, to be set, and the times of rounds that its controller is told.
+
+    widths: that the controller chooses, in turn.
+    """
     now, measured = [0.0], list[float | None]()
+    chosen = cycle(widths)
+    monkeypatch.setattr(controller, "plan", lambda *args: RoundWidth(next(chosen), is_probe=False))
     monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
     stock = controller.observe
 
@@ -104,6 +112,22 @@ def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.M
             result(at)
     policy.plan(batch_of(request), can_defer=True)
     assert measured == [None, 1.0, 1.5, None, None, 1.0]
+
+
+def test_the_time_of_a_round_behind_a_wider_one_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host streams what the wider one committed, while the next two are queued and run."""
+    controller = WidthController(measured_costs(), WIDTHS)
+    now, measured = recorded(controller, monkeypatch, widths=[1, 1, 8, 1, 1, 1, 8, 16, 8, 1])
+    policy, request = Policy(WIDTHS, controller), Request("a")
+    policy.plan(batch_of(request), can_defer=True)
+    for _ in range(10):
+        now[0] += 1.0
+        policy.plan(batch_of(request), can_defer=True)
+        policy.observe([0])
+        request.take(1)
+    policy.plan(batch_of(request), can_defer=True)
+    # The first has no result before it.
+    assert measured == [None, 1.0, 1.0, None, None, 1.0, 1.0, 1.0, None, None]
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
