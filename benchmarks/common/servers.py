@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -43,11 +45,15 @@ class Side:
         self.starts = 0
 
     def start(self) -> None:
-        """Start or restart the server, if it is ours."""
+        """Start or restart the server, if it is ours; end the program if another one lacks a flag."""
         if self.server is not None:
             self.server.stop()
             self.server.start()
             self.starts += 1
+            return
+        info = requests.get(f"{self.url}/server_info", timeout=_HEALTH_SECONDS).json()
+        if lacking := lacking_flags(info):
+            sys.exit(f"{self.url}: start this server with {' and '.join(lacking)}")
 
     def stop(self) -> None:
         """Stop the server, if it is ours."""
@@ -73,6 +79,12 @@ class Side:
         lines = self.server.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         found = [line for line in lines if re.match(r"(\[[^]]*\] )?\w*(\.\w+)*(Error|Exception)\b", line)]
         return re.sub(r"^\[[^]]*\] ", "", found[-1])[:400] if found else ""
+
+
+def lacking_flags(info: Mapping[str, Any]) -> list[str]:
+    """Those of `COMMON_ARGS` that a server lacks, by its `/server_info`. Answers would look wrong without them."""
+    flags = [part for part in COMMON_ARGS if part.startswith("--")]
+    return [flag for flag in flags if not info.get(flag.removeprefix("--").replace("-", "_"))]
 
 
 class Sides:

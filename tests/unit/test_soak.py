@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.common.equality import Divergence
+from benchmarks.common.servers import lacking_flags
 from benchmarks.volume.soak.checks import check, compare, ranked_divergence
 from benchmarks.volume.soak.client import Answer, Reply, read_stream, read_whole
 from benchmarks.volume.soak.merge import judged_again, merged
@@ -24,6 +25,14 @@ GOOD = Answer("a b c d", [5, 6, 7, 8], "length", tokens=(3, 4, 0))
 
 def reply(*answers: Answer, **more: Any) -> Reply:
     return Reply(200, list(answers), **more)
+
+
+def test_flags_that_a_running_server_lacks_are_named() -> None:
+    """Without a parser tool calls stay text, and would count as failures."""
+    info = {"tool_call_parser": "qwen25", "enable_metrics": True, "enable_custom_logit_processor": True}
+    assert lacking_flags(info) == []
+    assert lacking_flags(info | {"tool_call_parser": None}) == ["--tool-call-parser"]
+    assert lacking_flags({}) == ["--tool-call-parser", "--enable-metrics", "--enable-custom-logit-processor"]
 
 
 # -- the generator
