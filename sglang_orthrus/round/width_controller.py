@@ -178,7 +178,7 @@ class WidthController:
         seconds = self._worthwhile_seconds(row, len(keys))
         tokens = self._rates.expected(keys)
         totals = tokens.sum(0)
-        current, is_limited = self._choose(keys, tokens, seconds)
+        current, is_limited = self._choose(keys, tokens, totals, seconds)
         probe = None
         if self._probes is not None and not is_limited:
             rounds_seen = self._rates.rounds_seen(keys).sum(0)
@@ -274,10 +274,16 @@ class WidthController:
         """Of a round at every width that was measured, as rounds take in traffic."""
         return self._costs.row(num_requests, context) * self._corrections.factors(kind, num_requests)
 
-    def _choose(self, keys: Sequence[Hashable], tokens: FloatArray, seconds: FloatArray) -> tuple[int, bool]:
+    def _choose(
+        self, keys: Sequence[Hashable], tokens: FloatArray, totals: FloatArray, seconds: FloatArray
+    ) -> tuple[int, bool]:
         """The next width by its index, current from then on, and whether the floor rules out a better one.
 
-        tokens: [R, K] expected.
+        Args:
+            keys: [R] its requests.
+            tokens: [R, K] expected of each.
+            totals: [K] of all.
+            seconds: [K] of a round.
         """
         num_requests = len(keys)
         is_like_before = 1 / LARGE_CHANGE < num_requests / self._num_requests < LARGE_CHANGE
@@ -286,7 +292,7 @@ class WidthController:
         if chosen != self._current or not is_like_before:
             self._num_requests = num_requests
         best = int(np.argmax(weighted / seconds))
-        is_limited = best == chosen != int(np.argmax(tokens.sum(0) / seconds))
+        is_limited = best == chosen != int(np.argmax(totals / seconds))
         self._num_limited += is_limited
         self._patience = 0 if best == chosen else self._patience + 1
         if chosen != self._current:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
 from sglang_orthrus.round.cost_corrections import HALF_LIFE, CostCorrections
 from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.width_controller import WidthController
+
+_KEYS = list(range(32))
 
 
 def test_nothing_is_corrected_before_anything_was_seen() -> None:
@@ -85,33 +89,38 @@ def test_a_start_up_that_was_disturbed_does_not_hide_a_width() -> None:
 
 def test_a_narrower_width_is_found_though_start_up_was_disturbed() -> None:
     """Timed beside another server, all widths looked twice as slow. Width 8 is the best, 32 in use at first."""
-    true = {1: 0.005, 8: 0.010, 32: 0.030}
+    true = {1: 0.005, 8: 0.010, 32: 0.012}
     costs = RoundCosts({width: {1: 2 * seconds, 64: 2 * seconds} for width, seconds in true.items()})
-    controller = WidthController(costs, floor=0.0, probe_share=0.0)
-    keys = list(range(16))
-    for key in keys:
-        controller.start(key, "class")
-    widths = []
-    for _ in range(40):
-        widths.append(controller.plan(keys).width)
-        controller.observe(keys, widths[-1], [min(widths[-1], 7)] * 16, None, true[widths[-1]])
-    assert widths[-20:] == [8] * 20
+    widths = _widths(_controller(costs), None, {1: 1, 8: 7, 32: 7}, true)
+    assert widths[0] == 32 and widths[-20:] == [8] * 20
 
 
 def test_a_width_that_takes_longer_than_at_start_up_is_left() -> None:
     """At start-up width 8 took twice a plain step. With grammars on the host it takes six times as long."""
     costs = RoundCosts({1: {1: 0.005, 64: 0.005}, 8: {1: 0.010, 64: 0.010}})
+    controller = _controller(costs)
+    widths = _widths(controller, "grammar", {1: 1, 8: 3}, {1: 0.005, 8: 0.030})
+    assert widths[0] == 8 and widths[-1] == 1
+    assert controller.plan(_KEYS, kind="no grammar").width == 8
+
+
+def _controller(costs: RoundCosts) -> WidthController:
     controller = WidthController(costs, floor=0.0, probe_share=0.0)
-    keys = list(range(32))
-    for key in keys:
+    for key in _KEYS:
         controller.start(key, "class")
+    return controller
+
+
+def _widths(
+    controller: WidthController, kind: str | None, accept_lens: Mapping[int, int], seconds: Mapping[int, float]
+) -> list[int]:
+    """Of 60 rounds, which commit so many tokens of each request and take so long at every width."""
     widths = []
     for _ in range(60):
-        width = controller.plan(keys, kind="grammar").width
+        width = controller.plan(_KEYS, kind=kind).width
         widths.append(width)
-        controller.observe(keys, width, [3 if width == 8 else 1] * 32, "grammar", {1: 0.005, 8: 0.030}[width])
-    assert widths[0] == 8 and widths[-1] == 1
-    assert controller.plan(keys, kind="no grammar").width == 8
+        controller.observe(_KEYS, width, [accept_lens[width]] * len(_KEYS), kind, seconds[width])
+    return widths
 
 
 def _learn(corrections: CostCorrections, num_requests: int, width: int, factor: float) -> None:
