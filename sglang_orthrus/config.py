@@ -127,14 +127,7 @@ def slow_mask_seconds(is_cpu: bool = False) -> float:
     Raises:
         ValueError: naming the value and the fix.
     """
-    value = os.environ.get(SLOW_MASK_MS, "100" if is_cpu else "10")
-    try:
-        milliseconds = float(value)
-    except ValueError:
-        milliseconds = -1.0
-    if not milliseconds >= 0:
-        raise ValueError(f"{SLOW_MASK_MS}={value}: use milliseconds, 0 or more, or unset it.")
-    return milliseconds / 1e3
+    return _number(SLOW_MASK_MS, 100.0 if is_cpu else 10.0, "milliseconds, 0 or more", at_most=float("inf")) / 1e3
 
 
 def speed_floor() -> float:
@@ -145,11 +138,16 @@ def speed_floor() -> float:
     Raises:
         ValueError: naming the value and the fix.
     """
-    value = os.environ.get(SPEED_FLOOR, str(DEFAULT_SPEED_FLOOR))
+    return _number(SPEED_FLOOR, DEFAULT_SPEED_FLOOR, "a share from 0, for none, to 1", at_most=1.0)
+
+
+def _number(name: str, default: float, meaning: str, at_most: float) -> float:
+    """An environment variable's number from 0 on."""
+    value = os.environ.get(name, str(default))
     try:
-        share = float(value)
+        number = float(value)
     except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise ValueError(f"{SPEED_FLOOR}={value}: use a share from 0, for none, to 1, or unset it.")
-    return share
+        number = -1.0
+    if not 0 <= number <= at_most:
+        raise ValueError(f"{name}={value}: use {meaning}, or unset it.")
+    return number
