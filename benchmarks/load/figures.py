@@ -1,8 +1,9 @@
 """Figures of a run from what the recorder wrote. Pure: no server.
 
-A result is a decode step, a round or a prefill. Its time is that since the result before it. Speeds count decode
-results between two others. A result behind a prefill's waited for the prefill to run, and one before it until the host
-had queued the prefill, which takes tens of milliseconds without CUDA graphs.
+A result is a decode step, a round or a prefill. Its time is that since the result before it. A decode result behind a
+prefill's waited for the prefill to run, and one before it until the host had queued the prefill, which takes tens of
+milliseconds without CUDA graphs. Such a result counts with the time of others of its width. To leave it out would leave
+out most first rounds of requests, which are often their best.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from statistics import fmean
 from typing import Any, NamedTuple
 
 # Servers that are compared.
 ADAPTIVE, PLAIN = "adaptive", "plain"
 # Results of fewer requests, as a share of the concurrency, come before the first or after the last requests.
 FULL = 0.6
+# A result beside a prefill takes the mean time of so many others, with about as many requests.
+_ALIKE = 4
 
 
 class Result(NamedTuple):
@@ -54,12 +58,7 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
     - `kinds`: by kind, tokens per second of one request, and tokens per cycle;
     - `widths`: rounds and mean milliseconds of a round by width.
     """
-    rows = [
-        (result, result.at - before.at)
-        for before, result, after in zip(results, results[1:], [*results[2:], None], strict=False)
-        if before.is_decode and result.is_decode and (after is None or after.is_decode)
-        if result.requests >= FULL * concurrency
-    ]
+    rows = _timed(results, FULL * concurrency)
     request_seconds = sum(result.requests * seconds for result, seconds in rows)
     tokens = sum(result.tokens for result, _ in rows)
     request_rounds = sum(count for result, _ in rows for count, committed in result.kinds.values() if committed)
@@ -71,6 +70,24 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
         "kinds": _by_kind(rows),
         "widths": _by_width(rows),
     }
+
+
+def _timed(results: Sequence[Result], least: float) -> list[tuple[Result, float]]:
+    """Decode results of so many requests, and their times; those are left out for which no other one tells."""
+    known, unknown = list[tuple[Result, float]](), list[Result]()
+    for before, result, after in zip([None, *results], results, [*results[1:], None], strict=False):
+        if not result.is_decode or result.requests < least:
+            continue
+        if before is not None and before.is_decode and (after is None or after.is_decode):
+            known.append((result, result.at - before.at))
+        else:
+            unknown.append(result)
+    found = list(known)
+    for result in unknown:
+        alike = [(abs(other.requests - result.requests), took) for other, took in known if other.width == result.width]
+        if alike:
+            found.append((result, fmean(took for _, took in sorted(alike)[:_ALIKE])))
+    return found
 
 
 def _by_kind(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float | None]]:

@@ -30,6 +30,10 @@ class FixedWidth:
     def __init__(self, width: int) -> None:
         self._width = width
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Nobody needs to be started."""
+        return True
+
     def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
         """Nothing."""
 

@@ -20,10 +20,12 @@ from sglang_orthrus.grammar.cursor import Cursor, Ids
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
-from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller, NextRow
+from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
+from sglang_orthrus.grammar.next_masks import LateMask, NextMaskFiller, NextRow
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
-from sglang_orthrus.grammar.slow_masks import Deadline, LookCost
+from sglang_orthrus.grammar.slow_masks import Deadline
+from sglang_orthrus.grammar.threads import ThreadTeam, available_cores
 from sglang_orthrus.grammar.token_text import TokenText
 from sglang_orthrus.metrics import GrammarMetrics
 
@@ -35,6 +37,11 @@ NUM_CANDIDATES = 64
 MIN_REPAIR_SECONDS = 0.005
 # And what it forces is looked for this long before a round, per request. Mostly it takes some ten microseconds.
 MAX_FORCED_SECONDS = 0.0005
+
+
+# On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
+# slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
+MAX_THREADS = 12
 
 
 class RepairedDrafts(NamedTuple):
@@ -81,7 +88,7 @@ class NextMasks(NamedTuple):
 
     mask: GrammarMask
     host: torch.Tensor
-    late: dict[int, NextRow]
+    late: dict[int, LateMask]
 
 
 class CandidatesCopy:
@@ -138,18 +145,14 @@ class BlockGrammars:
         self._metrics = metrics
         self._slow_seconds = slow_seconds
         self._buffers = BlockBuffers(max_width, device)
-        self._filler = MaskFiller(slow_seconds)
+        team = ThreadTeam(min(MAX_THREADS, available_cores()), "orthrus-grammar")
+        self._filler, self._next_filler = MaskFiller(slow_seconds, team), NextMaskFiller(slow_seconds, team)
         self._scratch: torch.Tensor | None = None
 
     @property
     def num_candidates(self) -> int:
         """How many candidates per position a repair needs; the first is the draft."""
         return NUM_CANDIDATES if self._max_repairs else 1
-
-    @property
-    def look_cost(self) -> LookCost:
-        """To be told of rounds that draft nothing, and of their looks at `NextMasks.late`."""
-        return self._filler.look_cost
 
     def rows_of(self, reqs: Sequence[Any]) -> list[int]:
         """Rows of the requests whose grammars matter in this round."""
@@ -235,7 +238,7 @@ class BlockGrammars:
         """What may follow the committed text of every constrained request: one row each.
 
         For rounds that draft nothing. Host work, while a GPU verifies. SGLang has XGrammar fill one mask after the
-        other. Here several threads do it, and masks of slow grammars may be left out at first: see `late_masks`.
+        other. Here several threads do it, and slow masks may be missing at first: see `late_masks`.
 
         Args:
             reqs: the batch.
@@ -252,12 +255,12 @@ class BlockGrammars:
         to_fill = [
             NextRow(cursor_of(entry.grammar, self.text, mask), mask) for entry, mask in zip(entries, own, strict=True)
         ]
-        late: dict[int, NextRow] = {}
+        late: dict[int, LateMask] = {}
         if any(isinstance(row.cursor, GuidanceCursor) for row in to_fill):
             grammars[0].fill_vocab_mask_batched(entries, masks)
         else:
             places = [place for place, entry in enumerate(entries) if entry.row in skippable]
-            late = {entries[place].row: to_fill[place] for place in self._filler.fill_next(to_fill, places)}
+            late = {entries[place].row: mask for place, mask in self._next_filler.fill(to_fill, places).items()}
         return NextMasks(self._on_device(grammars[0], masks), masks, late)
 
     def late_masks(self, masks: NextMasks, chosen: Mapping[int, int]) -> GrammarMask | None:
@@ -265,7 +268,7 @@ class BlockGrammars:
 
         chosen: the tokens of the requests in `masks.late`, by their numbers.
         """
-        if not self._filler.fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
+        if not self._next_filler.fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
             return None
         return self._on_device(masks.mask.grammar, masks.host)
 

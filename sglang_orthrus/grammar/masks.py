@@ -12,27 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Cursor, Ids, Match, allow_only
+from sglang_orthrus.grammar.cursor import Cursor, Ids, Match, allow_only
 from sglang_orthrus.grammar.llguidance import GuidanceCursor, fill_blocks
 from sglang_orthrus.grammar.mask_buffers import HostBlocks, Slot
 from sglang_orthrus.grammar.repair import Repair
-from sglang_orthrus.grammar.slow_masks import ExpectedWaits, LookCost, SlowGrammars, TimeShares
-from sglang_orthrus.grammar.threads import Job, ThreadTeam, available_cores
+from sglang_orthrus.grammar.slow_masks import SlowGrammars, TimeShares
+from sglang_orthrus.grammar.threads import Job, ThreadTeam
 
-# On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
-# slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
-MAX_THREADS = 12
 # Masks that are needed get so much time in any case; few are.
 MIN_NEEDED_SECONDS = 0.01
-
-# One mask of each request mostly takes microseconds, less than other threads take to wake up. After so long they are
-# asked to help.
-ALONE_SECONDS = 0.0003
-
-# Of a round's time for masks. A GPU verifies for about as long meanwhile, so a mask that takes no longer costs nothing.
-HIDDEN_SHARE = 0.5
-# The same of what it costs to look at chosen tokens before the next round, until some looks were timed.
-LOOK_SHARE = 0.4
 
 # For some requests, by their numbers among the constrained ones: [n, Q].
 BestOf = Callable[[Sequence[int]], Ids]
@@ -43,13 +31,6 @@ class ConstrainedBlock(NamedTuple):
 
     cursor: Cursor
     repair: Repair
-
-
-class NextRow(NamedTuple):
-    """Where a mask is to be filled: a cursor, and the mask of what may come next, [1, W] int32 on the CPU."""
-
-    cursor: Cursor
-    mask: torch.Tensor
 
 
 class Filled(NamedTuple):
@@ -82,19 +63,13 @@ class MaskFiller:
 
     Args:
         seconds: the time of a round.
-
-    Attributes:
-        look_cost: to be told of looks.
+        team: fills masks side by side: engines do it outside the interpreter's lock.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, team: ThreadTeam) -> None:
         self._seconds = seconds
-        self.look_cost = LookCost(LOOK_SHARE * seconds)
         self._slow = SlowGrammars()
-        self._waits = ExpectedWaits()
-        # The engines fill masks outside the interpreter's lock.
-        self._num_threads = min(MAX_THREADS, available_cores())
-        self._team = ThreadTeam(self._num_threads, "orthrus-grammar")
+        self._team = team
 
     def fill(
         self,
@@ -137,7 +112,7 @@ class MaskFiller:
             numbers = sorted(sparse)
             best = best_of(numbers)
             started = time.perf_counter()
-            shares = TimeShares(max(self._seconds - seconds, MIN_NEEDED_SECONDS), len(numbers), self._num_threads)
+            shares = TimeShares(max(self._seconds - seconds, MIN_NEEDED_SECONDS), len(numbers), self._team.size)
             self._team.run(
                 [
                     partial(_fill_where_refused, host.slots[number], blocks[number], number, own, shares, limits)
@@ -146,50 +121,6 @@ class MaskFiller:
             )
             seconds += time.perf_counter() - started
         return Filled(limits, sum(limits[number] == num_drafts for number in sparse), seconds)
-
-    def fill_next(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> list[int]:
-        """Fill one mask at each of some cursors, or let it allow all if that is expected to be faster.
-
-        Args:
-            rows: where to fill.
-            skippable: see `fill`: numbers of rows.
-
-        Returns:
-            Numbers of the rows that allow all: `fill_refused` is to be told what was chosen there.
-        """
-        keys = {number: key for number in skippable if (key := rows[number].cursor.key) is not None}
-        left_out = self._waits.not_worth(keys, self.look_cost.seconds)
-        waits: list[tuple[int, float]] = []
-
-        def fill(number: int) -> None:
-            cursor, mask = rows[number]
-            started = time.thread_time()
-            cursor.fill(mask)
-            if number in keys:
-                seconds = time.thread_time() - started
-                waits.append((keys[number], max(0.0, seconds - HIDDEN_SHARE * self._seconds)))
-
-        for number in left_out:
-            rows[number].mask.fill_(ALL_ALLOWED)
-        started = time.perf_counter()
-        left = iter(sorted(set(range(len(rows))).difference(left_out)))
-        for number in left:
-            fill(number)
-            if time.perf_counter() - started > ALONE_SECONDS:
-                break
-        self._team.run([partial(fill, number) for number in left])
-        for key, seconds in waits:
-            self._waits.learn(key, seconds)
-        return left_out
-
-    def fill_refused(self, rows: Sequence[NextRow], chosen: Sequence[int]) -> bool:
-        """Fill the masks that refuse what was chosen while they allowed all. Returns whether there are any.
-
-        A token that a grammar allows is chosen with its mask, too.
-        """
-        refused = [row for row, token in zip(rows, chosen, strict=True) if not _allows(row.cursor, token)]
-        self._team.run([partial(cursor.fill, mask) for cursor, mask in refused])
-        return bool(refused)
 
     def _fill_blocks(
         self, host: HostBlocks, blocks: Sequence[ConstrainedBlock | None], but: Collection[int]
@@ -203,7 +134,7 @@ class MaskFiller:
             if isinstance(block.cursor, GuidanceCursor)
         ]
         others = [(number, block) for number, block in wanted if not isinstance(block.cursor, GuidanceCursor)]
-        shares = TimeShares(self._seconds, len(others) + bool(guided), self._num_threads)
+        shares = TimeShares(self._seconds, len(others) + bool(guided), self._team.size)
         # The longest first, so that the threads end together.
         others.sort(key=lambda one: one[1].repair.match.length, reverse=True)
         fills: list[Job] = [
@@ -247,13 +178,6 @@ def _fill_guided(
     for number, _, match in guided:
         filled[number] = block
         _close_end(host.slots[number], match)
-
-
-def _allows(cursor: Cursor, token: int) -> bool:
-    """Whether a token may come next."""
-    match = cursor.advance([token])
-    cursor.rollback(match.num_moved)
-    return match.length == 1
 
 
 def _close_end(slot: Slot, match: Match) -> None:

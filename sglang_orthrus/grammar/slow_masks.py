@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from math import isfinite
 
 # So many slow blocks make a grammar slow: one alone may be the machine's fault.
@@ -45,84 +44,6 @@ class SlowGrammars:
 
     def __len__(self) -> int:
         return len(self._slow_blocks)
-
-
-# Weight of a new mask in the mean of its grammar. Slow masks are rare, one in tens.
-_WEIGHT = 1 / 64
-# What a mean loses in a round that does not look, so that a grammar is tried again.
-_FORGOTTEN = 1 / 1000
-# Of what it costs to leave masks out. A mean below it is not worth it.
-_LEAST_SHARE = 1 / 64
-
-
-class ExpectedWaits:
-    """How long a mask of each grammar is expected to keep a round waiting. Not for several threads at once."""
-
-    def __init__(self) -> None:
-        # Seconds by key; the one that was learnt least recently is first. Grammars that never were slow are not listed.
-        self._means: OrderedDict[int, float] = OrderedDict()
-
-    def learn(self, key: int, seconds: float) -> None:
-        """What one mask of a grammar cost."""
-        mean = self._means.pop(key, 0.0)
-        if mean or seconds:
-            self._means[key] = mean + _WEIGHT * (seconds - mean)
-        if len(self._means) > MAX_GRAMMARS:
-            self._means.popitem(last=False)
-
-    def not_worth(self, keys: Mapping[int, int], cost: float) -> list[int]:
-        """The requests of a round whose masks are better left out; none if all together wait for less than it costs.
-
-        keys: of requests' grammars by request; cost: in seconds.
-        """
-        means = {request: mean for request, key in keys.items() if (mean := self._means.get(key, 0.0)) > 0.0}
-        if sum(means.values()) <= cost:
-            return []
-        left_out = [request for request, mean in means.items() if mean > _LEAST_SHARE * cost]
-        for key in {keys[request] for request in left_out}:
-            self._means[key] *= 1 - _FORGOTTEN
-        return left_out
-
-
-# Weight of a new look in the mean; one look counts as at most so many times the mean.
-_LOOK_WEIGHT, _MOST_AT_ONCE = 1 / 8, 2.0
-# What the mean loses of its distance from the first guess in a round without a look, so that looks are tried again.
-_LOOK_FORGOTTEN = 1 / 1000
-
-
-class LookCost:
-    """What it costs to look at chosen tokens before the next round is queued, where rounds draft nothing.
-
-    The host waits for a GPU then, and until it has queued the next pass the GPU waits for the host. Without looks both
-    work side by side. So a look costs the shorter of the two waits; on a CPU that is none.
-
-    Args:
-        seconds: a first guess.
-
-    Attributes:
-        seconds: what a look is expected to cost.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = self._first = seconds
-        # When the last round's look was over, and how long the GPU has waited since then; None if there was none.
-        self._looked_at: float | None = None
-        self._idle: float | None = None
-
-    def queued(self) -> None:
-        """The pass of a round is queued that may look at what it chooses."""
-        self._idle = None if self._looked_at is None else time.perf_counter() - self._looked_at
-        if self._looked_at is None:
-            self.seconds += _LOOK_FORGOTTEN * (self._first - self.seconds)
-        self._looked_at = None
-
-    def looked(self, waited: float) -> None:
-        """The round looked. waited: seconds for its pass."""
-        if self._idle is not None:
-            found = min(self._idle, waited)
-            self.seconds += _LOOK_WEIGHT * (min(found, _MOST_AT_ONCE * self.seconds) - self.seconds)
-            self._idle = None
-        self._looked_at = time.perf_counter()
 
 
 class TimeShares:

@@ -6,14 +6,60 @@ took 0.3 to 0.5 ms more (docs/log.md).
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from weakref import WeakSet
 
-Job = Callable[[], None]
-Ends = SimpleQueue[BaseException | None]
+Job = Callable[[], object]
+# The number of a job that is over, and what it raised.
+Ends = SimpleQueue[tuple[int, BaseException | None]]
+# When the process ends, helpers have so long.
+MAX_FINISH_SECONDS = 5.0
+
+
+class StartedJobs:
+    """Jobs that helpers run while the thread that started them goes on; it alone may wait for them.
+
+    Args:
+        count: how many there are.
+        ends: where helpers tell of them.
+    """
+
+    def __init__(self, count: int, ends: Ends) -> None:
+        self._left = set(range(count))
+        self._ends = ends
+
+    def wait(self, seconds: float) -> frozenset[int]:
+        """Wait for all, at most so long. Returns the numbers of those that are not known to be done.
+
+        What a job raised is raised here.
+        """
+        end = time.perf_counter() + seconds
+        while self._left:
+            left = end - time.perf_counter()
+            try:
+                self._take(*(self._ends.get(timeout=left) if left > 0 else self._ends.get_nowait()))
+            except Empty:
+                break
+        return frozenset(self._left)
+
+    def wait_for(self, number: int) -> None:
+        """Wait for one, and raise what a job raised until then."""
+        while number in self._left:
+            self._take(*self._ends.get())
+
+    def _take(self, number: int, problem: BaseException | None) -> None:
+        self._left.discard(number)
+        if problem is not None:
+            raise problem
+
+
+_TEAMS: WeakSet[ThreadTeam] = WeakSet()
 
 
 class ThreadTeam:
@@ -25,39 +71,68 @@ class ThreadTeam:
     """
 
     def __init__(self, size: int, name: str) -> None:
-        self._size = size
+        self.size = size
         self._name = name
-        self._calls = SimpleQueue[tuple[Iterator[Job], Ends]]()
+        self._calls = SimpleQueue[tuple[Iterator[tuple[int, Job]], Ends]]()
         self._num_helpers = 0
+        # Idents of those that work.
+        self._busy = set[int]()
+        _TEAMS.add(self)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run all jobs, each thread taking the next one. Raise what a job raises once all are done."""
-        queue, ends = iter(jobs), Ends()
-        num_helpers = min(self._size, len(jobs)) - 1
-        while self._num_helpers < num_helpers:
+        queue, ends = enumerate(jobs), Ends()
+        self._call(min(self.size, len(jobs)) - 1, queue, ends)
+        _work(queue, ends)
+        # A helper that wakes up late finds nothing left to do, and nobody waits for it.
+        problems = [problem for _, problem in (ends.get() for _ in jobs) if problem is not None]
+        if problems:
+            raise problems[0]
+
+    def start(self, jobs: Sequence[Job], most: int) -> StartedJobs:
+        """Have at most so many helpers run all jobs, each taking the next one."""
+        queue, ends = enumerate(jobs), Ends()
+        self._call(min(most, len(jobs)), queue, ends)
+        return StartedJobs(len(jobs), ends)
+
+    def _call(self, num_helpers: int, queue: Iterator[tuple[int, Job]], ends: Ends) -> None:
+        # Those that work may have a long job.
+        while self._num_helpers < min(max(1, self.size - 1), len(self._busy) + num_helpers):
             threading.Thread(target=self._help, name=f"{self._name}-{self._num_helpers}", daemon=True).start()
             self._num_helpers += 1
         for _ in range(num_helpers):
             self._calls.put((queue, ends))
-        _work(queue, ends)
-        # A helper that wakes up late finds nothing left to do, and nobody waits for it.
-        problems = [problem for _ in jobs if (problem := ends.get()) is not None]
-        if problems:
-            raise problems[0]
+
+    def finish(self, seconds: float = MAX_FINISH_SECONDS) -> None:
+        """Wait until no helper works, at most so long."""
+        end = time.perf_counter() + seconds
+        while self._busy and time.perf_counter() < end:
+            time.sleep(0.001)
 
     def _help(self) -> None:
+        ident = threading.get_ident()
         while True:
-            _work(*self._calls.get())
+            call = self._calls.get()
+            self._busy.add(ident)
+            _work(*call)
+            self._busy.discard(ident)
 
 
-def _work(jobs: Iterator[Job], ends: Ends) -> None:
-    for job in jobs:
+@atexit.register
+def _finish_all() -> None:
+    """An engine's thread that finds no interpreter any more aborts the process."""
+    for team in list(_TEAMS):
+        team.finish()
+
+
+def _work(jobs: Iterator[tuple[int, Job]], ends: Ends) -> None:
+    for number, job in jobs:
         try:
             job()
         except BaseException as problem:  # noqa: BLE001 (the caller raises it)
-            ends.put(problem)
+            ends.put((number, problem))
         else:
-            ends.put(None)
+            ends.put((number, None))
 
 
 def available_cores(root: Path = Path("/")) -> int:

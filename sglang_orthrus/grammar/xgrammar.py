@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import isfinite
 from typing import Any, NamedTuple
@@ -184,6 +184,11 @@ class XGrammarCursor:
     def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""
         self._matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, masks[:1])
+
+    def copied_fill(self) -> Callable[[torch.Tensor], object]:
+        """What fills a mask as `fill` does here, in any thread, and wherever the grammar goes meanwhile."""
+        matcher = self._matcher.fork()
+        return lambda mask: matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, mask)
 
     def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> int:
         """See `Cursor`. XGrammar says whether it is done, but not how far it came: the rows tell."""

@@ -79,7 +79,7 @@ class _Result(NamedTuple):
         planned: the round.
         measured: seconds since the result before it; None if a prefill ran or was queued meanwhile.
         accept_lens: tokens that it committed of each request; 0 where it does not count.
-        text_lens: tokens of their texts before.
+        text_lens: tokens of their texts before; none for rounds that draft nothing.
     """
 
     planned: _Planned
@@ -168,7 +168,9 @@ class Policy:
             0 if req.finished() or req.is_retracted else accepted + 1
             for req, accepted in zip(planned.reqs, num_accepted, strict=True)
         ]
-        self._result = _Result(planned, measured, lens, [text_length(req) for req in planned.reqs])
+        # Where nothing is drafted nothing lies behind a text's end.
+        text_lens = [text_length(req) for req in planned.reqs] if planned.width > 1 else []
+        self._result = _Result(planned, measured, lens, text_lens)
 
     def note_prefill(self, running: Iterable[Any] = ()) -> None:
         """A prefill is queued before the next round. running: requests that take a token each from it."""
@@ -188,11 +190,12 @@ class Policy:
         if self._result is not None:
             planned, measured, accept_lens, before = self._result
             self._result = None
-            after = map(text_length, planned.reqs)
-            lens = [min(length, new - old) for length, new, old in zip(accept_lens, after, before, strict=True)]
             width, has_grammar = planned.width, planned.has_grammar
+            if width > 1:
+                after = map(text_length, planned.reqs)
+                accept_lens = [min(own, new - old) for own, new, old in zip(accept_lens, after, before, strict=True)]
             result = self._controller.observe(
-                planned.rids, width, lens, has_grammar, measured, planned.context, planned.forced
+                planned.rids, width, accept_lens, has_grammar, measured, planned.context, planned.forced
             )
             if self._metrics is not None:
                 self._metrics.count(WidthFigures(width, planned.is_probe, *result), self._controller.report)
@@ -210,6 +213,8 @@ class Policy:
         self._learn()
         if reqs != self._reqs:
             for req in reqs:
+                if req.rid in self._controller:
+                    continue
                 is_constrained = req.grammar is not None
                 self._controller.start(req.rid, (is_constrained, req.sampling_params.top_k > 1), is_constrained)
             self._reqs, self._rids = list(reqs), [req.rid for req in reqs]

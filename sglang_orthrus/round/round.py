@@ -9,7 +9,6 @@ For a request with C committed tokens and a block of Q:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -125,8 +124,6 @@ class Round:
 
         prepared = self._passes.prepare_verify(batch, draft)
         verify = self._passes.verify(prepared, drafts.block) if draft is None else None
-        if constrained and verify is not None:
-            self._grammars.look_cost.queued()
         path = RoundPath.SPLIT if draft is None or draft.replayed else RoundPath.EAGER
         return BegunRound(
             batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, verify, path
@@ -198,9 +195,7 @@ class Round:
 
     def _late_masks(self, masks: NextMasks, constrained: Sequence[int], verdict: Verdict) -> RowMasks | None:
         """Masks with which to choose again, if some that were left out refuse what was chosen."""
-        began = time.perf_counter()
-        chosen = verdict.bonus.tolist()  # waits for verification, as no mask would have been faster
-        self._grammars.look_cost.looked(time.perf_counter() - began)
+        chosen = verdict.bonus.tolist()  # waits for verification, as a slow mask takes longer
         late = self._grammars.late_masks(masks, {number: chosen[constrained[number]] for number in masks.late})
         return None if late is None else RowMasks(late, constrained)
 

@@ -28,8 +28,10 @@ from sglang_orthrus.round.widths import PATIENCE, choose_width
 DEFAULT_PROBE_SHARE = 0.02
 # When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
 LARGE_CHANGE = 1.5
-# Plain decoding teaches nothing about drafts, so a batch for which it is best keeps it for so many rounds.
+# Plain decoding teaches nothing about drafts, so a batch for which it is best keeps it for so many rounds, while few
+# requests join or end: at most this share.
 SETTLED_ROUNDS = 8
+FEW = 1 / 8
 
 
 class RoundWidth(NamedTuple):
@@ -67,18 +69,25 @@ class _Settled:
     """A batch that decodes plainly for some more rounds.
 
     Attributes:
-        keys: its requests.
+        num_requests: when the width was chosen.
         kind: of its rounds.
-        row: what they cost.
+        row: what they cost then.
+        num_joined: requests that joined since then.
         rounds_left: for which no width is chosen.
         is_time_wanted: whether the time of its next round is to be learnt.
     """
 
-    keys: Sequence[Hashable]
+    num_requests: int
     kind: Hashable
     row: FloatArray
+    num_joined: int = 0
     rounds_left: int = SETTLED_ROUNDS - 1
     is_time_wanted: bool = True
+
+    def holds_for(self, num_requests: int, kind: Hashable) -> bool:
+        """Whether a batch is about the same."""
+        few = FEW * self.num_requests
+        return kind == self.kind and self.num_joined <= few and abs(num_requests - self.num_requests) <= few
 
 
 class WidthController:
@@ -127,6 +136,10 @@ class WidthController:
         self._seconds = self._plain_seconds = 0.0
         self._num_limited = 0
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a request is remembered."""
+        return key in self._rates
+
     def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
         """Of a request that joins the batch; nothing changes if it is known.
 
@@ -135,6 +148,8 @@ class WidthController:
             request_class: what new requests of its like have in common, such as (has a grammar, is sampled).
             is_bursty: whether parts of its text may draft far better than the rest.
         """
+        if self._settled is not None and key not in self:
+            self._settled.num_joined += 1
         self._rates.start(key, request_class, is_bursty)
         self._floor.start(key)
 
@@ -169,7 +184,7 @@ class WidthController:
             if width > 1:
                 self._rounds[width] += 1
                 return RoundWidth(width, is_probe=False, is_forced=True)
-        settled = self._settled_for(keys, kind)
+        settled = self._settled_for(len(keys), kind)
         if settled is not None and settled.rounds_left:
             settled.rounds_left -= 1
             self._rounds[1] += 1
@@ -186,7 +201,7 @@ class WidthController:
         self._rounds_passed = 0
         width = self.widths[current if probe is None else probe]
         is_settled = width == 1 and not is_limited and not self._patience
-        self._settled = _Settled(keys, kind, row) if is_settled else None
+        self._settled = _Settled(len(keys), kind, row) if is_settled else None
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
@@ -212,7 +227,7 @@ class WidthController:
             forced: as planned, of a round that is forced; these tokens say nothing of drafts.
         """
         index = self.widths.index(width)
-        settled = self._settled_for(keys, kind) if width == 1 else None
+        settled = self._settled_for(len(keys), kind) if width == 1 else None
         if width > 1 and forced is None and self._settled is not None:
             self._settled.rounds_left = 0
         if measured is not None and (settled is None or settled.is_time_wanted):
@@ -254,9 +269,9 @@ class WidthController:
             num_limited=self._num_limited,
         )
 
-    def _settled_for(self, keys: Sequence[Hashable], kind: Hashable) -> _Settled | None:
+    def _settled_for(self, num_requests: int, kind: Hashable) -> _Settled | None:
         settled = self._settled
-        return settled if settled is not None and (settled.keys, settled.kind) == (keys, kind) else None
+        return settled if settled is not None and settled.holds_for(num_requests, kind) else None
 
     def _width_if_forced(
         self, keys: Sequence[Hashable], kind: Hashable, context: int | None, forced: Sequence[int]

@@ -20,31 +20,46 @@ def _results() -> list[Result]:
 
 def test_speed_is_that_of_full_batches_while_they_decode() -> None:
     figures = decode_figures(_results(), 2)
-    assert figures["rounds"] == 2
-    assert figures["tokens_per_second"] == pytest.approx(10 / 0.025)
-    assert figures["tokens_per_cycle"] == 2.5
-    assert figures["milliseconds"] == pytest.approx(12.5)
+    assert figures["rounds"] == 3
+    assert figures["tokens_per_second"] == pytest.approx(12 / 0.03)
+    assert figures["tokens_per_cycle"] == 2.0
+    assert figures["milliseconds"] == pytest.approx(10.0)
 
 
-def test_a_result_that_waited_for_a_prefill_to_be_queued_or_to_run_does_not_count() -> None:
+def test_a_result_that_waited_for_a_prefill_to_be_queued_or_to_run_takes_as_long_as_others() -> None:
     """Of the scheduler's order: the prefill is queued, then the result of the round before it is taken in."""
     rows = [
-        Result(0.00, True, 2, 8, {"a": (2, 8)}),
+        Result(0.00, True, 2, 8, {"a": (2, 6)}),
         Result(0.01, True, 2, 8, {"a": (2, 8)}),
-        Result(0.05, True, 2, 8, {"a": (2, 8)}),
+        Result(0.05, True, 2, 8, {"a": (2, 6)}),
         Result(0.06, False, 1, 1, {"a": (1, 1)}),
-        Result(0.10, True, 2, 8, {"a": (2, 8)}),
+        Result(0.10, True, 2, 8, {"a": (2, 12)}),
         Result(0.11, True, 2, 8, {"a": (2, 8)}),
     ]
     figures = decode_figures(rows, 2)
-    assert figures["rounds"] == 2 and figures["tokens_per_second"] == pytest.approx(800.0)
+    assert figures["rounds"] == 5 and figures["tokens_per_second"] == pytest.approx(40 / 0.05)
+    assert figures["milliseconds"] == pytest.approx(10.0)
+
+
+def test_it_takes_as_long_as_others_of_its_width_with_about_as_many_requests() -> None:
+    def results(width: int, requests: int, milliseconds: float) -> list[Result]:
+        times = [1e-3 * milliseconds * number for number in range(6)]
+        return [Result(at, True, requests, width, {"a": (requests, requests)}) for at in times]
+
+    prefill = Result(0.0, False, 1, 1, {"a": (1, 1)})
+    late = [Result(0.4, True, 70, 8, {"a": (70, 490)}), Result(0.4, False, 1, 1, {}), Result(0.5, True, 70, 16, {})]
+    rows = [*results(8, 64, 20.0), prefill, *results(8, 128, 40.0), prefill, *results(1, 128, 5.0), prefill, *late]
+    figures = decode_figures(rows, 64)
+    assert figures["widths"]["8"] == {"rounds": 13, "milliseconds": pytest.approx(29.2308)}
+    assert figures["widths"]["1"] == {"rounds": 6, "milliseconds": pytest.approx(5.0)}
+    assert "16" not in figures["widths"], "nothing tells what it took"
 
 
 def test_kinds_and_widths_have_figures_of_their_own() -> None:
     figures = decode_figures(_results(), 2)
-    assert figures["kinds"]["a"] == {"tokens_per_second_of_one": 280.0, "tokens_per_cycle": 3.5}
-    assert figures["kinds"]["b"] == {"tokens_per_second_of_one": 120.0, "tokens_per_cycle": 1.5}
-    assert figures["widths"] == {"1": {"rounds": 1, "milliseconds": 5.0}, "8": {"rounds": 1, "milliseconds": 20.0}}
+    assert figures["kinds"]["a"] == pytest.approx({"tokens_per_second_of_one": 266.6667, "tokens_per_cycle": 2.6667})
+    assert figures["kinds"]["b"] == pytest.approx({"tokens_per_second_of_one": 133.3333, "tokens_per_cycle": 1.3333})
+    assert figures["widths"] == {"1": {"rounds": 2, "milliseconds": 5.0}, "8": {"rounds": 1, "milliseconds": 20.0}}
 
 
 def test_a_batch_that_is_not_full_counts_by_its_share() -> None:
@@ -54,7 +69,7 @@ def test_a_batch_that_is_not_full_counts_by_its_share() -> None:
 
 
 def test_rows_of_requests_that_have_ended_cost_what_they_cost() -> None:
-    rows = [Result(0.0, True, 4, 8, {}), Result(0.1, True, 4, 8, {"a": (4, 12)})]
+    rows = [Result(0.0, False, 4, 1, {}), *(Result(at, True, 4, 8, {"a": (4, 12)}) for at in (0.1, 0.2))]
     figures = decode_figures(rows, 4)
     assert figures["tokens_per_second"] == pytest.approx(120.0)
     assert figures["kinds"]["a"]["tokens_per_second_of_one"] == pytest.approx(30.0)

@@ -11,7 +11,7 @@ from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.config import DraftMode
-from sglang_orthrus.grammar import masks as masks_module
+from sglang_orthrus.grammar import next_masks
 from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers
@@ -140,7 +140,7 @@ def test_rounds_of_any_width_follow_one_another(backend: BaseGrammarBackend) -> 
 def test_masks_of_rounds_that_draft_nothing_are_sglangs(
     backend: BaseGrammarBackend, alone: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masks_module, "ALONE_SECONDS", alone)
+    monkeypatch.setattr(next_masks, "ALONE_SECONDS", alone)
     world, grammars = World(backend), block_grammars()
     for _ in range(12):
         world.turn()
@@ -179,29 +179,6 @@ def test_slow_grammars_in_rounds_of_any_width(backend: BaseGrammarBackend, secon
                 assert cut.limits[number] == (0 if is_xgrammar or width != 2 else 1)
             length = cut.limits[number] + 1
             assert ours[:length] == whole[:length]
-
-
-@pytest.mark.parametrize("skippable", [{0, 1}, {1}, set()], ids=str)
-def test_rounds_that_draft_nothing_fill_the_slow_masks_that_refuse_the_choice(
-    backend: BaseGrammarBackend, skippable: set[int]
-) -> None:
-    """Masks that took time are left out of the next round, and filled where they make a difference."""
-    grammars, is_xgrammar = block_grammars(seconds=0.0), isinstance(backend, XGrammarGrammarBackend)
-    world = Judged(backend, 1)
-    expected = sorted(skippable) if is_xgrammar else []
-    for is_refused in (False, True):
-        for slot, row in enumerate(world.masks.numpy()):
-            allowed = [token for token in range(VOCABULARY) if row[token >> 5] >> (token & 31) & 1]
-            refused = next(token for token in range(VOCABULARY) if token not in allowed)
-            world.scores[slot, 0, [allowed[0], refused]] = (8.0, 9.0) if is_refused else (9.0, 8.0)
-        grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable)
-        masks = grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable)
-        assert sorted(masks.late) == expected
-        assert [number for number in (0, 1) if bool((masks.host[number] == -1).all())] == expected
-        chosen = [tokens[0] for tokens in world.emitted(masks.host)]
-        late = grammars.late_masks(masks, dict(enumerate(chosen)))
-        assert (late is not None) == (is_refused and bool(expected))
-        assert world.emitted(masks.host if late is None else late.vocab_mask) == world.emitted(world.masks)
 
 
 def test_a_narrow_round_leaves_room_for_the_widest(backend: BaseGrammarBackend) -> None:

@@ -46,6 +46,56 @@ def test_a_crew_of_one_is_the_caller() -> None:
     assert threads == [threading.get_ident()] * 5
 
 
+def test_started_jobs_go_on_beside_the_caller() -> None:
+    gates = [threading.Event() for _ in range(4)]
+    team = ThreadTeam(3, "test")
+    jobs = team.start([partial(gate.wait, 60) for gate in gates], most=2)
+    assert jobs.wait(0.0) == {0, 1, 2, 3}
+    gates[1].set()
+    gates[2].set()
+    jobs.wait_for(2)
+    assert jobs.wait(0.0) == {0, 3}
+    team.run([lambda: None] * 5)  # the caller does what no helper is free for
+    gates[0].set()
+    gates[3].set()
+    assert jobs.wait(60.0) == frozenset()
+    jobs.wait_for(3)
+
+
+def test_a_long_job_keeps_no_other_waiting() -> None:
+    gate, team = threading.Event(), ThreadTeam(4, "test")
+    first = team.start([partial(gate.wait, 60)], most=1)
+    while not team._busy:
+        time.sleep(0.001)
+    assert team.start([lambda: None] * 3, most=1).wait(60.0) == frozenset()
+    assert first.wait(0.0) == {0}
+    gate.set()
+
+
+def test_a_process_ends_when_helpers_are_done() -> None:
+    gate, team = threading.Event(), ThreadTeam(2, "test")
+    jobs = team.start([partial(gate.wait, 60)], most=1)
+    team.start([lambda: None], most=1)
+    while not team._busy:
+        time.sleep(0.001)
+    team.finish(0.01)
+    assert jobs.wait(0.0) == {0}, "not for ever"
+    gate.set()
+    team.finish()
+    assert jobs.wait(0.0) == frozenset()
+
+
+def test_what_a_started_job_raises_reaches_who_waits() -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    for wait in (lambda jobs: jobs.wait(60.0), lambda jobs: jobs.wait_for(1)):
+        jobs = ThreadTeam(1, "test").start([fail, lambda: None], most=1)
+        with pytest.raises(ValueError, match="no"):
+            wait(jobs)
+        assert jobs.wait(60.0) == frozenset()
+
+
 @pytest.mark.parametrize("failing", [0, 7])
 def test_a_problem_is_raised_when_all_others_are_done_and_the_crew_works_on(failing: int) -> None:
     done = list[int]()

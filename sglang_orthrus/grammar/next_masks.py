@@ -1,0 +1,180 @@
+"""Fills the masks of rounds that draft nothing: one of each constrained request, what may come next.
+
+Most masks take microseconds, some tens of milliseconds, and only their end tells which. So helpers fill the masks of
+grammars that may have slow ones. What takes too long is not waited for: it goes on beside a choice without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+
+from sglang_orthrus.grammar.cursor import ALL_ALLOWED, Cursor
+from sglang_orthrus.grammar.slow_masks import MAX_GRAMMARS, Deadline
+from sglang_orthrus.grammar.threads import Job, StartedJobs, ThreadTeam
+from sglang_orthrus.grammar.xgrammar import XGrammarCursor
+
+# One mask of each request mostly takes microseconds, less than other threads take to wake up. After so long they are
+# asked to help.
+ALONE_SECONDS = 0.0003
+
+# Of a round's time for masks. A mask that takes longer is slow.
+SLOW_SHARE = 0.1
+# A round waits so long for helpers, about as long as a GPU verifies.
+WAIT_SHARE = 0.4
+# A grammar is watched until so many masks in a row were fast.
+NUM_WATCHED = 1024
+# So many helpers at a time; one that has a slow mask is away for some rounds.
+MAX_HELPERS = 4
+# A watched grammar is copied at every mask, which takes 10 us, and 20 ns more for each token of its text (XGrammar).
+# All copies of a round take about so much processor time at most.
+COPY_SECONDS = 0.003
+
+
+class NextRow(NamedTuple):
+    """Where a mask is to be filled: a cursor, and the mask of what may come next, [1, W] int32 on the CPU."""
+
+    cursor: Cursor
+    mask: torch.Tensor
+
+
+class LateMask(NamedTuple):
+    """A mask that allows all, until a helper is done with its own.
+
+    Attributes:
+        row: the grammar, at the committed text, and the mask.
+        own: the helper's, [1, W].
+        jobs: the helpers'.
+        number: of this one.
+    """
+
+    row: NextRow
+    own: torch.Tensor
+    jobs: StartedJobs
+    number: int
+
+    def fill(self) -> None:
+        """Wait for the helper."""
+        self.jobs.wait_for(self.number)
+        self.row.mask.copy_(self.own)
+
+
+class NextMaskFiller:
+    """A grammar is watched that is new or had a slow mask lately: no round waits long for its masks.
+
+    Args:
+        seconds: the time of a round's masks; infinite for no limit.
+        team: fills masks side by side: engines do it outside the interpreter's lock.
+    """
+
+    def __init__(self, seconds: float, team: ThreadTeam) -> None:
+        self._seconds = seconds
+        self._team = team
+        self._watch = GrammarWatch()
+
+    def fill(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> dict[int, LateMask]:
+        """Fill one mask at each of some cursors.
+
+        Args:
+            rows: where to fill.
+            skippable: numbers of the rows where skipping a mask cannot change any visible output, if what is chosen
+                without it is looked at.
+
+        Returns:
+            Masks that helpers still fill, by the numbers of their rows: `fill_refused` is to be told what was chosen
+            there.
+        """
+        end = time.perf_counter() + WAIT_SHARE * self._seconds
+        watched = sorted(skippable) if isfinite(self._seconds) else ()
+        started = self._start({number: rows[number] for number in watched})
+        self._fill_here([row for number, row in enumerate(rows) if number not in started])
+        waiting = next(iter(started.values())).jobs.wait(end - time.perf_counter()) if started else frozenset()
+        late = {number: mask for number, mask in started.items() if mask.number in waiting}
+        for number, mask in started.items():
+            self._watch.learn(mask.row.cursor.key, is_slow=number in late)
+            if number in late:
+                mask.row.mask.fill_(ALL_ALLOWED)
+            else:
+                mask.row.mask.copy_(mask.own)
+        return late
+
+    def _fill_here(self, rows: Sequence[NextRow]) -> None:
+        """Fill masks, and wait for all."""
+        slow = list[int | None]()
+
+        def fill(row: NextRow) -> None:
+            began = time.thread_time()
+            row.cursor.fill(row.mask)
+            if time.thread_time() - began > SLOW_SHARE * self._seconds:
+                slow.append(row.cursor.key)
+
+        started, left = time.perf_counter(), iter(rows)
+        for row in left:
+            fill(row)
+            if time.perf_counter() - started > ALONE_SECONDS:
+                break
+        self._team.run([partial(fill, row) for row in left])
+        for key in slow:
+            self._watch.learn(key, is_slow=True)
+
+    def fill_refused(self, masks: Sequence[LateMask], chosen: Sequence[int]) -> bool:
+        """Fill the masks that refuse what was chosen while they allowed all. Returns whether there are any.
+
+        A token that a grammar allows is chosen with its mask, too.
+        """
+        refused = [mask for mask, token in zip(masks, chosen, strict=True) if not _allows(mask.row.cursor, token)]
+        for mask in refused:
+            mask.fill()
+        return bool(refused)
+
+    def _start(self, rows: Mapping[int, NextRow]) -> dict[int, LateMask]:
+        """Have helpers fill masks of watched grammars, by copies of these, as far as there is time to copy."""
+        deadline, fills = Deadline(COPY_SECONDS), list[Job]()
+        found = dict[int, tuple[NextRow, torch.Tensor]]()
+        for number, row in rows.items():
+            if not isinstance(row.cursor, XGrammarCursor) or not self._watch.includes(row.cursor.key):
+                continue
+            own = torch.empty_like(row.mask)
+            fills.append(partial(row.cursor.copied_fill(), own))
+            found[number] = row, own
+            if deadline.is_over():
+                break
+        if not found:
+            return {}
+        jobs = self._team.start(fills, MAX_HELPERS)
+        return {number: LateMask(*own, jobs, place) for place, (number, own) in enumerate(found.items())}
+
+
+class GrammarWatch:
+    """Remembers which grammars' masks have been fast for long. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        # Fast masks in a row by key; the grammar that was seen least recently is first. Clients choose the keys, so
+        # only so many are remembered.
+        self._num_fast: OrderedDict[int, int] = OrderedDict()
+
+    def includes(self, key: int | None) -> bool:
+        """Whether a grammar is watched; one without a key never is."""
+        return key is not None and self._num_fast.get(key, 0) < NUM_WATCHED
+
+    def learn(self, key: int | None, is_slow: bool) -> None:
+        """Of a mask of a grammar."""
+        if key is None:
+            return
+        self._num_fast[key] = 0 if is_slow else self._num_fast.get(key, 0) + 1
+        self._num_fast.move_to_end(key)
+        if len(self._num_fast) > MAX_GRAMMARS:
+            self._num_fast.popitem(last=False)
+
+
+def _allows(cursor: Cursor, token: int) -> bool:
+    """Whether a token may come next."""
+    match = cursor.advance([token])
+    cursor.rollback(match.num_moved)
+    return match.length == 1
