@@ -13,7 +13,7 @@ QUANT_METHODS = ("awq", "compressed-tensors", "fp8", "gptq")
 GRAMMAR_DRAFT = "ORTHRUS_GRAMMAR_DRAFT"
 SLOW_MASK_MS = "ORTHRUS_SLOW_MASK_MS"
 SPEED_FLOOR = "ORTHRUS_SPEED_FLOOR"
-DEFAULT_SPEED_FLOOR = 0.87
+DEFAULT_SPEED_FLOOR = 0.88
 WIDTHS = "ORTHRUS_WIDTHS"
 # Its value for one width alone.
 LARGEST = "largest"
@@ -131,7 +131,7 @@ def slow_mask_seconds(is_cpu: bool = False) -> float:
 
 
 def speed_floor() -> float:
-    """The share of plain decoding's speed that requests are kept at, by `ORTHRUS_SPEED_FLOOR`: 0.87 if it is unset.
+    """The share of plain decoding's speed that requests are kept at, by `ORTHRUS_SPEED_FLOOR`: 0.88 if it is unset.
 
     Requests end a little behind it. So no kind of request falls below 0.8 for long.
 

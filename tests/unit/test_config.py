@@ -67,7 +67,7 @@ def test_other_widths_are_refused_with_the_value_and_the_fix(value: str, monkeyp
 
 def test_the_floor_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SPEED_FLOOR, raising=False)
-    assert speed_floor() == 0.87
+    assert speed_floor() == 0.88
     for value in ("0", "0.5", "1"):
         monkeypatch.setenv(SPEED_FLOOR, value)
         assert speed_floor() == float(value)
