@@ -37,8 +37,6 @@ NUM_CANDIDATES = 64
 MIN_REPAIR_SECONDS = 0.005
 # And what it forces is looked for this long before a round, per request. Mostly it takes some ten microseconds.
 MAX_FORCED_SECONDS = 0.0005
-
-
 # On 16 cores the masks of 32 requests take 1.4 to 1.6 ms with 8, 12 or 16 threads, and 2.1 or 2.2 with 12 or 16 on a
 # slower host (XGrammar, docs/log.md). Some cores are left to the rest of the server.
 MAX_THREADS = 12

@@ -202,6 +202,35 @@ def test_a_batch_that_decodes_plainly_seldom_asks_and_any_other_asks_at_once(mon
     assert sum(controller.report().rounds.values()) == 1201
 
 
+@pytest.mark.parametrize(("num_ended", "num_joined", "asks"), [(2, 2, 0), (3, 0, 1), (0, 3, 1)])
+def test_plain_decoding_keeps_its_width_while_few_requests_join_or_end(
+    num_ended: int, num_joined: int, asks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16, 2 are few."""
+    controller, keys = started(16, probe_share=0.0)
+    bad = dict.fromkeys(WIDTHS, 1)
+    run(controller, keys, bad, 50)
+    asked: list[int] = []
+    stock = controller._rates.expected
+
+    def expected(keys: Sequence[Hashable]) -> FloatArray:
+        asked.append(len(keys))
+        return stock(keys)
+
+    monkeypatch.setattr(controller._rates, "expected", expected)
+    while not asked:
+        run(controller, keys, bad, 1)
+    asked.clear()
+    for key in keys[:num_ended]:
+        controller.forget(key)
+    new = [f"new {number}" for number in range(num_joined)]
+    for key in new:
+        controller.start(key, GREEDY)
+        controller.start(key, GREEDY)
+    assert run(controller, [*keys[num_ended:], *new], bad, 1) == [1]
+    assert len(asked) == asks
+
+
 def test_what_a_grammar_forces_gets_one_wide_round_and_is_no_merit_of_drafts() -> None:
     bad = dict.fromkeys(WIDTHS, 1)
     (with_forced, keys), (without, _) = started(1), started(1)
