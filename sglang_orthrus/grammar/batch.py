@@ -144,7 +144,8 @@ class BlockGrammars:
         self._slow_seconds = slow_seconds
         self._buffers = BlockBuffers(max_width, device)
         team = ThreadTeam(min(MAX_THREADS, available_cores()), "orthrus-grammar")
-        self._filler, self._next_filler = MaskFiller(slow_seconds, team), NextMaskFiller(slow_seconds, team)
+        self._filler = MaskFiller(slow_seconds, team)
+        self._next_filler = NextMaskFiller(slow_seconds, team, watches_new=torch.device(device).type != "cpu")
         self._scratch: torch.Tensor | None = None
 
     @property

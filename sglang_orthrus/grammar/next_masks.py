@@ -66,17 +66,18 @@ class LateMask(NamedTuple):
 
 
 class NextMaskFiller:
-    """A grammar is watched that is new or had a slow mask lately: no round waits long for its masks.
+    """A grammar is watched that had a slow mask lately, or may have one: no round waits long for its masks.
 
     Args:
         seconds: the time of a round's masks; infinite for no limit.
         team: fills masks side by side: engines do it outside the interpreter's lock.
+        watches_new: see `GrammarWatch`.
     """
 
-    def __init__(self, seconds: float, team: ThreadTeam) -> None:
+    def __init__(self, seconds: float, team: ThreadTeam, watches_new: bool) -> None:
         self._seconds = seconds
         self._team = team
-        self._watch = GrammarWatch()
+        self._watch = GrammarWatch(watches_new)
 
     def fill(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> dict[int, LateMask]:
         """Fill one mask at each of some cursors.
@@ -152,16 +153,22 @@ class NextMaskFiller:
 
 
 class GrammarWatch:
-    """Remembers which grammars' masks have been fast for long. Not for several threads at once."""
+    """Remembers which grammars' masks have been fast for long. Not for several threads at once.
 
-    def __init__(self) -> None:
+    Args:
+        watches_new: whether a grammar is watched before it had a slow mask. Helpers cost a host 0.1 ms a round, which
+            nobody notices while a GPU verifies.
+    """
+
+    def __init__(self, watches_new: bool) -> None:
+        self._watches_new = watches_new
         # Fast masks in a row by key; the grammar that was seen least recently is first. Clients choose the keys, so
         # only so many are remembered.
         self._num_fast: OrderedDict[int, int] = OrderedDict()
 
     def includes(self, key: int | None) -> bool:
         """Whether a grammar is watched; one without a key never is."""
-        return key is not None and self._num_fast.get(key, 0) < NUM_WATCHED
+        return key is not None and self._num_fast.get(key, 0 if self._watches_new else NUM_WATCHED) < NUM_WATCHED
 
     def learn(self, key: int | None, is_slow: bool) -> None:
         """Of a mask of a grammar."""

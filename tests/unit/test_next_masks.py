@@ -12,6 +12,7 @@ from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.grammar import next_masks
+from sglang_orthrus.grammar.batch import BlockGrammars
 from sglang_orthrus.grammar.next_masks import NUM_WATCHED, GrammarWatch
 from sglang_orthrus.grammar.slow_masks import MAX_GRAMMARS
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor
@@ -44,6 +45,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
+def watching(seconds: float = float("inf")) -> BlockGrammars:
+    """As on a GPU."""
+    grammars = block_grammars(seconds=seconds)
+    grammars._next_filler._watch = GrammarWatch(watches_new=True)
+    return grammars
+
+
 def masks_of(grammars: list[Any]) -> torch.Tensor:
     """SGLang's."""
     wanted = torch.full((len(grammars), VOCABULARY // 32), -1, dtype=torch.int32)
@@ -57,7 +65,7 @@ def masks_of(grammars: list[Any]) -> torch.Tensor:
 def test_masks_that_are_not_there_in_time_are_waited_for_where_they_refuse_the_choice(
     backend: BaseGrammarBackend, skippable: set[int], is_refused: bool, gate: threading.Event
 ) -> None:
-    grammars, is_xgrammar = block_grammars(seconds=0.01), isinstance(backend, XGrammarGrammarBackend)
+    grammars, is_xgrammar = watching(0.01), isinstance(backend, XGrammarGrammarBackend)
     world = Judged(backend, 1)
     expected = sorted(skippable) if is_xgrammar else []
     for slot, row in enumerate(world.masks.numpy()):
@@ -79,7 +87,7 @@ def test_masks_that_are_not_there_in_time_are_waited_for_where_they_refuse_the_c
 @with_xgrammar
 def test_a_helper_that_is_late_fills_what_was_allowed_then(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     """Its grammar goes on meanwhile."""
-    grammars, own = block_grammars(seconds=0.01), [backend.dispatch_json(SCHEMA) for _ in range(8)]
+    grammars, own = watching(0.01), [backend.dispatch_json(SCHEMA) for _ in range(8)]
     wanted = masks_of(own)
     masks = grammars.next_masks([request(grammar) for grammar in own], range(8), VOCABULARY, range(8))
     assert sorted(masks.late) == list(range(8))
@@ -94,7 +102,7 @@ def test_a_helper_that_is_late_fills_what_was_allowed_then(backend: BaseGrammarB
 
 def test_helpers_that_are_in_time_leave_no_mask_late(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     gate.set()
-    grammars = block_grammars(seconds=600.0)
+    grammars = watching(600.0)
     own = [backend.dispatch_json(SCHEMA), backend.dispatch_regex("[a-c]{400}"), backend.dispatch_json(SCHEMA)]
     for skippable in ((0, 1, 2), (1,), ()):
         masks = grammars.next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, skippable)
@@ -108,7 +116,7 @@ def test_grammars_that_are_long_fast_are_filled_without_helpers(
 ) -> None:
     """Until a mask is slow."""
     monkeypatch.setattr(next_masks, "NUM_WATCHED", 3)
-    grammars, reqs = block_grammars(seconds=600.0), [request(backend.dispatch_json(SCHEMA))]
+    grammars, reqs = watching(600.0), [request(backend.dispatch_json(SCHEMA))]
     gate.set()
     for _ in range(3):
         assert not grammars.next_masks(reqs, [0], VOCABULARY, [0]).late
@@ -122,7 +130,7 @@ def test_grammars_that_are_long_fast_are_filled_without_helpers(
 
 def test_without_a_limit_all_masks_are_waited_for(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
-    masks = block_grammars().next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
+    masks = watching().next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
     assert masks.late == {}, "no helper is asked"
     assert torch.equal(masks.host, masks_of(own))
 
@@ -134,16 +142,14 @@ def test_copies_of_a_round_take_little_time(
     """Behind that, masks are filled as those that no helper may fill."""
     monkeypatch.setattr(next_masks, "COPY_SECONDS", 0.0)
     own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
-    masks = block_grammars(seconds=0.01).next_masks(
-        [request(grammar) for grammar in own], range(3), VOCABULARY, range(3)
-    )
+    masks = watching(0.01).next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
     assert list(masks.late) == [0]
     assert torch.equal(masks.host[1:], masks_of(own)[1:])
     gate.set()
 
 
 def test_a_grammar_is_watched_until_it_was_fast_for_long() -> None:
-    watch = GrammarWatch()
+    watch = GrammarWatch(watches_new=True)
     assert not watch.includes(None)
     for is_slow in (False, True):
         watch.learn(7, is_slow)
@@ -156,8 +162,28 @@ def test_a_grammar_is_watched_until_it_was_fast_for_long() -> None:
     assert watch.includes(8)
 
 
+def test_a_new_grammar_may_be_left_alone_until_it_has_a_slow_mask() -> None:
+    watch = GrammarWatch(watches_new=False)
+    assert not watch.includes(7)
+    watch.learn(7, True)
+    for _ in range(NUM_WATCHED):
+        assert watch.includes(7)
+        watch.learn(7, False)
+    assert not watch.includes(7)
+
+
+@with_xgrammar
+def test_a_cpu_has_no_helpers_for_new_grammars(backend: BaseGrammarBackend, gate: threading.Event) -> None:
+    own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
+    masks = block_grammars(seconds=0.01).next_masks(
+        [request(grammar) for grammar in own], range(3), VOCABULARY, range(3)
+    )
+    assert not gate.is_set() and masks.late == {}
+    assert torch.equal(masks.host, masks_of(own))
+
+
 def test_clients_can_not_make_it_grow() -> None:
-    watch = GrammarWatch()
+    watch = GrammarWatch(watches_new=True)
     for key in range(2 * MAX_GRAMMARS):
         for _ in range(NUM_WATCHED):
             watch.learn(key, False)
