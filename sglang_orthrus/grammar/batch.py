@@ -21,7 +21,7 @@ from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
-from sglang_orthrus.grammar.next_masks import LateMask, NextMaskFiller, NextRow
+from sglang_orthrus.grammar.next_masks import LateMask, NextMaskFiller, NextRow, fill_refused
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
 from sglang_orthrus.grammar.slow_masks import Deadline
@@ -267,7 +267,7 @@ class BlockGrammars:
 
         chosen: the tokens of the requests in `masks.late`, by their numbers.
         """
-        if not self._next_filler.fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
+        if not fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
             return None
         return self._on_device(masks.mask.grammar, masks.host)
 

@@ -124,16 +124,6 @@ class NextMaskFiller:
         for key in slow:
             self._watch.learn(key, is_slow=True)
 
-    def fill_refused(self, masks: Sequence[LateMask], chosen: Sequence[int]) -> bool:
-        """Fill the masks that refuse what was chosen while they allowed all. Returns whether there are any.
-
-        A token that a grammar allows is chosen with its mask, too.
-        """
-        refused = [mask for mask, token in zip(masks, chosen, strict=True) if not _allows(mask.row.cursor, token)]
-        for mask in refused:
-            mask.fill()
-        return bool(refused)
-
     def _start(self, rows: Mapping[int, NextRow]) -> dict[int, LateMask]:
         """Have helpers fill masks of watched grammars, by copies of these, as far as there is time to copy."""
         deadline, fills = Deadline(COPY_SECONDS), list[Job]()
@@ -178,6 +168,17 @@ class GrammarWatch:
         self._num_fast.move_to_end(key)
         if len(self._num_fast) > MAX_GRAMMARS:
             self._num_fast.popitem(last=False)
+
+
+def fill_refused(masks: Sequence[LateMask], chosen: Sequence[int]) -> bool:
+    """Fill the masks that refuse what was chosen while they allowed all. Returns whether there are any.
+
+    A token that a grammar allows is chosen with its mask, too.
+    """
+    refused = [mask for mask, token in zip(masks, chosen, strict=True) if not _allows(mask.row.cursor, token)]
+    for mask in refused:
+        mask.fill()
+    return bool(refused)
 
 
 def _allows(cursor: Cursor, token: int) -> bool:

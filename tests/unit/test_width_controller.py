@@ -33,6 +33,19 @@ def started(count: int, probe_share: float = DEFAULT_PROBE_SHARE) -> tuple[Width
     return controller, keys
 
 
+def sizes_asked(controller: WidthController, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batch sizes for which the controller asks what it may expect, from now on."""
+    asked: list[int] = []
+    stock = controller._rates.expected
+
+    def expected(keys: Sequence[Hashable]) -> FloatArray:
+        asked.append(len(keys))
+        return stock(keys)
+
+    monkeypatch.setattr(controller._rates, "expected", expected)
+    return asked
+
+
 def test_a_new_server_begins_at_the_widest_width_for_few_requests_and_narrower_for_many() -> None:
     for count, expected in ((1, {32}), (4, {32, 16}), (32, {8, 16}), (128, {1, 8})):
         controller, keys = started(count)
@@ -184,14 +197,7 @@ def test_a_batch_that_decodes_plainly_seldom_asks_and_any_other_asks_at_once(mon
     controller, keys = started(2)
     bad = dict.fromkeys(WIDTHS, 1)
     run(controller, keys, bad, 400)
-    asked: list[int] = []
-    stock = controller._rates.expected
-
-    def expected(keys: Sequence[Hashable]) -> FloatArray:
-        asked.append(len(keys))
-        return stock(keys)
-
-    monkeypatch.setattr(controller._rates, "expected", expected)
+    asked = sizes_asked(controller, monkeypatch)
     widths = run(controller, keys, bad, 800)
     num_probes = len(widths) - widths.count(1)
     assert 0 < num_probes < 30
@@ -210,14 +216,7 @@ def test_plain_decoding_keeps_its_width_while_few_requests_join_or_end(
     controller, keys = started(16, probe_share=0.0)
     bad = dict.fromkeys(WIDTHS, 1)
     run(controller, keys, bad, 50)
-    asked: list[int] = []
-    stock = controller._rates.expected
-
-    def expected(keys: Sequence[Hashable]) -> FloatArray:
-        asked.append(len(keys))
-        return stock(keys)
-
-    monkeypatch.setattr(controller._rates, "expected", expected)
+    asked = sizes_asked(controller, monkeypatch)
     while not asked:
         run(controller, keys, bad, 1)
     asked.clear()
