@@ -133,7 +133,7 @@ def slow_mask_seconds(is_cpu: bool = False) -> float:
 def speed_floor() -> float:
     """The share of plain decoding's speed that requests are kept at, by `ORTHRUS_SPEED_FLOOR`: 0.88 if it is unset.
 
-    Requests end a little behind it. So no kind of request falls below 0.8 for long.
+    Requests end a little behind it. It is meant to keep every kind of request at 0.8 or more in the long run.
 
     Raises:
         ValueError: naming the value and the fix.

@@ -68,6 +68,9 @@ class ThreadTeam:
     Args:
         size: threads that work, the caller's own included.
         name: of the helpers.
+
+    Attributes:
+        size: the same.
     """
 
     def __init__(self, size: int, name: str) -> None:

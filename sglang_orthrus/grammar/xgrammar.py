@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from math import isfinite
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -183,12 +183,11 @@ class XGrammarCursor:
 
     def fill(self, masks: torch.Tensor) -> None:
         """See `Cursor`."""
-        self._matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, masks[:1])
+        _fill_next(self._matcher, masks[:1])
 
-    def copied_fill(self) -> Callable[[torch.Tensor], object]:
+    def copied_fill(self) -> Callable[[torch.Tensor], None]:
         """What fills a mask as `fill` does here, in any thread, and wherever the grammar goes meanwhile."""
-        matcher = self._matcher.fork()
-        return lambda mask: matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, mask)
+        return partial(_fill_next, self._matcher.fork())
 
     def fill_block(self, block: torch.Tensor, masks: torch.Tensor, limit: float = float("inf")) -> int:
         """See `Cursor`. XGrammar says whether it is done, but not how far it came: the rows tell."""
@@ -217,6 +216,11 @@ def stop_ids_of(grammar: XGrammarGrammar) -> frozenset[int]:
     if grammar not in _STOP_IDS:
         _STOP_IDS[grammar] = frozenset(grammar.matcher.stop_token_ids)
     return _STOP_IDS[grammar]
+
+
+def _fill_next(matcher: GrammarMatcher, mask: torch.Tensor) -> None:
+    """What may come next, [1, W], without the interpreter's lock."""
+    matcher.traverse_draft_tree(*_chain(1), _NO_DRAFTS, mask)
 
 
 @cache
