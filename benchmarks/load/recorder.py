@@ -37,7 +37,7 @@ class FixedWidth:
     def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
         """Nothing."""
 
-    def forget(self, key: Hashable) -> None:
+    def forget(self, key: Hashable, num_tokens: int | None = None) -> None:
         """Nothing."""
 
     def plan(self, keys: Sequence[Hashable], *others: Any) -> Any:
@@ -46,7 +46,9 @@ class FixedWidth:
 
         return RoundWidth(self._width, False)
 
-    def observe(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], *others: Any) -> Any:
+    def observe(
+        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], *others: Any, ended: Any = ()
+    ) -> Any:
         """Nothing."""
         from sglang_orthrus.round.width_controller import RoundResult
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_orthrus.round.costs import FloatArray
+from sglang_orthrus.round.text_ends import TextEnds
 
 IntArray = npt.NDArray[np.int64]
 
@@ -32,7 +33,7 @@ CLASS_HALF_LIFE = 128.0
 # like others were, and those that draft badly have many more rounds than there are of them.
 FIRST_ROUNDS = 8.0
 # A new request is expected to be like its class, as if so many rounds of it had been seen ...
-PRIOR_ROUNDS = 1.0
+PRIOR_ROUNDS = 1.5
 # ... and this expectation loses half of its weight in so many rounds.
 PRIOR_HALF_LIFE = 4.0
 # The same for a new class. Nine of ten drafts accepted: with few requests, a new server begins at its widest.
@@ -41,8 +42,8 @@ NEUTRAL_ROUNDS = 4.0
 NEUTRAL_HALF_LIFE = 16.0
 # What rounds at other widths say is worth at most so many rounds at the width itself ...
 OTHER_WIDTHS_ROUNDS = 16.0
-# ... and what a narrower width says half as much as what a wider one says.
-NARROWER_TRUST = 0.5
+# ... and what a narrower width says a quarter as much as what a wider one says.
+NARROWER_TRUST = 0.25
 # A width's ratio to what other widths say of it is 1 at first, as if so many rounds had said so ...
 RATIO_ROUNDS = 32.0
 # ... and forgets half in so many rounds of one request.
@@ -63,14 +64,16 @@ class AcceptanceRates:
     Args:
         widths: every width that rounds may have.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
+        rounds_late: see `TextEnds`.
     """
 
-    def __init__(self, widths: Sequence[int], max_requests: int = 1024) -> None:
+    def __init__(self, widths: Sequence[int], max_requests: int = 1024, rounds_late: int = 0) -> None:
         self.widths = tuple(sorted(widths))
         self._columns = {width: column for column, width in enumerate(self.widths)}
         # Row 0 stays empty: a request that is not known.
         self._requests = _Counts(self.widths, max_requests + 1)
         self._classes = _Counts(self.widths, MAX_CLASSES)
+        self._ends = TextEnds(MAX_CLASSES + 1, rounds_late)
         self._rows: dict[Hashable, int] = {}
         self._free = list(range(max_requests, 0, -1))
         self._class_rows: dict[Hashable, int] = {}
@@ -116,12 +119,18 @@ class AcceptanceRates:
             self._class_rows[request_class] = new
         self._class_of[row] = self._class_rows.get(request_class, new)
 
-    def forget(self, key: Hashable) -> None:
-        """Of a request that is over; one that is not remembered is ignored."""
+    def forget(self, key: Hashable, num_tokens: int | None = None) -> None:
+        """Of a request that is over; one that is not remembered is ignored.
+
+        num_tokens: of its text; None if it was cut off.
+        """
         row = self._rows.pop(key, None)
-        if row is not None:
-            self._free.append(row)
-            self._asked = None
+        if row is None:
+            return
+        self._free.append(row)
+        self._asked = None
+        if num_tokens:
+            self._ends.observe(int(self._class_of[row]), num_tokens)
 
     def observe(self, key: Hashable, width: int, accept_len: int) -> None:
         """Of one request; see `observe_round`."""
@@ -170,10 +179,12 @@ class AcceptanceRates:
         return float(self.expected([key])[0, self._columns[width]])
 
     def expected(self, keys: Sequence[Hashable]) -> FloatArray:
-        """Tokens that a round commits of every request at every width: [R, K], not to be written to."""
+        """Tokens that texts take in of a round, for every request at every width: [R, K], not to be written to."""
         rows = self._rows_of(keys)
         if self._asked_expected is None:
-            self._asked_expected = self._expected(rows)
+            # A request that is not known belongs to no class.
+            classes = np.where(rows > 0, self._class_of[rows], MAX_CLASSES)
+            self._asked_expected = self._ends.committed(self._expected(rows), classes)
             self._asked_expected.flags.writeable = False
         return self._asked_expected
 

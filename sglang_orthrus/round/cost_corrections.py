@@ -49,11 +49,14 @@ class CostCorrections:
         table = self._tables.get(kind)
         return np.ones(self._num_widths) if table is None else table.factors(_size(num_requests))
 
-    def observe(self, kind: Hashable, num_requests: int, width: int, factor: float) -> None:
-        """Of a round of this width, by its index: its measured time over its time at start-up."""
+    def observe(self, kind: Hashable, num_requests: int, width: int, factor: float, rounds: int = 1) -> None:
+        """Of rounds of this width, by its index.
+
+        factor: their measured time over their time at start-up, in the mean.
+        """
         if kind not in self._tables:
             self._tables[kind] = _Table(self._num_widths)
-        self._tables[kind].observe(_size(num_requests), width, factor)
+        self._tables[kind].observe(_size(num_requests), width, factor, rounds)
 
 
 class _Table:
@@ -83,16 +86,16 @@ class _Table:
         expected = min(1.0, 1.0 + float(shares[most] * (means[most] - 1.0)))
         return np.asarray(expected + shares * (means - expected))
 
-    def observe(self, size: int, width: int, factor: float) -> None:
+    def observe(self, size: int, width: int, factor: float, new: int) -> None:
         known = float(self.factors(size)[width])
         if not self._rounds[size, width]:
             self._sources.clear()
         rounds = self._rounds[size, width] * np.exp2((self._seen_at - self._clock)[size, width] / HALF_LIFE)
         limited = min(max(factor, known / MOST_AT_ONCE), known * MOST_AT_ONCE)
-        weight = max(WEIGHT, 1.0 / (rounds + 1.0))
+        weight = max(1.0 - (1.0 - WEIGHT) ** new, new / (rounds + new))
         self._factors[size, width] += weight * (limited - self._factors[size, width])
-        self._rounds[size, width] = rounds + 1.0
-        self._clock[size] += 1.0
+        self._rounds[size, width] = rounds + new
+        self._clock[size] += new
         self._seen_at[size, width] = self._clock[size, 0]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch
 
 from sglang_orthrus import ranks
 from sglang_orthrus.compat.accounting import text_length
@@ -187,23 +187,27 @@ class Policy:
     def _learn(self) -> None:
         """Tell the controller of the last result, and of requests that have ended since."""
         assert self._controller is not None
+        ended: dict[str, int] = {}
         if self._result is not None:
             planned, measured, accept_lens, before = self._result
             self._result = None
+            if self._over:
+                ended = {req.rid: text_length(req) for req in planned.reqs if _has_ended(req)}
             width, has_grammar = planned.width, planned.has_grammar
             if width > 1:
                 after = map(text_length, planned.reqs)
                 accept_lens = [min(own, new - old) for own, new, old in zip(accept_lens, after, before, strict=True)]
             result = self._controller.observe(
-                planned.rids, width, accept_lens, has_grammar, measured, planned.context, planned.forced
+                *(planned.rids, width, accept_lens, has_grammar, measured, planned.context, planned.forced),
+                ended=ended,
             )
             if self._metrics is not None:
                 self._metrics.count(WidthFigures(width, planned.is_probe, *result), self._controller.report)
         # SGLang does not tell of requests that end in a prefill.
-        ended = [req for req in self._mixed if req.finished()]
-        self._mixed.difference_update(ended)
-        for rid in (*self._over, *(req.rid for req in ended)):
-            self._controller.forget(rid)
+        in_prefill = [req for req in self._mixed if req.finished()]
+        self._mixed.difference_update(in_prefill)
+        for rid in (*self._over, *(req.rid for req in in_prefill)):
+            self._controller.forget(rid, ended.get(rid))
         self._over.clear()
 
     def _width(self, batch: ScheduleBatch) -> int:
@@ -247,6 +251,11 @@ class Policy:
         in_flight = 1 if self._is_overlapping else 0
         ahead = [max(0, count - in_flight) for count in found]
         return ahead if any(ahead) else None
+
+
+def _has_ended(req: Any) -> bool:
+    """Whether a request's text came to its end. One that was aborted says nothing of how long texts are."""
+    return bool(req.finished()) and not isinstance(req.finished_reason, FINISH_ABORT)
 
 
 def _is_greedy_without_options(batch: ScheduleBatch) -> bool:

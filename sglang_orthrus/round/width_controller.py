@@ -9,8 +9,9 @@ Letters: R requests, K widths.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Hashable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -71,18 +72,20 @@ class _Settled:
     Attributes:
         num_requests: when the width was chosen.
         kind: of its rounds.
-        row: what they cost then.
+        context: tokens of all contexts then.
+        row: what its rounds cost then.
         num_joined: requests that joined since then.
         rounds_left: for which no width is chosen.
-        is_time_wanted: whether the time of its next round is to be learnt.
+        times: seconds that its rounds took, where known.
     """
 
     num_requests: int
     kind: Hashable
+    context: int | None
     row: FloatArray
     num_joined: int = 0
     rounds_left: int = SETTLED_ROUNDS - 1
-    is_time_wanted: bool = True
+    times: list[float] = field(default_factory=list)
 
     def holds_for(self, num_requests: int, kind: Hashable) -> bool:
         """Whether a batch is about the same."""
@@ -100,6 +103,7 @@ class WidthController:
         floor: share of plain decoding's speed that requests are kept at; 0 for none.
         probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
+        rounds_late: see `TextEnds`.
 
     Raises:
         ValueError: a width was not measured.
@@ -112,6 +116,7 @@ class WidthController:
         floor: float = DEFAULT_SPEED_FLOOR,
         probe_share: float = DEFAULT_PROBE_SHARE,
         max_requests: int = 1024,
+        rounds_late: int = 0,
     ) -> None:
         self.widths = tuple(sorted(widths or costs.widths))
         if not set(self.widths) <= set(costs.widths):
@@ -120,7 +125,7 @@ class WidthController:
         self._corrections = CostCorrections(len(costs.widths))
         self._columns = [costs.widths.index(width) for width in self.widths]
         self._knows_plain = costs.widths[0] == 1
-        self._rates = AcceptanceRates(self.widths, max_requests)
+        self._rates = AcceptanceRates(self.widths, max_requests, rounds_late)
         self._floor = SpeedFloor(floor if self._knows_plain else 0.0, max_requests)
         self._probes = Probes(self.widths, probe_share) if probe_share and len(self.widths) > 1 else None
         self._current: int | None = None
@@ -153,9 +158,9 @@ class WidthController:
         self._rates.start(key, request_class, is_bursty)
         self._floor.start(key)
 
-    def forget(self, key: Hashable) -> None:
-        """Of a request that is over."""
-        self._rates.forget(key)
+    def forget(self, key: Hashable, num_tokens: int | None = None) -> None:
+        """Of a request that is over. num_tokens: of its text; None if it was cut off."""
+        self._rates.forget(key, num_tokens)
         self._floor.forget(key)
 
     @property
@@ -189,6 +194,7 @@ class WidthController:
             settled.rounds_left -= 1
             self._rounds[1] += 1
             return RoundWidth(1, False)
+        self._observe_settled()
         row = self._seconds_of(len(keys), kind, context)
         seconds = self._worthwhile_seconds(row, len(keys))
         tokens = self._rates.expected(keys)
@@ -201,7 +207,7 @@ class WidthController:
         self._rounds_passed = 0
         width = self.widths[current if probe is None else probe]
         is_settled = width == 1 and not is_limited and not self._patience
-        self._settled = _Settled(len(keys), kind, row) if is_settled else None
+        self._settled = _Settled(len(keys), kind, context, row) if is_settled else None
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
@@ -214,6 +220,7 @@ class WidthController:
         measured: float | None = None,
         context: int | None = None,
         forced: Sequence[int] | None = None,
+        ended: Container[Hashable] = (),
     ) -> RoundResult:
         """Of a round that `plan` chose the width of, when its result is known.
 
@@ -225,17 +232,17 @@ class WidthController:
             measured: seconds since the result before; None if something else ran meanwhile.
             context: as planned.
             forced: as planned, of a round that is forced; these tokens say nothing of drafts.
+            ended: requests whose texts ended in it. Nobody knows how many tokens it would have committed otherwise, so
+                they say nothing of drafts, either.
         """
         index = self.widths.index(width)
         settled = self._settled_for(len(keys), kind) if width == 1 else None
         if width > 1 and forced is None and self._settled is not None:
             self._settled.rounds_left = 0
-        if measured is not None and (settled is None or settled.is_time_wanted):
-            if settled is not None:
-                settled.is_time_wanted = False
-            column = self._columns[index]
-            factor = measured / float(self._costs.row(len(keys), context)[column])
-            self._corrections.observe(kind, len(keys), column, factor)
+        if measured is not None and settled is not None:
+            settled.times.append(measured)
+        elif measured is not None:
+            self._observe_time(kind, len(keys), context, self._columns[index], measured)
         row = self._seconds_of(len(keys), kind, context) if settled is None else settled.row
         seconds = float(row[self._columns[index]])
         total = int(sum(accept_lens))
@@ -243,8 +250,10 @@ class WidthController:
         self._requests[width] += num_requests
         self._tokens[width] += total
         self._seconds += seconds
-        drafted = accept_lens if forced is None else list(map(_behind, accept_lens, forced))
-        self._rates.observe_round(keys, width, drafted)
+        if width > 1:
+            drafted = accept_lens if forced is None else list(map(_behind, accept_lens, forced))
+            known = [0 if key in ended else length for key, length in zip(keys, drafted, strict=True)]
+            self._rates.observe_round(keys, width, known)
         if self._probes is not None and forced is None:
             self._probes.observe(index, total)
         plain_seconds = 0.0
@@ -268,6 +277,20 @@ class WidthController:
             plain_seconds=self._plain_seconds,
             num_limited=self._num_limited,
         )
+
+    def _observe_settled(self) -> None:
+        """Learn times at once. All count: just where many requests end, and a host is slow, a width is chosen."""
+        settled = self._settled
+        if settled is not None and settled.times:
+            seconds, rounds = fmean(settled.times), len(settled.times)
+            self._observe_time(settled.kind, settled.num_requests, settled.context, self._columns[0], seconds, rounds)
+            settled.times.clear()
+
+    def _observe_time(
+        self, kind: Hashable, num_requests: int, context: int | None, column: int, seconds: float, rounds: int = 1
+    ) -> None:
+        factor = seconds / float(self._costs.row(num_requests, context)[column])
+        self._corrections.observe(kind, num_requests, column, factor, rounds)
 
     def _settled_for(self, num_requests: int, kind: Hashable) -> _Settled | None:
         settled = self._settled

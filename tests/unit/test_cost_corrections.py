@@ -126,3 +126,16 @@ def _widths(
 def _learn(corrections: CostCorrections, num_requests: int, width: int, factor: float) -> None:
     for _ in range(60):
         corrections.observe("kind", num_requests, width, factor)
+
+
+def test_rounds_that_are_learnt_at_once_count_as_many() -> None:
+    """The mean of eight rounds changes a factor as eight such rounds do, but for what an average forgets meanwhile."""
+    at_once, singly = CostCorrections(2), CostCorrections(2)
+    for corrections in (at_once, singly):
+        for _ in range(40):
+            corrections.observe(None, 64, 0, 1.0)
+    at_once.observe(None, 64, 0, 1.5, rounds=8)
+    for _ in range(8):
+        singly.observe(None, 64, 0, 1.5)
+    assert at_once.factors(None, 64) == pytest.approx(singly.factors(None, 64), rel=1e-3)
+    assert at_once.factors(None, 64)[0] > 1.15

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from benchmarks.load.simulate import WIDTHS, measured_costs
 from sglang_orthrus.round.policy import Policy
@@ -22,6 +23,7 @@ class Request:
         self.sampling_params = SimpleNamespace(top_k=1)
         self.origin_input_ids, self.output_ids = [1, 2], [3]
         self.finished_len: int | None = None
+        self.finished_reason: object = None
 
     def finished(self) -> bool:
         return self.finished_len is not None
@@ -50,9 +52,9 @@ def recorded(
     monkeypatch.setattr("sglang_orthrus.round.policy.time.perf_counter", lambda: now[0])
     stock = controller.observe
 
-    def observe(*args: Any) -> Any:
+    def observe(*args: Any, **kwargs: Any) -> Any:
         measured.append(args[4])
-        return stock(*args)
+        return stock(*args, **kwargs)
 
     monkeypatch.setattr(controller, "observe", observe)
     return now, measured
@@ -86,6 +88,27 @@ def test_a_round_that_ran_for_an_ended_request_teaches_nothing_of_it() -> None:
     policy.plan(batch_of(second), can_defer=True)
     report = controller.report()
     assert report.tokens == {plan.width: 1 + 3 + 2} and report.requests == {plan.width: 3}
+
+
+def test_a_text_that_ended_says_how_long_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was aborted does not. Of the round in which it ended, nobody knows how many drafts were right."""
+    controller = WidthController(measured_costs(), WIDTHS)
+    policy, first, second, third = Policy(WIDTHS, controller), Request("a"), Request("b"), Request("c")
+    forgotten = dict[Any, Any]()
+    monkeypatch.setattr(controller, "forget", lambda key, num_tokens: forgotten.update({key: num_tokens}))
+    learnt = list[tuple[Sequence[Any], Sequence[int]]]()
+    monkeypatch.setattr(controller._rates, "observe_round", lambda keys, _, lens: learnt.append((keys, lens)))
+    plan = policy.plan(batch_of(first, second, third), can_defer=True)
+    policy.observe([7, 4, 2])
+    first.take(8, end=3)
+    second.take(5)
+    third.take(3, end=3)
+    third.finished_reason = FINISH_ABORT()
+    for rid in "ac":
+        policy.forget(rid)
+    policy.plan(batch_of(second), can_defer=True)
+    assert plan.width > 1 and forgotten == {"a": 4, "c": None}
+    assert [(list(keys), list(lens)) for keys, lens in learnt] == [(["a", "b", "c"], [0, 5, 3])]
 
 
 def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +181,7 @@ def test_a_request_that_ends_in_a_prefill_is_forgotten(monkeypatch: pytest.Monke
     """SGLang tells workers of those alone that end in rounds. The token of the mixed step is no round's."""
     controller = WidthController(measured_costs(), WIDTHS)
     forgotten = list[str]()
-    monkeypatch.setattr(controller, "forget", forgotten.append)
+    monkeypatch.setattr(controller, "forget", lambda key, _: forgotten.append(key))
     policy, first, second = Policy(WIDTHS, controller), Request("a"), Request("b")
     plan = policy.plan(batch_of(first, second), can_defer=True)
     policy.note_prefill([first, second])

@@ -1,0 +1,66 @@
+"""What the ends of texts take from rounds: the more tokens a round commits, the more often it runs past an end.
+
+Letters: R requests, K widths.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_orthrus.round.costs import FloatArray
+
+# What was learnt of a class loses half of its weight in so many texts.
+HALF_LIFE = 64.0
+# A new class: as if so many tokens had come without an end.
+PRIOR_TOKENS = 500.0
+
+
+class TextEnds:
+    """How often texts end, by class of requests.
+
+    Args:
+        num_classes: of requests.
+        rounds_late: that a request still takes part in when it has ended, until the host knows. 1 under overlap
+            scheduling.
+    """
+
+    def __init__(self, num_classes: int, rounds_late: int = 0) -> None:
+        self._rounds_late = rounds_late
+        self._ends = np.zeros(num_classes)
+        self._tokens = np.full(num_classes, PRIOR_TOKENS)
+        self._rates = np.zeros(num_classes)
+
+    def observe(self, request_class: int, num_tokens: int) -> None:
+        """Of a text of this class that came to its end. num_tokens: of all of it."""
+        kept = 0.5 ** (1.0 / HALF_LIFE)
+        self._ends[request_class] = kept * self._ends[request_class] + 1.0
+        seen = self._tokens[request_class] - PRIOR_TOKENS
+        self._tokens[request_class] = PRIOR_TOKENS + kept * seen + num_tokens
+        self._rates[request_class] = self._ends[request_class] / self._tokens[request_class]
+
+    def committed(self, tokens: FloatArray, classes: npt.NDArray[np.int64]) -> FloatArray:
+        """What texts take in of a round, see `within_text`.
+
+        Args:
+            tokens: [R, K] that a round would commit of texts that go on.
+            classes: [R].
+        """
+        rates = self._rates[classes]
+        return within_text(tokens, rates[:, None], self._rounds_late) if rates.any() else tokens
+
+
+def within_text(tokens: FloatArray, end_rate: FloatArray, rounds_late: int) -> FloatArray:
+    """The mean that a text takes in of so many tokens if each of them may be its last: [R, K].
+
+    What lies behind the end is lost, and so are rounds of requests that have ended. Of all rows of rounds, those that
+    count are 1 in 1 + `rounds_late` times the chance that a round meets an end.
+
+    Args:
+        tokens: [R, K], at least 1.
+        end_rate: [R, 1] ends per token, in [0, 1).
+        rounds_late: that a request still takes part in when it has ended.
+    """
+    rate = np.maximum(end_rate, 1e-9)
+    meets_end = -np.expm1(tokens * np.log1p(-rate))
+    return np.asarray(meets_end / rate / (1.0 + rounds_late * meets_end))
