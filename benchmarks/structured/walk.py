@@ -126,7 +126,7 @@ def measure_next(backend: BaseGrammarBackend, tokenizer: Any, drafted: Sequence[
             best = [block.best or 0 for block in chosen]
             started = time.perf_counter()
             skippable = range(bs) if name == "needed_ms" else ()
-            masks = grammars.next_masks(reqs, range(bs), VOCABULARY, skippable)
+            masks = grammars.finish_next_masks(grammars.begin_next_masks(reqs, range(bs), VOCABULARY, skippable))
             grammars.late_masks(masks, dict(enumerate(best)))
             taken.append(time.perf_counter() - started)
             bits = masks.host.numpy()

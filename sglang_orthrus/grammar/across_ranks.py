@@ -13,7 +13,7 @@ from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus import ranks
 from sglang_orthrus.core import rows_index
-from sglang_orthrus.grammar.batch import BlockGrammars, BlockMasks, CandidatesCopy, NextMasks, RepairedDrafts
+from sglang_orthrus.grammar.batch import BegunMasks, BlockGrammars, BlockMasks, CandidatesCopy, RepairedDrafts
 from sglang_orthrus.grammar.masks import BestOf
 
 
@@ -45,8 +45,8 @@ class GrammarsAcrossRanks(BlockGrammars):
         limits = ranks.numbers_from_first(limits)
         return BlockMasks(GrammarMask(drafts.any_grammar, ranks.from_first(mask)), limits)
 
-    def next_masks(
+    def begin_next_masks(
         self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int, skippable: Collection[int] = ()
-    ) -> NextMasks:
-        """See `BlockGrammars.next_masks`. Every rank fills all masks: clocks say which grammars are slow."""
-        return super().next_masks(reqs, rows, vocab_size)
+    ) -> BegunMasks:
+        """See `BlockGrammars.begin_next_masks`. Every rank fills all masks: clocks say which grammars are slow."""
+        return super().begin_next_masks(reqs, rows, vocab_size)

@@ -21,7 +21,7 @@ from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
-from sglang_orthrus.grammar.next_masks import LateMask, NextMaskFiller, NextRow, fill_refused
+from sglang_orthrus.grammar.next_masks import LateMask, NextMaskFiller, NextRow, StartedMasks, fill_refused
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
 from sglang_orthrus.grammar.slow_masks import Deadline
@@ -73,6 +73,22 @@ class BlockMasks(NamedTuple):
 
     mask: GrammarMask
     limits: list[int]
+
+
+class BegunMasks(NamedTuple):
+    """What may follow committed texts, while helpers still fill some of it.
+
+    Attributes:
+        any_grammar: the object that applies the masks of all.
+        host: [R, W], on the CPU.
+        numbers: [n] requests that have a mask, by their numbers: texts of others are at their end.
+        started: theirs.
+    """
+
+    any_grammar: Any
+    host: torch.Tensor
+    numbers: list[int]
+    started: StartedMasks
 
 
 class NextMasks(NamedTuple):
@@ -231,13 +247,14 @@ class BlockGrammars:
         why="such a round is a decode step, and llguidance fills its masks in parallel",
         until=SHARED_BY_WORKERS,
     )
-    def next_masks(
+    def begin_next_masks(
         self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int, skippable: Collection[int] = ()
-    ) -> NextMasks:
+    ) -> BegunMasks:
         """What may follow the committed text of every constrained request: one row each.
 
         For rounds that draft nothing. Host work, while a GPU verifies. SGLang has XGrammar fill one mask after the
-        other. Here several threads do it, and slow masks may be missing at first: see `late_masks`.
+        other. Here several threads do it, some of them until `finish_next_masks` and longer. Grammars may go on
+        meanwhile.
 
         Args:
             reqs: the batch.
@@ -254,13 +271,18 @@ class BlockGrammars:
         to_fill = [
             NextRow(cursor_of(entry.grammar, self.text, mask), mask) for entry, mask in zip(entries, own, strict=True)
         ]
-        late: dict[int, LateMask] = {}
         if any(isinstance(row.cursor, GuidanceCursor) for row in to_fill):
             grammars[0].fill_vocab_mask_batched(entries, masks)
-        else:
-            places = [place for place, entry in enumerate(entries) if entry.row in skippable]
-            late = {entries[place].row: mask for place, mask in self._next_filler.fill(to_fill, places).items()}
-        return NextMasks(self._on_device(grammars[0], masks), masks, late)
+            to_fill = []
+        places = [place for place, entry in enumerate(entries) if entry.row in skippable] if to_fill else []
+        started = self._next_filler.start(to_fill, places)
+        return BegunMasks(grammars[0], masks, [entry.row for entry in entries], started)
+
+    def finish_next_masks(self, begun: BegunMasks) -> NextMasks:
+        """The masks, of which slow ones may be missing: see `late_masks`."""
+        late = self._next_filler.finish(begun.started)
+        by_request = {begun.numbers[place]: mask for place, mask in late.items()}
+        return NextMasks(self._on_device(begun.any_grammar, begun.host), begun.host, by_request)
 
     def late_masks(self, masks: NextMasks, chosen: Mapping[int, int]) -> GrammarMask | None:
         """The same masks with those that refuse what was chosen without them; None if they make no difference.

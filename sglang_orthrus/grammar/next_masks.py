@@ -65,6 +65,18 @@ class LateMask(NamedTuple):
         self.row.mask.copy_(self.own)
 
 
+class StartedMasks(NamedTuple):
+    """One mask each of some cursors, some of which helpers still fill.
+
+    Attributes:
+        waiting: the helpers', by the numbers of their rows.
+        end: when the round waits no longer, by the performance counter.
+    """
+
+    waiting: dict[int, LateMask]
+    end: float
+
+
 class NextMaskFiller:
     """A grammar is watched that had a slow mask lately, or may have one: no round waits long for its masks.
 
@@ -79,25 +91,31 @@ class NextMaskFiller:
         self._team = team
         self._watch = GrammarWatch(watches_new)
 
-    def fill(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> dict[int, LateMask]:
-        """Fill one mask at each of some cursors.
+    def start(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> StartedMasks:
+        """Fill one mask at each of some cursors, but for those that helpers fill from now on.
 
         Args:
             rows: where to fill.
             skippable: numbers of the rows where skipping a mask cannot change any visible output, if what is chosen
                 without it is looked at.
-
-        Returns:
-            Masks that helpers still fill, by the numbers of their rows: `fill_refused` is to be told what was chosen
-            there.
         """
         end = time.perf_counter() + WAIT_SHARE * self._seconds
         watched = sorted(skippable) if isfinite(self._seconds) else ()
-        started = self._start({number: rows[number] for number in watched})
-        self._fill_here([row for number, row in enumerate(rows) if number not in started])
-        waiting = next(iter(started.values())).jobs.wait(end - time.perf_counter()) if started else frozenset()
-        late = {number: mask for number, mask in started.items() if mask.number in waiting}
-        for number, mask in started.items():
+        waiting = self._start({number: rows[number] for number in watched})
+        self._fill_here([row for number, row in enumerate(rows) if number not in waiting])
+        return StartedMasks(waiting, end)
+
+    def finish(self, started: StartedMasks) -> dict[int, LateMask]:
+        """Wait for helpers, but not for long.
+
+        Returns:
+            Masks that they still fill, by the numbers of their rows: `fill_refused` is to be told what was chosen
+            there.
+        """
+        masks = started.waiting
+        waiting = next(iter(masks.values())).jobs.wait(started.end - time.perf_counter()) if masks else frozenset()
+        late = {number: mask for number, mask in masks.items() if mask.number in waiting}
+        for number, mask in masks.items():
             self._watch.learn(mask.row.cursor.key, is_slow=number in late)
             if number in late:
                 mask.row.mask.fill_(ALL_ALLOWED)

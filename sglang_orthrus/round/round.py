@@ -9,7 +9,7 @@ For a request with C committed tokens and a block of Q:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus.core import RoundBatch, Verdict
-from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, NextMasks, RepairedDrafts
+from sglang_orthrus.grammar.batch import BegunMasks, BlockGrammars, CandidatesCopy, NextMasks, RepairedDrafts
 from sglang_orthrus.grammar.cursor import Ids
 from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import DualViewRunner, Pass, PreparedPass
@@ -32,7 +32,7 @@ from sglang_orthrus.sampling.verification import best_tokens, requests_with_know
 
 
 class BegunRound(NamedTuple):
-    """A round whose first pass is queued. No grammar was asked yet.
+    """A round whose first pass is queued.
 
     Attributes:
         batch: the round's.
@@ -45,6 +45,7 @@ class BegunRound(NamedTuple):
         prepared: the verify pass; None if another pass has done its work.
         verify: what it gave, if it is queued already: nothing was drafted, so that it waits for no grammar.
         path: how the draft pass ran.
+        masks: behind committed texts, if they are begun already.
     """
 
     batch: RoundBatch
@@ -57,6 +58,7 @@ class BegunRound(NamedTuple):
     prepared: PreparedPass | None
     verify: Pass | None
     path: RoundPath
+    masks: BegunMasks | None = None
 
 
 class RoundEnd(NamedTuple):
@@ -107,10 +109,15 @@ class Round:
             return RoundEnd(accept_greedy(*fused, batch.prefix_lens), RoundPath.GRAPH)
         return self.finish(self.begin(batch, plan))
 
-    def begin(self, batch: RoundBatch, plan: RoundPlan) -> BegunRound:
+    def begin(
+        self, batch: RoundBatch, plan: RoundPlan, grammar_barrier: Callable[[], None] | None = None
+    ) -> BegunRound:
         """Queue the draft pass, and prepare all of verification that does not depend on the drafts.
 
         A round that drafts nothing verifies here: a GPU is busy while the scheduler takes in the former round's result.
+        And with a barrier its masks are begun here: helpers fill them meanwhile.
+
+        grammar_barrier: brings grammars to where the former round ended, once that is known.
         """
         adjustments, sampler, constrained = self._choosing(batch, self._model_runner.model)
         draft = self._passes.draft(batch) if plan.width > 1 else None
@@ -125,9 +132,13 @@ class Round:
         prepared = self._passes.prepare_verify(batch, draft)
         verify = self._passes.verify(prepared, drafts.block) if draft is None else None
         path = RoundPath.SPLIT if draft is None or draft.replayed else RoundPath.EAGER
-        return BegunRound(
+        begun = BegunRound(
             batch, plan.width, adjustments, sampler, drafts, constrained, candidates, prepared, verify, path
         )
+        if draft is not None or not constrained or grammar_barrier is None:
+            return begun
+        grammar_barrier()
+        return begun._replace(masks=self._begin_masks(begun))
 
     def choose(self, batch: RoundBatch, logits: torch.Tensor) -> RoundEnd:
         """A round that drafts nothing, behind a pass of the AR view over the anchors. logits: [bs, V], its own."""
@@ -177,21 +188,23 @@ class Round:
         return self._grammars.repair(scheduled.reqs, begun.constrained, begun.candidates, vocab_size)
 
     def _masks(self, begun: BegunRound, drafts: Drafts, repaired: RepairedDrafts | None, verify: Pass) -> _Masks:
-        scheduled, constrained = begun.batch.scheduled, begun.constrained
+        constrained = begun.constrained
         if not constrained:
             return _Masks()
-        reqs = scheduled.reqs
-        # Log probabilities would show a missing mask.
-        known = {row for row in requests_with_known_best(begun.sampler) if not reqs[row].return_logprob}
-        skippable = {number for number, row in enumerate(constrained) if row in known}
         if repaired is None:
-            if any(req.custom_logit_processor is not None for req in reqs):
-                skippable.clear()  # it would run twice
-            found = self._grammars.next_masks(reqs, constrained, scheduled.sampling_info.vocab_size, skippable)
+            found = self._grammars.finish_next_masks(begun.masks or self._begin_masks(begun))
             return _Masks(RowMasks(found.mask, constrained), None, found if found.late else None)
         best_of = partial(_best_of, begun.sampler, drafts, verify.hidden_states, constrained)
-        filled = self._grammars.masks(repaired, skippable, best_of)
+        filled = self._grammars.masks(repaired, _skippable(begun), best_of)
         return _Masks(RowMasks(filled.mask, constrained), _limits(filled.limits, constrained, drafts.tokens))
+
+    def _begin_masks(self, begun: BegunRound) -> BegunMasks:
+        """Of a round that drafts nothing."""
+        scheduled, skippable = begun.batch.scheduled, _skippable(begun)
+        if any(req.custom_logit_processor is not None for req in scheduled.reqs):
+            skippable.clear()  # it would run twice
+        vocab_size = scheduled.sampling_info.vocab_size
+        return self._grammars.begin_next_masks(scheduled.reqs, begun.constrained, vocab_size, skippable)
 
     def _late_masks(self, masks: NextMasks, constrained: Sequence[int], verdict: Verdict) -> RowMasks | None:
         """Masks with which to choose again, if some that were left out refuse what was chosen."""
@@ -212,6 +225,14 @@ class _Masks(NamedTuple):
     rows: RowMasks | None = None
     limits: torch.Tensor | None = None
     next: NextMasks | None = None
+
+
+def _skippable(begun: BegunRound) -> set[int]:
+    """Constrained requests, by their numbers, whose masks may be missing if what is chosen is looked at."""
+    reqs = begun.batch.scheduled.reqs
+    # Log probabilities would show a missing mask.
+    known = {row for row in requests_with_known_best(begun.sampler) if not reqs[row].return_logprob}
+    return {number for number, row in enumerate(begun.constrained) if row in known}
 
 
 def _logprobs(begun: BegunRound) -> RoundLogprobs | None:

@@ -234,11 +234,11 @@ class OrthrusWorker(BaseSpecWorker):
         result then, so that answers do not wait for drafts to be chosen, and calls for the rest (`delay_sample_func`).
 
         on_publish is called once with the new committed lengths [bs]. grammar_barrier brings grammars to where the
-        former round ended; for a round they are there by then.
+        former round ended. For the rest of a round they are there; a round that drafts nothing begins its masks before.
         """
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish, grammar_barrier)
-        return self._run_round(batch, on_publish)
+        return self._run_round(batch, on_publish, grammar_barrier)
 
     @depends_on(
         "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
@@ -265,7 +265,9 @@ class OrthrusWorker(BaseSpecWorker):
         _publish(on_publish, batch.seq_lens)
         return result
 
-    def _run_round(self, batch: ScheduleBatch, on_publish: Publish | None) -> GenerationBatchResult:
+    def _run_round(
+        self, batch: ScheduleBatch, on_publish: Publish | None, grammar_barrier: Callable[[], None] | None
+    ) -> GenerationBatchResult:
         if batch.seq_lens.is_cuda:
             # Made on another stream under overlap scheduling.
             batch.seq_lens.record_stream(torch.cuda.current_stream())
@@ -280,7 +282,7 @@ class OrthrusWorker(BaseSpecWorker):
             speculative_num_draft_tokens=plan.width,
         )
         if plan.is_deferred:
-            begun = self._round.begin(round_batch, plan)
+            begun = self._round.begin(round_batch, plan, grammar_barrier)
             result.delay_sample_func = DelayedPart(
                 lambda: self._report(result, self._round.finish(begun), on_publish),
                 runs_pass=begun.verify is None,

@@ -12,7 +12,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.config import DraftMode
 from sglang_orthrus.grammar import next_masks
-from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, RepairedDrafts
+from sglang_orthrus.grammar.batch import BlockGrammars, CandidatesCopy, NextMasks, RepairedDrafts
 from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
@@ -46,6 +46,11 @@ def block_grammars(max_width: int = WIDTH, seconds: float = float("inf")) -> Blo
     return BlockGrammars(
         DraftMode.REPAIR, max_width, "cpu", TOKENIZER, GrammarMetrics(log_interval=3, model_name=None), seconds
     )
+
+
+def next_masks_of(grammars: BlockGrammars, *args: Any) -> NextMasks:
+    """Begun and finished at once."""
+    return grammars.finish_next_masks(grammars.begin_next_masks(*args))
 
 
 class World:
@@ -124,7 +129,7 @@ def test_rounds_of_any_width_follow_one_another(backend: BaseGrammarBackend) -> 
             for slot, masks in enumerate(filled.mask.vocab_mask.split(width)):
                 check_masks(reqs[rows[slot]].grammar, repaired.tokens[slot].tolist(), masks)
             if width == 1:
-                assert torch.equal(grammars.next_masks(reqs, rows, VOCABULARY).host, filled.mask.vocab_mask)
+                assert torch.equal(next_masks_of(grammars, reqs, rows, VOCABULARY).host, filled.mask.vocab_mask)
             found.append((repaired, filled.mask.vocab_mask))
         (ours, masks), (fresh, _) = found
         assert torch.equal(ours.tokens, fresh.tokens)
@@ -145,7 +150,7 @@ def test_masks_of_rounds_that_draft_nothing_are_sglangs(
     for _ in range(12):
         world.turn()
         rows = grammars.rows_of(world.reqs)
-        found = grammars.next_masks(world.reqs, rows, VOCABULARY).mask.vocab_mask
+        found = next_masks_of(grammars, world.reqs, rows, VOCABULARY).mask.vocab_mask
         for row, mask in zip(rows, found, strict=True):
             grammar = world.reqs[row].grammar
             wanted = torch.full((1, VOCABULARY // 32), -1, dtype=torch.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from sglang_orthrus.grammar.slow_masks import MAX_GRAMMARS
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 from tests.unit import test_grammar_cursors as cursors
 from tests.unit.test_grammar_cursors import ENCODE, SCHEMA, VOCABULARY, request
-from tests.unit.test_mask_widths import block_grammars
+from tests.unit.test_mask_widths import block_grammars, next_masks_of
 from tests.unit.test_masks import Judged
 
 backend = cursors.backend  # the fixture
@@ -72,7 +72,7 @@ def test_masks_that_are_not_there_in_time_are_waited_for_where_they_refuse_the_c
         allowed = [token for token in range(VOCABULARY) if row[token >> 5] >> (token & 31) & 1]
         refused = next(token for token in range(VOCABULARY) if token not in allowed)
         world.scores[slot, 0, [allowed[0], refused]] = (8.0, 9.0) if is_refused else (9.0, 8.0)
-    masks = grammars.next_masks(world.reqs, [0, 1], VOCABULARY, skippable)
+    masks = next_masks_of(grammars, world.reqs, [0, 1], VOCABULARY, skippable)
     assert sorted(masks.late) == expected
     assert [number for number in (0, 1) if bool((masks.host[number] == -1).all())] == expected
     chosen = [tokens[0] for tokens in world.emitted(masks.host)]
@@ -89,7 +89,7 @@ def test_a_helper_that_is_late_fills_what_was_allowed_then(backend: BaseGrammarB
     """Its grammar goes on meanwhile."""
     grammars, own = watching(0.01), [backend.dispatch_json(SCHEMA) for _ in range(8)]
     wanted = masks_of(own)
-    masks = grammars.next_masks([request(grammar) for grammar in own], range(8), VOCABULARY, range(8))
+    masks = next_masks_of(grammars, [request(grammar) for grammar in own], range(8), VOCABULARY, range(8))
     assert sorted(masks.late) == list(range(8))
     for grammar in own:
         grammar.accept_token(ENCODE("{")[0])
@@ -100,12 +100,27 @@ def test_a_helper_that_is_late_fills_what_was_allowed_then(backend: BaseGrammarB
     assert not torch.equal(masks_of(own), wanted)
 
 
+@pytest.mark.parametrize("skippable", [range(8), ()], ids=["helpers", "here"])
+def test_grammars_may_go_on_while_masks_are_filled(
+    backend: BaseGrammarBackend, skippable: Sequence[int], gate: threading.Event
+) -> None:
+    """The scheduler takes in a result meanwhile."""
+    grammars, own = watching(600.0), [backend.dispatch_json(SCHEMA) for _ in range(8)]
+    wanted = masks_of(own)
+    begun = grammars.begin_next_masks([request(grammar) for grammar in own], range(8), VOCABULARY, skippable)
+    for grammar in own:
+        grammar.accept_token(ENCODE("{")[0])
+    gate.set()
+    masks = grammars.finish_next_masks(begun)
+    assert masks.late == {} and torch.equal(masks.host, wanted)
+
+
 def test_helpers_that_are_in_time_leave_no_mask_late(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     gate.set()
     grammars = watching(600.0)
     own = [backend.dispatch_json(SCHEMA), backend.dispatch_regex("[a-c]{400}"), backend.dispatch_json(SCHEMA)]
     for skippable in ((0, 1, 2), (1,), ()):
-        masks = grammars.next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, skippable)
+        masks = next_masks_of(grammars, [request(grammar) for grammar in own], range(3), VOCABULARY, skippable)
         assert masks.late == {}
         assert torch.equal(masks.host, masks_of(own))
 
@@ -119,18 +134,18 @@ def test_grammars_that_are_long_fast_are_filled_without_helpers(
     grammars, reqs = watching(600.0), [request(backend.dispatch_json(SCHEMA))]
     gate.set()
     for _ in range(3):
-        assert not grammars.next_masks(reqs, [0], VOCABULARY, [0]).late
+        assert not next_masks_of(grammars, reqs, [0], VOCABULARY, [0]).late
     gate.clear()
     monkeypatch.setattr(next_masks, "SLOW_SHARE", 0.0)
-    assert not grammars.next_masks(reqs, [0], VOCABULARY, [0]).late, "a helper would not be done"
+    assert not next_masks_of(grammars, reqs, [0], VOCABULARY, [0]).late, "a helper would not be done"
     monkeypatch.setattr(next_masks, "WAIT_SHARE", 0.0)
-    assert list(grammars.next_masks(reqs, [0], VOCABULARY, [0]).late) == [0], "it was slow"
+    assert list(next_masks_of(grammars, reqs, [0], VOCABULARY, [0]).late) == [0], "it was slow"
     gate.set()
 
 
 def test_without_a_limit_all_masks_are_waited_for(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
-    masks = watching().next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
+    masks = next_masks_of(watching(), [request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
     assert masks.late == {}, "no helper is asked"
     assert torch.equal(masks.host, masks_of(own))
 
@@ -142,7 +157,7 @@ def test_copies_of_a_round_take_little_time(
     """Behind that, masks are filled as those that no helper may fill."""
     monkeypatch.setattr(next_masks, "COPY_SECONDS", 0.0)
     own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
-    masks = watching(0.01).next_masks([request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
+    masks = next_masks_of(watching(0.01), [request(grammar) for grammar in own], range(3), VOCABULARY, range(3))
     assert list(masks.late) == [0]
     assert torch.equal(masks.host[1:], masks_of(own)[1:])
     gate.set()
@@ -175,8 +190,8 @@ def test_a_new_grammar_may_be_left_alone_until_it_has_a_slow_mask() -> None:
 @with_xgrammar
 def test_a_cpu_has_no_helpers_for_new_grammars(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
-    masks = block_grammars(seconds=0.01).next_masks(
-        [request(grammar) for grammar in own], range(3), VOCABULARY, range(3)
+    masks = next_masks_of(
+        block_grammars(seconds=0.01), [request(grammar) for grammar in own], range(3), VOCABULARY, range(3)
     )
     assert not gate.is_set() and masks.late == {}
     assert torch.equal(masks.host, masks_of(own))

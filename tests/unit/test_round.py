@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
 from sglang_orthrus.core import DraftBlock, RoundBatch
+from sglang_orthrus.grammar.batch import NextMasks
 from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import Pass, PreparedPass
 from sglang_orthrus.round.policy import RoundPlan
@@ -88,3 +90,42 @@ def test_behind_anothers_pass_no_pass_is_queued_and_its_logits_stay() -> None:
     assert end.verdict.bonus.tolist() == anchors.tolist(), "the bias outweighs the model"
     assert end.verdict.new_seq_lens.tolist() == [11] * REQUESTS
     assert torch.equal(logits, torch.eye(VOCAB)[anchors + 1])
+
+
+def test_a_round_that_drafts_nothing_begins_its_masks_behind_its_pass() -> None:
+    """Where grammars can be brought to the committed text then; else when the former result has been taken in."""
+    batch: Any = _Batch()
+    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
+    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    batch.has_grammar = True
+    ids = torch.arange(REQUESTS)[:, None]
+    events = list[str]()
+    grammar = SimpleNamespace(apply_vocab_mask=lambda logits, vocab_mask: logits[:, 1].fill_(-torch.inf))
+
+    class Grammars:
+        num_candidates = 1
+
+        def rows_of(self, reqs: Any) -> list[int]:
+            return [0]
+
+        def begin_next_masks(self, *args: Any) -> str:
+            events.append("begin")
+            return "masks"
+
+        def finish_next_masks(self, begun: str) -> NextMasks:
+            events.append(f"finish {begun}")
+            mask = torch.zeros(1, 1, dtype=torch.int32)
+            return NextMasks(GrammarMask(grammar, mask), mask, {})
+
+    for barrier, order in (
+        (lambda: events.append("barrier"), ["verify", "barrier", "begin", "result", "finish masks"]),
+        (None, ["verify", "result", "begin", "finish masks"]),
+    ):
+        passes, grammars = _Passes(), Grammars()
+        events.clear()
+        passes.queued = events
+        rounds = Round(passes, History("cpu"), grammars, SimpleNamespace(model=_Model()), "pytorch")  # type: ignore[arg-type]
+        begun = rounds.begin(RoundBatch(batch, DraftBlock(ids, ids, ids)), RoundPlan(1, False, True), barrier)
+        events.append("result")
+        assert rounds.finish(begun).verdict.bonus.tolist() == [0, 2, 3], "the grammar refuses what follows 0"
+        assert events == order
