@@ -28,6 +28,8 @@ ALONE_SECONDS = 0.0003
 SLOW_SHARE = 0.1
 # A round waits so long for helpers, about as long as a GPU verifies.
 WAIT_SHARE = 0.4
+# But so long at least: a helper that is done needs the interpreter's lock to say so, which the scheduler has held.
+MIN_WAIT_SECONDS = 0.0005
 # A grammar is watched until so many masks in a row were fast.
 NUM_WATCHED = 1024
 # So many helpers at a time; one that has a slow mask is away for some rounds.
@@ -70,7 +72,7 @@ class StartedMasks(NamedTuple):
 
     Attributes:
         waiting: the helpers', by the numbers of their rows.
-        end: when the round waits no longer, by the performance counter.
+        end: when the round is to go on, by the performance counter.
     """
 
     waiting: dict[int, LateMask]
@@ -112,8 +114,8 @@ class NextMaskFiller:
             Masks that they still fill, by the numbers of their rows: `fill_refused` is to be told what was chosen
             there.
         """
-        masks = started.waiting
-        waiting = next(iter(masks.values())).jobs.wait(started.end - time.perf_counter()) if masks else frozenset()
+        masks, seconds = started.waiting, max(MIN_WAIT_SECONDS, started.end - time.perf_counter())
+        waiting = next(iter(masks.values())).jobs.wait(seconds) if masks else frozenset()
         late = {number: mask for number, mask in masks.items() if mask.number in waiting}
         for number, mask in masks.items():
             self._watch.learn(mask.row.cursor.key, is_slow=number in late)
