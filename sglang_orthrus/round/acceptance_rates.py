@@ -64,16 +64,15 @@ class AcceptanceRates:
     Args:
         widths: every width that rounds may have.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
-        rounds_late: see `TextEnds`.
     """
 
-    def __init__(self, widths: Sequence[int], max_requests: int = 1024, rounds_late: int = 0) -> None:
+    def __init__(self, widths: Sequence[int], max_requests: int = 1024) -> None:
         self.widths = tuple(sorted(widths))
         self._columns = {width: column for column, width in enumerate(self.widths)}
         # Row 0 stays empty: a request that is not known.
         self._requests = _Counts(self.widths, max_requests + 1)
         self._classes = _Counts(self.widths, MAX_CLASSES)
-        self._ends = TextEnds(MAX_CLASSES + 1, rounds_late)
+        self._ends = TextEnds(MAX_CLASSES + 1)
         self._rows: dict[Hashable, int] = {}
         self._free = list(range(max_requests, 0, -1))
         self._class_rows: dict[Hashable, int] = {}

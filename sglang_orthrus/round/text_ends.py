@@ -21,12 +21,9 @@ class TextEnds:
 
     Args:
         num_classes: of requests.
-        rounds_late: that a request still takes part in when it has ended, until the host knows. 1 under overlap
-            scheduling.
     """
 
-    def __init__(self, num_classes: int, rounds_late: int = 0) -> None:
-        self._rounds_late = rounds_late
+    def __init__(self, num_classes: int) -> None:
         self._ends = np.zeros(num_classes)
         self._tokens = np.full(num_classes, PRIOR_TOKENS)
         self._rates = np.zeros(num_classes)
@@ -47,20 +44,18 @@ class TextEnds:
             classes: [R].
         """
         rates = self._rates[classes]
-        return within_text(tokens, rates[:, None], self._rounds_late) if rates.any() else tokens
+        return within_text(tokens, rates[:, None]) if rates.any() else tokens
 
 
-def within_text(tokens: FloatArray, end_rate: FloatArray, rounds_late: int) -> FloatArray:
+def within_text(tokens: FloatArray, end_rate: FloatArray) -> FloatArray:
     """The mean that a text takes in of so many tokens if each of them may be its last: [R, K].
 
-    What lies behind the end is lost, and so are rounds of requests that have ended. Of all rows of rounds, those that
-    count are 1 in 1 + `rounds_late` times the chance that a round meets an end.
+    Under overlap scheduling a request takes part in one more round when it has ended. That does not count here: it
+    costs nothing while a GPU waits for memory, and hardly changes a width where it costs a row.
 
     Args:
         tokens: [R, K], at least 1.
         end_rate: [R, 1] ends per token, in [0, 1).
-        rounds_late: that a request still takes part in when it has ended.
     """
     rate = np.maximum(end_rate, 1e-9)
-    meets_end = -np.expm1(tokens * np.log1p(-rate))
-    return np.asarray(meets_end / rate / (1.0 + rounds_late * meets_end))
+    return np.asarray(-np.expm1(tokens * np.log1p(-rate)) / rate)

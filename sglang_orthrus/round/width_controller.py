@@ -103,7 +103,6 @@ class WidthController:
         floor: share of plain decoding's speed that requests are kept at; 0 for none.
         probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
-        rounds_late: see `TextEnds`.
 
     Raises:
         ValueError: a width was not measured.
@@ -116,7 +115,6 @@ class WidthController:
         floor: float = DEFAULT_SPEED_FLOOR,
         probe_share: float = DEFAULT_PROBE_SHARE,
         max_requests: int = 1024,
-        rounds_late: int = 0,
     ) -> None:
         self.widths = tuple(sorted(widths or costs.widths))
         if not set(self.widths) <= set(costs.widths):
@@ -125,7 +123,7 @@ class WidthController:
         self._corrections = CostCorrections(len(costs.widths))
         self._columns = [costs.widths.index(width) for width in self.widths]
         self._knows_plain = costs.widths[0] == 1
-        self._rates = AcceptanceRates(self.widths, max_requests, rounds_late)
+        self._rates = AcceptanceRates(self.widths, max_requests)
         self._floor = SpeedFloor(floor if self._knows_plain else 0.0, max_requests)
         self._probes = Probes(self.widths, probe_share) if probe_share and len(self.widths) > 1 else None
         self._current: int | None = None

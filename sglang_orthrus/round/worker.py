@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import (
     get_exec,
     get_observability,
     get_parallel,
-    get_schedule,
     get_serving,
     get_spec,
 )
@@ -185,15 +184,10 @@ class OrthrusWorker(BaseSpecWorker):
         )
         timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
         metrics = WidthMetrics(*_reporting(), timed)
-        controller = None
-        if ranks.is_first():
-            controller = WidthController(
-                costs,
-                floor=speed_floor(),
-                # Retracted requests are remembered, too.
-                max_requests=2 * max_requests,
-                rounds_late=0 if get_schedule().disable_overlap_schedule else 1,
-            )
+        # Retracted requests are remembered, too.
+        controller = (
+            WidthController(costs, floor=speed_floor(), max_requests=2 * max_requests) if ranks.is_first() else None
+        )
         return Policy(
             *(self._widths, controller, metrics),
             is_shared=ranks.are_several(),

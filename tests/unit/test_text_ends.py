@@ -13,19 +13,18 @@ from sglang_orthrus.round.text_ends import PRIOR_TOKENS, TextEnds, within_text
 from sglang_orthrus.round.width_controller import WidthController
 
 
-@pytest.mark.parametrize("rounds_late", [0, 1])
 @pytest.mark.parametrize(("width", "end_rate"), [(1, 0.05), (8, 0.05), (16, 0.01), (32, 0.2)])
-def test_the_mean_of_many_texts(width: int, end_rate: float, rounds_late: int) -> None:
+def test_the_mean_of_many_texts(width: int, end_rate: float) -> None:
     """Rounds that commit their whole width of texts that end anywhere: the means of 20,000 texts. The seed is fixed."""
     lengths = np.random.default_rng(0).geometric(end_rate, 20_000)
-    rounds = np.ceil(lengths / width) + rounds_late
-    expected = within_text(np.array([[float(width)]]), np.array([[end_rate]]), rounds_late)
+    rounds = np.ceil(lengths / width)
+    expected = within_text(np.array([[float(width)]]), np.array([[end_rate]]))
     assert expected[0, 0] == pytest.approx(lengths.sum() / rounds.sum(), rel=0.02)
 
 
 def test_texts_without_an_end_take_in_all() -> None:
     tokens = np.array([[1.0, 7.5, 20.0]])
-    assert within_text(tokens, np.zeros((1, 1)), rounds_late=1) == pytest.approx(tokens, rel=1e-6)
+    assert within_text(tokens, np.zeros((1, 1))) == pytest.approx(tokens, rel=1e-6)
     ends = TextEnds(2)
     ends.observe(0, 100)
     assert ends.committed(tokens, np.array([1])) == pytest.approx(tokens, rel=1e-6)
@@ -36,35 +35,32 @@ def test_the_rate_is_that_of_the_last_texts() -> None:
     ends, tokens = TextEnds(1), np.array([[8.0]])
     for length in (20, 180) * 300:
         ends.observe(0, length)
-    assert ends.committed(tokens, np.array([0])) == pytest.approx(
-        within_text(tokens, np.array([[1 / 100]]), 0), rel=0.01
-    )
+    assert ends.committed(tokens, np.array([0])) == pytest.approx(within_text(tokens, np.array([[1 / 100]])), rel=0.01)
     for _ in range(600):
         ends.observe(0, 10)
     # The prior counts as many tokens as it did at first.
     rate = 93 / (930 + PRIOR_TOKENS)
-    assert ends.committed(tokens, np.array([0])) == pytest.approx(within_text(tokens, np.array([[rate]]), 0), rel=0.01)
+    assert ends.committed(tokens, np.array([0])) == pytest.approx(within_text(tokens, np.array([[rate]])), rel=0.01)
 
 
-@pytest.mark.parametrize(("plain_steps", "best"), [(6.0, 1), (4.0, 8)])
+@pytest.mark.parametrize(("plain_steps", "best"), [(7.3, 1), (6.0, 8)])
 def test_short_texts_have_the_width_that_serves_them_best(plain_steps: float, best: int) -> None:
-    """Texts of 20 tokens, of which all drafts are right, and every text runs for one more round when it has ended.
+    """Texts of 20 tokens, of which all drafts are right: width 8 takes 3 rounds of so many plain steps.
 
-    A round of width 8 takes so many plain steps: 3 and 1 of them for a text, while plain decoding takes 20 and 1. By
-    the 8 tokens that rounds commit before the last ones, width 8 would be better in both cases.
+    By the 8 tokens that rounds commit before the last ones, width 8 would be better in both cases.
     """
     costs = RoundCosts({1: {64: 1.0}, 8: {64: plain_steps}})
-    controller = WidthController(costs, probe_share=0.0, floor=0.0, rounds_late=1)
+    controller = WidthController(costs, floor=0.0)
     names, running, ended = count(), dict[int, int](), dict[int, int]()
     late, widths = deque[tuple[list[int], int, list[int], dict[int, int]]](), Counter[int]()
-    for step in range(400):
+    for step in range(1200):
         while len(running) + len(ended) < 64:
             running[next(names)] = 20
         keys = [*running, *ended]
         for key in running:
             controller.start(key, "texts")
         width = controller.plan(keys).width
-        widths[width] += step >= 200
+        widths[width] += step >= 400
         lens = [min(width, left) for left in running.values()] + [0] * len(ended)
         running = {key: left - width for key, left in running.items()}
         ended = {key: 20 for key, left in running.items() if left <= 0}
@@ -75,4 +71,4 @@ def test_short_texts_have_the_width_that_serves_them_best(plain_steps: float, be
             controller.observe(before, before_width, before_lens, ended=over)
             for key, num_tokens in over.items():
                 controller.forget(key, num_tokens)
-    assert widths[best] >= 0.95 * widths.total()
+    assert widths[best] >= 0.9 * widths.total()
