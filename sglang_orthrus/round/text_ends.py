@@ -25,16 +25,15 @@ class TextEnds:
 
     def __init__(self, num_classes: int) -> None:
         self._ends = np.zeros(num_classes)
-        self._tokens = np.full(num_classes, PRIOR_TOKENS)
+        self._tokens = np.zeros(num_classes)
         self._rates = np.zeros(num_classes)
 
     def observe(self, request_class: int, num_tokens: int) -> None:
         """Of a text of this class that came to its end. num_tokens: of all of it."""
         kept = 0.5 ** (1.0 / HALF_LIFE)
         self._ends[request_class] = kept * self._ends[request_class] + 1.0
-        seen = self._tokens[request_class] - PRIOR_TOKENS
-        self._tokens[request_class] = PRIOR_TOKENS + kept * seen + num_tokens
-        self._rates[request_class] = self._ends[request_class] / self._tokens[request_class]
+        self._tokens[request_class] = kept * self._tokens[request_class] + num_tokens
+        self._rates[request_class] = self._ends[request_class] / (self._tokens[request_class] + PRIOR_TOKENS)
 
     def committed(self, tokens: FloatArray, classes: npt.NDArray[np.int64]) -> FloatArray:
         """What texts take in of a round, see `within_text`.
