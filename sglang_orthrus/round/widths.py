@@ -49,5 +49,5 @@ def likely_tokens(tokens: FloatArray, rounds_seen: FloatArray, standard_errors: 
         standard_errors: by how many it may be too low.
     """
     # One more accepted draft than was seen, so that a few rounds without any are not certain.
-    mean = np.maximum(1.0, tokens + 1.0 / (rounds_seen + 1.0))
+    mean = tokens + 1.0 / (rounds_seen + 1.0)
     return tokens + standard_errors * np.sqrt(mean * (mean - 1.0) / (rounds_seen + 0.25))
