@@ -164,10 +164,11 @@ class WidthFigures(NamedTuple):
     Attributes:
         width: W.
         is_probe: whether the round was to learn about the width.
-        requests: that it counted for.
+        requests: that it counted for, once for each of its steps.
         tokens: that it committed.
         seconds: that it took, by the cost model.
         plain_seconds: that plain decoding would have taken for as many tokens; 0 if that is not known.
+        rounds: steps that it took: more than one only at width 1.
     """
 
     width: int
@@ -176,6 +177,7 @@ class WidthFigures(NamedTuple):
     tokens: int
     seconds: float
     plain_seconds: float
+    rounds: int = 1
 
 
 class WidthMetrics:
@@ -201,7 +203,7 @@ class WidthMetrics:
         """Count one round. report: what the log line says, asked for only then."""
         self._since_log += 1
         if self._counters:
-            counts = figures._asdict() | {"rounds": 1, "probes": int(figures.is_probe)}
+            counts = figures._asdict() | {"probes": int(figures.is_probe)}
             for name, by_width in self._counters.items():
                 by_width[str(figures.width)].inc(counts[name])
         if self._since_log >= self._log_interval:

@@ -37,6 +37,10 @@ class FixedWidth:
     def start(self, key: Hashable, request_class: Hashable, is_bursty: bool = False) -> None:
         """Nothing."""
 
+    def add_steps(self, count: int) -> bool:
+        """One step a round."""
+        return False
+
     def forget(self, key: Hashable, num_tokens: int | None = None) -> None:
         """Nothing."""
 
@@ -47,7 +51,7 @@ class FixedWidth:
         return RoundWidth(self._width, False)
 
     def observe(
-        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], *others: Any, ended: Any = ()
+        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], *others: Any, **more: Any
     ) -> Any:
         """Nothing."""
         from sglang_orthrus.round.width_controller import RoundResult

@@ -93,20 +93,27 @@ class _Round:
 
     def __init__(self, reqs: Sequence[Any], result: Any) -> None:
         self._result = result
+        # Of a round of several steps of plain decoding SGLang counts one verify pass.
+        self._num_more = result.num_non_draft_tokens_per_req - 1
         self._running = [req for req in reqs if not (req.finished() or req.is_retracted)]
         self._num_ended = len(reqs) - len(self._running)
         # What texts would hold afterwards, had they taken in all that SGLang counts.
         self._num_counted = sum(result.accept_lens.tolist()) + sum(len(req.output_ids) for req in self._running)
+        for _ in range(self._num_more):
+            for req in self._running:
+                req.spec_verify_ct += 1
+                req.update_spec_correct_drafts_histogram(0)
 
     def take_off_inplace(self, reporter: Any) -> int:
         """Take off the reporter's sums what no text has taken in; returns the number of such tokens."""
         num_ended = self._num_ended
         num_tokens = self._num_counted - sum(map(text_length, self._running))
         reporter.num_generated_tokens -= num_tokens
-        reporter.spec_num_forward_ct -= num_ended
+        reporter.spec_num_forward_ct += len(self._running) * self._num_more - num_ended
         reporter.spec_num_accept_tokens -= num_tokens
-        # One token of every row is no draft.
-        reporter.spec_num_correct_drafts -= num_tokens - num_ended
+        if not self._num_more:
+            # One token of every row is no draft; of several steps none is.
+            reporter.spec_num_correct_drafts -= num_tokens - num_ended
         self._result.num_correct_drafts -= num_tokens
         return num_tokens
 

@@ -16,7 +16,7 @@ from sglang.srt.utils.common import get_available_gpu_memory
 
 from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.config import DualViewConfig
-from sglang_orthrus.core import OrthrusBlockInput, Phase, RoundBatch, snapshot
+from sglang_orthrus.core import OrthrusBlockInput, OrthrusState, Phase, RoundBatch, Verdict, snapshot
 from sglang_orthrus.passes.attention import plans_in_graphs, wait_only_for_verifying
 from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.passes.cuda_graphs import NarrowGraphRunner, OrthrusGraphRunner
@@ -151,6 +151,14 @@ class DualViewRunner:
             mask_token_id=self._config.mask_token_id,
         )
         return RoundBatch(batch, blocks)
+
+    def next_step(self, batch: RoundBatch, verdict: Verdict) -> RoundBatch:
+        """The batch behind a step that drafted nothing, while nobody has seen its result."""
+        own = snapshot(batch.scheduled)
+        own.seq_lens = verdict.new_seq_lens
+        own.seq_lens_cpu = None if batch.known_lens is None else batch.known_lens + 1
+        own.spec_info = OrthrusState(verdict.bonus, verdict.new_seq_lens)
+        return self.lay_out(own, batch.width)
 
     def fused(self, batch: RoundBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A greedy round in one CUDA graph, or None if none was captured for this batch.

@@ -14,6 +14,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, ScheduleBatch
 from sglang_orthrus import ranks
 from sglang_orthrus.compat.accounting import text_length
 from sglang_orthrus.metrics import WidthFigures, WidthMetrics
+from sglang_orthrus.round.device_watch import DeviceWatch
 from sglang_orthrus.round.width_controller import WidthController
 from sglang_orthrus.sampling.logit_adjustments import are_adjusted
 
@@ -23,6 +24,8 @@ _CONTEXT_ROUNDS = 16
 _MOST_FORCED = 4
 # Rounds that are under way while a host streams what a round committed.
 _DEPTH = 2
+# Steps of a round of plain decoding where a device would wait for its host. More would run further past texts' ends.
+PLAIN_STEPS = 2
 
 
 class CountsForced(Protocol):
@@ -39,11 +42,13 @@ class RoundPlan(NamedTuple):
         width: Q, tokens drafted and verified per request, the anchor included; 1 drafts nothing.
         may_fuse: whether one CUDA graph may draft and verify, if there is one for this batch size.
         is_deferred: whether the scheduler takes in the former round's result between draft and verify.
+        num_steps: of a round that drafts nothing, how many tokens it decodes one after another.
     """
 
     width: int
     may_fuse: bool
     is_deferred: bool
+    num_steps: int = 1
 
 
 @dataclass
@@ -58,6 +63,7 @@ class _Planned:
         began: when it was planned, in seconds.
         forced: of each request, if it has its width for these.
         seconds: until the next one was planned; None if a prefill came between, or nothing did yet.
+        num_steps: see `RoundPlan`.
     """
 
     reqs: Sequence[Any]
@@ -70,6 +76,7 @@ class _Planned:
     began: float
     forced: Sequence[int] | None = None
     seconds: float | None = None
+    num_steps: int = 1
 
 
 class _Result(NamedTuple):
@@ -79,7 +86,7 @@ class _Result(NamedTuple):
         planned: the round.
         measured: seconds since the result before it; None if a prefill ran or was queued meanwhile.
         accept_lens: tokens that it committed of each request; 0 where it does not count.
-        text_lens: tokens of their texts before; none for rounds that draft nothing.
+        text_lens: tokens of their texts before; none for rounds of one token.
     """
 
     planned: _Planned
@@ -99,6 +106,7 @@ class Policy:
         runs_at_once: whether a round has run when it is queued, as on a CPU. Under overlap scheduling the next one has
             then run, too, before a result is taken in.
         grammars: know what is forced; None to go without.
+        watch: tells whether the device waits for the host; None for one step a round.
     """
 
     def __init__(
@@ -109,8 +117,11 @@ class Policy:
         is_shared: bool = False,
         runs_at_once: bool = False,
         grammars: CountsForced | None = None,
+        watch: DeviceWatch | None = None,
     ) -> None:
         self._is_shared = is_shared
+        self._watch = watch
+        self._takes_steps = False
         self._runs_at_once = runs_at_once
         self._grammars = grammars
         self._is_overlapping = False
@@ -135,14 +146,22 @@ class Policy:
     def plan(self, batch: ScheduleBatch, can_defer: bool) -> RoundPlan:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         self._is_overlapping = can_defer
+        before = self._last
         width = self._width(batch)
+        num_steps = self._num_steps(batch, before) if width == 1 else 1
         if self._is_shared:
-            [width] = ranks.numbers_from_first([width])
+            width, num_steps = ranks.numbers_from_first([width, num_steps])
         return RoundPlan(
             width,
-            may_fuse=_is_greedy_without_options(batch),
+            may_fuse=batch.sampling_info.is_all_greedy and not has_options(batch),
             is_deferred=bool(batch.has_grammar) and can_defer,
+            num_steps=num_steps,
         )
+
+    def note_queued(self) -> None:
+        """The planned round is queued."""
+        if self._watch is not None:
+            self._watch.note_queued()
 
     def observe(self, num_accepted: Sequence[int]) -> None:
         """The result of the oldest round that has none: accepted drafts of each of its requests.
@@ -165,11 +184,12 @@ class Policy:
         self._observed_at, self._prefills_before = now, planned.num_prefills
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
-            0 if req.finished() or req.is_retracted else accepted + 1
+            0 if req.finished() or req.is_retracted else accepted + planned.num_steps
             for req, accepted in zip(planned.reqs, num_accepted, strict=True)
         ]
-        # Where nothing is drafted nothing lies behind a text's end.
-        text_lens = [text_length(req) for req in planned.reqs] if planned.width > 1 else []
+        # Of a single token nothing lies behind a text's end.
+        has_several = planned.width > 1 or planned.num_steps > 1
+        text_lens = [text_length(req) for req in planned.reqs] if has_several else []
         self._result = _Result(planned, measured, lens, text_lens)
 
     def note_prefill(self, running: Iterable[Any] = ()) -> None:
@@ -194,15 +214,17 @@ class Policy:
             if self._over:
                 ended = {req.rid: text_length(req) for req in planned.reqs if _has_ended(req)}
             width, has_grammar = planned.width, planned.has_grammar
-            if width > 1:
+            if before:
                 after = map(text_length, planned.reqs)
                 accept_lens = [min(own, new - old) for own, new, old in zip(accept_lens, after, before, strict=True)]
             result = self._controller.observe(
                 *(planned.rids, width, accept_lens, has_grammar, measured, planned.context, planned.forced),
                 ended=ended,
+                num_steps=planned.num_steps,
             )
             if self._metrics is not None:
-                self._metrics.count(WidthFigures(width, planned.is_probe, *result), self._controller.report)
+                figures = WidthFigures(width, planned.is_probe, *result, rounds=planned.num_steps)
+                self._metrics.count(figures, self._controller.report)
         # SGLang does not tell of requests that end in a prefill.
         in_prefill = [req for req in self._mixed if req.finished()]
         self._mixed.difference_update(in_prefill)
@@ -240,6 +262,20 @@ class Policy:
         self._planned.append(self._last)
         return width
 
+    def _num_steps(self, batch: ScheduleBatch, before: _Planned | None) -> int:
+        """Of a round that drafts nothing and that was just planned. before: the round before it.
+
+        A host needs milliseconds for the results of a large batch, and a device may need less for a token of each. It
+        then waits when the next round is planned. A round of one step among many tells whether it would.
+        """
+        if self._controller is None or self._last is None or self._watch is None:
+            return 1
+        if before is not None and before.width == before.num_steps == 1 and before.num_prefills == self._num_prefills:
+            self._takes_steps = self._watch.is_idle()
+        if self._takes_steps and not has_options(batch) and self._controller.add_steps(PLAIN_STEPS - 1):
+            self._last.num_steps = PLAIN_STEPS
+        return self._last.num_steps
+
     def _forced(self, batch: ScheduleBatch) -> list[int] | None:
         """Of each request, how many of its next tokens are forced; None if none are known."""
         if self._grammars is None or not batch.has_grammar or len(batch.reqs) > _MOST_FORCED:
@@ -258,7 +294,6 @@ def _has_ended(req: Any) -> bool:
     return bool(req.finished()) and not isinstance(req.finished_reason, FINISH_ABORT)
 
 
-def _is_greedy_without_options(batch: ScheduleBatch) -> bool:
-    """Only such rounds choose nothing between their passes."""
-    info = batch.sampling_info
-    return info.is_all_greedy and not (batch.has_grammar or batch.return_logprob or are_adjusted(info))
+def has_options(batch: ScheduleBatch) -> bool:
+    """Whether more than logits and draws matters to what a request gets."""
+    return bool(batch.has_grammar or batch.return_logprob or are_adjusted(batch.sampling_info))

@@ -22,7 +22,7 @@ from sglang_orthrus.grammar.cursor import Ids
 from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import DualViewRunner, Pass, PreparedPass
 from sglang_orthrus.round.policy import RoundPlan
-from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing
+from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing, in_a_row
 from sglang_orthrus.sampling.batch import BatchSampler, KnownLogits
 from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks
@@ -69,12 +69,14 @@ class RoundEnd(NamedTuple):
         path: how it ran.
         logprobs: of what it emits, if a request wants them.
         is_wanted: whether any of its requests still ran.
+        num_steps: that it took.
     """
 
     verdict: Verdict
     path: RoundPath
     logprobs: RoundLogprobs | None = None
     is_wanted: bool = True
+    num_steps: int = 1
 
 
 class Round:
@@ -103,7 +105,16 @@ class Round:
         self._sampling_backend = sampling_backend
 
     def run(self, batch: RoundBatch, plan: RoundPlan) -> RoundEnd:
-        """A whole round, in one CUDA graph if it can be."""
+        """A whole round, every step in one CUDA graph if it can be."""
+        end = self._step(batch, plan)
+        verdicts = [end.verdict]
+        while end.is_wanted and len(verdicts) < plan.num_steps:
+            batch = self._passes.next_step(batch, end.verdict)
+            end = self._step(batch, plan)
+            verdicts.append(end.verdict)
+        return end if len(verdicts) == 1 else end._replace(verdict=in_a_row(verdicts), num_steps=len(verdicts))
+
+    def _step(self, batch: RoundBatch, plan: RoundPlan) -> RoundEnd:
         fused = self._passes.fused(batch) if plan.may_fuse else None
         if fused is not None:
             return RoundEnd(accept_greedy(*fused, batch.prefix_lens), RoundPath.GRAPH)

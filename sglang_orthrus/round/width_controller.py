@@ -53,7 +53,7 @@ class RoundResult(NamedTuple):
     """What a round came to.
 
     Attributes:
-        requests: that it counted for.
+        requests: that it counted for, once for each of its steps.
         tokens: that it committed.
         seconds: that it took, by the costs as they are corrected now.
         plain_seconds: that plain decoding would have taken for as many tokens; 0 if width 1 was not measured.
@@ -209,6 +209,19 @@ class WidthController:
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
+    def add_steps(self, count: int) -> bool:
+        """Have the round that was planned last, of width 1, decode so many more tokens of each request plainly.
+
+        Returns whether it may: its batch is settled for so long. The first round of a settled batch has one step.
+        """
+        settled = self._settled
+        if settled is None or not count <= settled.rounds_left < SETTLED_ROUNDS - 1:
+            return False
+        settled.rounds_left -= count
+        self._rounds[1] += count
+        self._rounds_passed += count
+        return True
+
     def observe(
         self,
         keys: Sequence[Hashable],
@@ -219,6 +232,7 @@ class WidthController:
         context: int | None = None,
         forced: Sequence[int] | None = None,
         ended: Container[Hashable] = (),
+        num_steps: int = 1,
     ) -> RoundResult:
         """Of a round that `plan` chose the width of, when its result is known.
 
@@ -232,19 +246,22 @@ class WidthController:
             forced: as planned, of a round that is forced; these tokens say nothing of drafts.
             ended: requests whose texts ended in it. Nobody knows how many tokens it would have committed otherwise, so
                 they say nothing of drafts, either.
+            num_steps: that it took: more than one only at width 1.
         """
         index = self.widths.index(width)
         settled = self._settled_for(len(keys), kind) if width == 1 else None
         if width > 1 and forced is None and self._settled is not None:
             self._settled.rounds_left = 0
+        if measured is not None:
+            measured /= num_steps
         if measured is not None and settled is not None:
             settled.times.append(measured)
         elif measured is not None:
             self._observe_time(kind, len(keys), context, self._columns[index], measured)
         row = self._seconds_of(len(keys), kind, context) if settled is None else settled.row
-        seconds = float(row[self._columns[index]])
+        seconds = float(row[self._columns[index]]) * num_steps
         total = int(sum(accept_lens))
-        num_requests = sum(accept_len > 0 for accept_len in accept_lens)
+        num_requests = sum(accept_len > 0 for accept_len in accept_lens) * num_steps
         self._requests[width] += num_requests
         self._tokens[width] += total
         self._seconds += seconds

@@ -44,6 +44,7 @@ from sglang_orthrus.passes.cuda_graphs import LargestGraphRunner, OrthrusGraphRu
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.passes.timing import batch_sizes, time_rounds
 from sglang_orthrus.round.costs import RoundCosts
+from sglang_orthrus.round.device_watch import DeviceWatch
 from sglang_orthrus.round.mixed import MixedSteps
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
@@ -77,6 +78,8 @@ Publish = Callable[[torch.Tensor], None]
     "new_seq_lens",
     "can_run_cuda_graph",
     "speculative_num_draft_tokens",
+    "speculative_output_stride",
+    "num_non_draft_tokens_per_req",
     "delay_sample_func",
     what="returned from every round",
     why="the scheduler expects it of every worker",
@@ -193,6 +196,7 @@ class OrthrusWorker(BaseSpecWorker):
             is_shared=ranks.are_several(),
             runs_at_once=self.device == "cpu",
             grammars=self._grammars,
+            watch=DeviceWatch(self.device),
         )
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
@@ -282,7 +286,9 @@ class OrthrusWorker(BaseSpecWorker):
                 runs_pass=begun.verify is None,
             )
             return result
-        return self._report(result, self._round.run(round_batch, plan), on_publish)
+        self._report(result, self._round.run(round_batch, plan), on_publish)
+        self._policy.note_queued()
+        return result
 
     def _report(
         self, result: GenerationBatchResult, end: RoundEnd, on_publish: Publish | None
@@ -296,6 +302,8 @@ class OrthrusWorker(BaseSpecWorker):
         if end.logprobs is not None:
             end.logprobs.write_to(result.logits_output)
         result.next_token_ids = verdict.tokens.flatten()
+        result.speculative_output_stride = verdict.tokens.shape[1]
+        result.num_non_draft_tokens_per_req = end.num_steps
         result.accept_lens = verdict.accept_lens
         result.next_draft_input.bonus_tokens = verdict.bonus
         result.next_draft_input.new_seq_lens = result.new_seq_lens = verdict.new_seq_lens

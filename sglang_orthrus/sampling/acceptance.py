@@ -6,6 +6,8 @@ its prediction is what the autoregressive view puts after them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sglang_orthrus.core import Verdict
@@ -56,6 +58,13 @@ def accept_nothing(block: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:
     """
     anchors = block[:, 0]
     return accept_drafts(block, torch.zeros_like(anchors), anchors, prefix_lens)
+
+
+def in_a_row(verdicts: Sequence[Verdict]) -> Verdict:
+    """Those of steps that drafted nothing, each behind the former one, as of one round."""
+    first, *_, last = verdicts
+    tokens = torch.cat([verdict.tokens for verdict in verdicts], dim=1)
+    return Verdict(first.accept_lens * len(verdicts), tokens, last.bonus, last.new_seq_lens)
 
 
 def leading(agrees: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""An SGLang plugin for tests: rounds take another width each time, at random from a seed."""
+"""An SGLang plugin for tests: rounds have another width each time, and several steps or one, at random from a seed."""
 
 from __future__ import annotations
 
 from random import Random
 from typing import Any
 
-from sglang_orthrus.round.policy import Policy, RoundPlan
+from sglang_orthrus.round.policy import PLAIN_STEPS, Policy, RoundPlan, has_options
 
 SEED = 7
 
@@ -15,7 +15,13 @@ def register() -> None:
     random = Random(SEED)
     stock = Policy.plan
 
-    def plan(self: Policy, *args: Any, **kwargs: Any) -> RoundPlan:
-        return stock(self, *args, **kwargs)._replace(width=random.choice(self._widths))
+    def plan(self: Policy, batch: Any, can_defer: bool) -> RoundPlan:
+        found = stock(self, batch, can_defer)
+        width = random.choice(self._widths)
+        may_have_more = width == 1 and not has_options(batch)
+        num_steps = random.randint(1, PLAIN_STEPS) if may_have_more else 1
+        if self._controller is not None:
+            self._planned[-1].num_steps = num_steps
+        return found._replace(width=width, num_steps=num_steps)
 
     Policy.plan = plan  # type: ignore[method-assign]
