@@ -11,7 +11,7 @@ Fixed widths run on the server that adapts, which is told the width: all have th
 - `decode`: so many requests; when a quarter of them are answered, as many new ones are sent at once. Rounds that follow
   a round are timed. So decoding is timed alone, under a steady load: answers are short, 80 tokens in the mean, and
   prefills take a large share of the time. A kind alone is timed behind a batch of its like, so that widths have
-  followed. On a CPU servers take three turns each at a setting.
+  followed. On a CPU, and where texts are short, servers take three turns each at a setting.
 - `serve`: a closed loop of the mixes, where a request that ends is replaced at once: output tokens per second, prefills
   and all else included. Fixed widths do not run it.
 - `ngram` runs the mix of nano's families only.
@@ -57,6 +57,8 @@ from sglang_orthrus.models.checkpoint import export_ar
 _RECORDER = {"recorder": "benchmarks.load.recorder"}
 # Requests of a run: at least, per request in flight, and at most.
 _LEAST, _PER_SLOT, _MOST = 18, (8, 4), 512
+# At 128 in flight so many of these kinds, whose texts are short, are decoded within a second.
+_SHORT, _SHORT_TURNS = ("chat", "code", "qa", "tools"), 3
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ MODES = {
             *(Setting(MIXED_WITH_FOREIGN, concurrency, False) for concurrency in (128, 32, 64, 8)),
             Setting(ONCE, 1, False),
             *(
-                Setting(kind, concurrency, False)
+                Setting(kind, concurrency, False, _SHORT_TURNS if concurrency == 128 and kind in _SHORT else 1)
                 for concurrency, kind in product((128, 32, 8, 1), KINDS)
                 if kind != FOREIGN
             ),

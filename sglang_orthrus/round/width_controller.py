@@ -31,7 +31,7 @@ DEFAULT_PROBE_SHARE = 0.02
 LARGE_CHANGE = 1.5
 # Plain decoding teaches nothing about drafts, so a batch for which it is best keeps it for so many rounds, while few
 # requests join or end: at most this share.
-SETTLED_ROUNDS = 8
+SETTLED_ROUNDS = 9
 FEW = 1 / 8
 
 
