@@ -181,15 +181,21 @@ class AcceptanceRates:
         """Tokens that texts take in of a round, for every request at every width: [R, K], not to be written to."""
         rows = self._rows_of(keys)
         if self._asked_expected is None:
-            # A request that is not known belongs to no class.
-            classes = np.where(rows > 0, self._class_of[rows], MAX_CLASSES)
-            self._asked_expected = self._ends.committed(self._expected(rows), classes)
+            self._asked_expected = self._ends.committed(self._expected(rows), self._classes_of(rows))
             self._asked_expected.flags.writeable = False
         return self._asked_expected
+
+    def end_rates(self, keys: Sequence[Hashable]) -> FloatArray:
+        """Of every request, the chance that a token of its text is the last one: [R]."""
+        return self._ends.rates(self._classes_of(self._rows_of(keys)))
 
     def rounds_seen(self, keys: Sequence[Hashable]) -> FloatArray:
         """Rounds of every request at every width, the older ones counting less: [R, K]."""
         return self._requests.counts[self._rows_of(keys), :, _SEEN]
+
+    def _classes_of(self, rows: IntArray) -> IntArray:
+        """[R]; a request that is not known belongs to no class."""
+        return np.where(rows > 0, self._class_of[rows], MAX_CLASSES)
 
     def _rows_of(self, keys: Sequence[Hashable]) -> IntArray:
         """Of requests, 0 where one is not remembered: [R]."""

@@ -90,6 +90,13 @@ class RoundCosts:
         # Less context saves no more than half, so that an error of the slope cannot make a round free.
         return np.asarray(np.maximum(row + self._context_seconds * (context - batch_size * self._context), row / 2))
 
+    def growth(self, batch_size: int) -> FloatArray:
+        """How much of its time a round owes to its number of requests, in 0..1 for every width: [widths].
+
+        0 where twice as many would take no longer, as while a GPU waits for memory; 1 where they take twice as long.
+        """
+        return np.asarray(np.clip(np.log2(self.row(2 * batch_size) / self.row(batch_size)), 0.0, 1.0))
+
     def worthwhile(self, batch_size: int) -> BoolArray:
         """Of every width, whether a batch has a CUDA graph for it, or has none for any: [widths].
 

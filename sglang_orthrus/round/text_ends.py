@@ -35,6 +35,10 @@ class TextEnds:
         self._tokens[request_class] = kept * self._tokens[request_class] + num_tokens
         self._rates[request_class] = self._ends[request_class] / (self._tokens[request_class] + PRIOR_TOKENS)
 
+    def rates(self, classes: npt.NDArray[np.int64]) -> FloatArray:
+        """Ends per token: [R]. classes: [R]."""
+        return self._rates[classes]
+
     def committed(self, tokens: FloatArray, classes: npt.NDArray[np.int64]) -> FloatArray:
         """What texts take in of a round, see `within_text`.
 
@@ -48,9 +52,6 @@ class TextEnds:
 
 def within_text(tokens: FloatArray, end_rate: FloatArray) -> FloatArray:
     """The mean that a text takes in of so many tokens if each of them may be its last: [R, K].
-
-    Under overlap scheduling a request takes part in one more round when it has ended. That does not count here: it
-    costs nothing while a GPU waits for memory, and hardly changes a width where it costs a row.
 
     Args:
         tokens: [R, K], at least 1.

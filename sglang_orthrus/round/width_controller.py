@@ -103,6 +103,7 @@ class WidthController:
         floor: share of plain decoding's speed that requests are kept at; 0 for none.
         probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
+        rounds_late: that a request still takes part in when its text has ended. 1 under overlap scheduling.
 
     Raises:
         ValueError: a width was not measured.
@@ -115,7 +116,9 @@ class WidthController:
         floor: float = DEFAULT_SPEED_FLOOR,
         probe_share: float = DEFAULT_PROBE_SHARE,
         max_requests: int = 1024,
+        rounds_late: int = 0,
     ) -> None:
+        self._rounds_late = rounds_late
         self.widths = tuple(sorted(widths or costs.widths))
         if not set(self.widths) <= set(costs.widths):
             raise ValueError(f"widths {self.widths} are not all measured: {costs.widths}")
@@ -194,8 +197,8 @@ class WidthController:
             return RoundWidth(1, False)
         self._observe_settled()
         row = self._seconds_of(len(keys), kind, context)
-        seconds = self._worthwhile_seconds(row, len(keys))
         tokens = self._rates.expected(keys)
+        seconds = self._worthwhile_seconds(row, len(keys)) * self._slowed_by_ends(keys, tokens)
         totals = tokens.sum(0)
         current, is_limited = self._choose(keys, tokens, totals, seconds)
         probe = None
@@ -322,6 +325,19 @@ class WidthController:
     def _worthwhile_seconds(self, row: FloatArray, num_requests: int) -> FloatArray:
         """[K]; infinite for widths that are out. row: of all widths that were measured."""
         return np.where(self._costs.worthwhile(num_requests), row, np.inf)[self._columns]
+
+    def _slowed_by_ends(self, keys: Sequence[Hashable], tokens: FloatArray) -> FloatArray:
+        """How much longer a round takes at every width for rows of requests whose texts have ended: [K].
+
+        The more tokens a round commits, the larger is their share. They cost what one more row does, and nothing where
+        a request is alone: then the round behind its end holds up nobody.
+
+        tokens: [R, K] expected of each.
+        """
+        count = len(keys)
+        ends = self._rates.end_rates(keys) @ tokens
+        share = self._rounds_late * ends / count * (count - 1) / count
+        return np.asarray(1.0 + share * self._costs.growth(count)[self._columns])
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""

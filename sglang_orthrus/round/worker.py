@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import (
     get_exec,
     get_observability,
     get_parallel,
+    get_schedule,
     get_serving,
     get_spec,
 )
@@ -187,10 +188,15 @@ class OrthrusWorker(BaseSpecWorker):
         )
         timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
         metrics = WidthMetrics(*_reporting(), timed)
-        # Retracted requests are remembered, too.
-        controller = (
-            WidthController(costs, floor=speed_floor(), max_requests=2 * max_requests) if ranks.is_first() else None
-        )
+        controller = None
+        if ranks.is_first():
+            controller = WidthController(
+                costs,
+                floor=speed_floor(),
+                # Retracted requests are remembered, too.
+                max_requests=2 * max_requests,
+                rounds_late=0 if get_schedule().disable_overlap_schedule else 1,
+            )
         return Policy(
             *(self._widths, controller, metrics),
             is_shared=ranks.are_several(),

@@ -81,6 +81,13 @@ def test_log_probabilities_and_penalties(changing: Server, plain: Server, sampli
             assert mine == pytest.approx(other, abs=1e-3)
 
 
+def test_seeded_texts_are_plain_sglangs(changing: Server, plain: Server) -> None:
+    for seed in range(3):
+        sampling = {"temperature": 0.8, "top_k": 40, "sampling_seed": seed}
+        expected, reply = (generate(server, prompt_of("prose", seed), 64, **sampling) for server in (plain, changing))
+        assert reply["output_ids"] == expected["output_ids"]
+
+
 def test_a_stop_string_ends_the_text(changing: Server, plain: Server) -> None:
     for stop in ("e", " the"):
         expected, reply = (generate(server, prompt_of("prose"), 64, stop=stop) for server in (plain, changing))

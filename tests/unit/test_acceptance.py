@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing
+from sglang_orthrus.core import Verdict
+from sglang_orthrus.sampling.acceptance import accept_bonus, accept_greedy, accept_nothing, in_a_row
 
 
 def _by_loop(block: list[int], predictions: list[int]) -> list[int]:
@@ -50,3 +51,15 @@ def test_a_round_without_verification_ends_where_it_began() -> None:
     assert verdict.accept_lens.tolist() == [1, 1]
     assert verdict.bonus.tolist() == verdict.tokens[:, 0].tolist() == [9, 8]
     assert verdict.new_seq_lens.tolist() == [11, 21]
+
+
+def test_steps_in_a_row_commit_their_tokens_in_order() -> None:
+    """The last one is the next round's anchor."""
+    steps, lens = list[Verdict](), torch.tensor([10, 20], dtype=torch.int32)
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        steps.append(accept_bonus(torch.tensor(tokens), lens))
+        lens = steps[-1].new_seq_lens
+    verdict = in_a_row(steps)
+    assert verdict.tokens.tolist() == [[1, 3, 5], [2, 4, 6]] and verdict.accept_lens.tolist() == [3, 3]
+    assert verdict.bonus.tolist() == [5, 6] and verdict.new_seq_lens.tolist() == [13, 23]
+    assert verdict.accept_lens.dtype == verdict.new_seq_lens.dtype == torch.int32

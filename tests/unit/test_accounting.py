@@ -36,7 +36,7 @@ class _Reporter:
 def _process(self: Any, batch: Any, result: Any) -> None:
     """The lines of `process_batch_result_decode` that count, extend outputs and report, in their order."""
     lens = result.accept_lens.tolist()
-    result.num_correct_drafts = sum(lens) - len(batch.reqs)
+    result.num_correct_drafts = sum(lens) - len(batch.reqs) * result.num_non_draft_tokens_per_req
     generated = result.get_num_generated_tokens(len(batch.reqs))
     self.metrics_reporter.num_generated_tokens += generated
     self.metrics_reporter.update_spec_metrics(len(batch.reqs), result.num_correct_drafts, num_accept_tokens=generated)
@@ -66,8 +66,8 @@ def _request(num_output: int = 0, ends_at: int | None = None, **state: bool) -> 
     return request({}, output_ids=[5] * num_output, finished_len=None, ends_at=ends_at, **state)
 
 
-def _round(reporter: _Reporter, reqs: list[Any], lens: list[int]) -> GenerationBatchResult:
-    result = GenerationBatchResult(accept_lens=torch.tensor(lens))
+def _round(reporter: _Reporter, reqs: list[Any], lens: list[int], **more: int) -> GenerationBatchResult:
+    result = GenerationBatchResult(accept_lens=torch.tensor(lens), **more)
     processor: Any = SimpleNamespace(metrics_reporter=reporter)
     SchedulerBatchResultProcessor.process_batch_result_decode(processor, SimpleNamespace(reqs=reqs), result)
     return result
@@ -114,3 +114,18 @@ def test_a_round_without_drafts_is_left_to_sglang() -> None:
     reporter.spec_num_forward_ct = 1
     reporter.report_decode_stats(False, num_generated_tokens=5)
     assert reporter.reported == [5]
+
+
+def test_every_step_of_plain_decoding_is_a_verify_pass() -> None:
+    """And none of its tokens a draft. One text ends with the first of two, and one had ended before."""
+    reporter = _Reporter()
+    reqs = [_request(), _request(ends_at=1), _request(has_ended=True)]
+    for req in reqs:
+        req.spec_verify_ct, req.histogram = 0, []
+        req.update_spec_correct_drafts_histogram = req.histogram.append
+    result = _round(reporter, reqs, [2, 2, 2], num_non_draft_tokens_per_req=2)
+    assert reporter.reported == [3] and reporter.spec_num_accept_tokens == reporter.num_generated_tokens == 3
+    assert reporter.spec_num_forward_ct == 4 and reporter.spec_num_correct_drafts == 0
+    assert result.get_num_generated_tokens(len(reqs)) == 3
+    # SGLang adds the other pass.
+    assert [(req.spec_verify_ct, req.histogram) for req in reqs] == [(1, [0]), (1, [0]), (0, [])]

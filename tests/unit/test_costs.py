@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import log2
 
 import pytest
 
@@ -101,3 +102,9 @@ def test_nonsense_is_refused() -> None:
             RoundCosts(nonsense)
     with pytest.raises(KeyError):
         RoundCosts(MEASURED).seconds(16, 1)
+
+
+def test_a_round_that_waits_for_memory_owes_no_time_to_its_requests() -> None:
+    costs = RoundCosts({1: {1: 2.0, 8: 2.0, 16: 2.0}, 8: {1: 3.0, 8: 4.0, 16: 8.0}})
+    assert costs.growth(8).tolist() == [0.0, 1.0]
+    assert costs.growth(1) == pytest.approx([0.0, log2((3.0 + 1.0 / 7.0) / 3.0)])

@@ -11,6 +11,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from benchmarks.load.simulate import WIDTHS, measured_costs
+from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.width_controller import RoundWidth, WidthController
 
@@ -261,3 +262,43 @@ def test_a_result_that_was_forced_is_told_with_what_was() -> None:
     assert min(rounds(10, accepted=6)) > 1
     grammars.counts = [0]
     assert rounds(100, accepted=0).count(1) > 95
+
+
+class Watch:
+    """A device that waits for its host when it is told so."""
+
+    def __init__(self, is_waiting: bool) -> None:
+        self.is_waiting = is_waiting
+
+    def is_idle(self) -> bool:
+        return self.is_waiting
+
+    def note_queued(self) -> None:
+        """Nothing."""
+
+
+def steps_of(watch: Any, rounds: int = 60, return_logprob: bool = False) -> list[int]:
+    """Steps of rounds that draft nothing."""
+    unset = ("has_custom_logit_processor", "logit_bias", "acc_additive_penalties", "acc_scaling_penalties")
+    controller = WidthController(RoundCosts({1: {1: 1.0}, 8: {1: 9.0}}), probe_share=0.0)
+    policy, request = Policy((1, 8), controller, watch=watch), Request("a")
+    steps = list[int]()
+    for _ in range(rounds):
+        batch = batch_of(request)
+        vars(batch.sampling_info).update(dict.fromkeys(unset))
+        batch.return_logprob = return_logprob
+        plan = policy.plan(batch, can_defer=True)
+        steps.append(plan.num_steps)
+        policy.observe([0])
+        request.take(plan.num_steps)
+    tokens = sum(steps) - steps[-1]
+    report = controller.report()
+    assert report.width == 1 and report.tokens[1] == tokens, "the last round is not learnt from yet"
+    return steps
+
+
+def test_plain_decoding_takes_two_steps_a_round_where_the_device_waits() -> None:
+    """Unless more than logits and draws matters to what a request gets."""
+    assert sum(steps_of(Watch(True))) >= 1.5 * 60
+    for others in (steps_of(Watch(False)), steps_of(None), steps_of(Watch(True), return_logprob=True)):
+        assert others == [1] * 60

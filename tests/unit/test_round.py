@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 
-from sglang_orthrus.core import DraftBlock, RoundBatch
+from sglang_orthrus.core import DraftBlock, RoundBatch, Verdict, snapshot
 from sglang_orthrus.grammar.batch import NextMasks
 from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import Pass, PreparedPass
@@ -39,6 +39,13 @@ class _Passes:
     def verify(self, prepared: PreparedPass, block: torch.Tensor) -> Pass:
         self.queued.append("verify")
         return Pass(torch.eye(VOCAB)[(block + 1) % VOCAB], False)
+
+    def next_step(self, batch: RoundBatch, verdict: Verdict) -> RoundBatch:
+        """`DualViewRunner`'s own, on blocks that need no pool."""
+        own = snapshot(batch.scheduled)
+        own.seq_lens = verdict.new_seq_lens
+        ids = verdict.bonus[:, None]
+        return RoundBatch(own, DraftBlock(ids, ids, ids))
 
 
 class _Batch:
@@ -129,3 +136,33 @@ def test_a_round_that_drafts_nothing_begins_its_masks_behind_its_pass() -> None:
         events.append("result")
         assert rounds.finish(begun).verdict.bonus.tolist() == [0, 2, 3], "the grammar refuses what follows 0"
         assert events == order
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_each_step_of_plain_decoding_follows_the_former_one(num_steps: int) -> None:
+    batch: Any = _Batch()
+    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
+    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    passes: Any = _Passes()
+    rounds = Round(passes, History("cpu"), SimpleNamespace(), SimpleNamespace(model=_Model()), "pytorch")  # type: ignore[arg-type]
+    ids = torch.arange(REQUESTS)[:, None]
+    end = rounds.run(RoundBatch(batch, DraftBlock(ids, ids, ids)), RoundPlan(1, False, False, num_steps))
+    assert passes.queued == ["verify"] * num_steps and end.num_steps == num_steps
+    assert end.verdict.tokens.tolist() == [
+        [(row + step) % VOCAB for step in range(1, num_steps + 1)] for row in range(REQUESTS)
+    ]
+    assert end.verdict.new_seq_lens.tolist() == [10 + num_steps] * REQUESTS
+    assert batch.seq_lens.tolist() == [10] * REQUESTS, "the scheduler's"
+
+
+def test_requests_that_have_all_ended_get_no_further_step() -> None:
+    batch: Any = _Batch()
+    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
+    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    for req in batch.reqs:
+        req.has_ended = True
+    passes: Any = _Passes()
+    rounds = Round(passes, History("cpu"), SimpleNamespace(), SimpleNamespace(model=_Model()), "pytorch")  # type: ignore[arg-type]
+    ids = torch.arange(REQUESTS)[:, None]
+    end = rounds.run(RoundBatch(batch, DraftBlock(ids, ids, ids)), RoundPlan(1, False, False, 2))
+    assert not end.is_wanted and end.num_steps == 1 and end.verdict.tokens.shape == (REQUESTS, 1)

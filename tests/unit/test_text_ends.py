@@ -43,14 +43,15 @@ def test_the_rate_is_that_of_the_last_texts() -> None:
     assert ends.committed(tokens, np.array([0])) == pytest.approx(within_text(tokens, np.array([[rate]])), rel=0.01)
 
 
-@pytest.mark.parametrize(("plain_steps", "best"), [(7.3, 1), (6.0, 8)])
-def test_short_texts_have_the_width_that_serves_them_best(plain_steps: float, best: int) -> None:
+@pytest.mark.parametrize(("plain_steps", "rounds_late", "best"), [(7.3, 0, 1), (6.0, 0, 8), (5.7, 1, 1), (4.8, 1, 8)])
+def test_short_texts_have_the_width_that_serves_them_best(plain_steps: float, rounds_late: int, best: int) -> None:
     """Texts of 20 tokens, of which all drafts are right: width 8 takes 3 rounds of so many plain steps.
 
-    By the 8 tokens that rounds commit before the last ones, width 8 would be better in both cases.
+    By the 8 tokens that rounds commit before the last ones, width 8 would be better in all cases. Under overlap
+    scheduling it takes 4 rounds, plain decoding 21 steps.
     """
     costs = RoundCosts({1: {64: 1.0}, 8: {64: plain_steps}})
-    controller = WidthController(costs, floor=0.0)
+    controller = WidthController(costs, floor=0.0, rounds_late=rounds_late)
     names, running, ended = count(), dict[int, int](), dict[int, int]()
     late, widths = deque[tuple[list[int], int, list[int], dict[int, int]]](), Counter[int]()
     for step in range(1200):

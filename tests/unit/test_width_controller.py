@@ -270,3 +270,33 @@ def test_every_time_of_plain_decoding_counts() -> None:
         assert controller.plan(keys).width == 1
         result = controller.observe(keys, 1, [1] * 32, measured=4.0 if step % SETTLED_ROUNDS == 0 else 1.0)
     assert result.seconds == pytest.approx((4 + SETTLED_ROUNDS - 1) / SETTLED_ROUNDS, rel=0.02)
+
+
+def test_a_settled_batch_may_take_several_steps_a_round() -> None:
+    """All but the first one, as long as it is settled. A batch that drafts may not."""
+    controller, keys = started(16, probe_share=0.0)
+    run(controller, keys, dict.fromkeys(WIDTHS, 1), 50)
+    taken = list[int]()
+    for _ in range(50):
+        assert controller.plan(keys).width == 1
+        taken.append(2 if controller.add_steps(1) else 1)
+        result = controller.observe(keys, 1, [taken[-1]] * 16, num_steps=taken[-1])
+        assert (result.requests, result.tokens) == (16 * taken[-1], 16 * taken[-1])
+        assert result.seconds == pytest.approx(result.plain_seconds)
+    span = "1" + "2" * (SETTLED_ROUNDS // 2)
+    assert 5 * span in "".join(map(str, taken))
+    rounds = controller.report().rounds
+    assert rounds[1] == 50 - sum(count for width, count in rounds.items() if width > 1) + sum(taken)
+    drafting, keys = started(1)
+    run(drafting, keys, {width: width for width in WIDTHS}, 100)
+    drafting.plan(keys)
+    assert not drafting.add_steps(1)
+
+
+def test_a_round_of_several_steps_says_how_long_one_takes() -> None:
+    controller = WidthController(RoundCosts({1: {32: 1.0}, 8: {32: 9.0}}), probe_share=0.0)
+    keys = list(range(32))
+    for _ in range(161):
+        assert controller.plan(keys).width == 1
+        result = controller.observe(keys, 1, [2] * 32, measured=3.0, num_steps=2)
+    assert result.seconds == pytest.approx(3.0, rel=0.02)
