@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Hashable, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from sglang_orthrus.round.acceptance_rates import AcceptanceRates
 from sglang_orthrus.round.cost_corrections import CostCorrections
 from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
+from sglang_orthrus.round.settled_batch import SettledBatch
 from sglang_orthrus.round.speed_floor import SpeedFloor
 from sglang_orthrus.round.width_report import WidthReport
 from sglang_orthrus.round.widths import PATIENCE, choose_width
@@ -29,10 +29,6 @@ from sglang_orthrus.round.widths import PATIENCE, choose_width
 DEFAULT_PROBE_SHARE = 0.02
 # When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
 LARGE_CHANGE = 1.5
-# Plain decoding teaches nothing about drafts, so a batch for which it is best keeps it for so many rounds, while few
-# requests join or end: at most this share.
-SETTLED_ROUNDS = 9
-FEW = 1 / 8
 
 
 class RoundWidth(NamedTuple):
@@ -63,34 +59,6 @@ class RoundResult(NamedTuple):
     tokens: int
     seconds: float
     plain_seconds: float
-
-
-@dataclass
-class _Settled:
-    """A batch that decodes plainly for some more rounds.
-
-    Attributes:
-        num_requests: when the width was chosen.
-        kind: of its rounds.
-        context: tokens of all contexts then.
-        row: what its rounds cost then.
-        num_joined: requests that joined since then.
-        rounds_left: for which no width is chosen.
-        times: seconds that its rounds took, where known.
-    """
-
-    num_requests: int
-    kind: Hashable
-    context: int | None
-    row: FloatArray
-    num_joined: int = 0
-    rounds_left: int = SETTLED_ROUNDS - 1
-    times: list[float] = field(default_factory=list)
-
-    def holds_for(self, num_requests: int, kind: Hashable) -> bool:
-        """Whether a batch is about the same."""
-        few = FEW * self.num_requests
-        return kind == self.kind and self.num_joined <= few and abs(num_requests - self.num_requests) <= few
 
 
 class WidthController:
@@ -133,7 +101,7 @@ class WidthController:
         # In the batch for which it was chosen.
         self._num_requests = 1
         self._patience = 0
-        self._settled: _Settled | None = None
+        self._settled: SettledBatch | None = None
         # Rounds since a width was last chosen.
         self._rounds_passed = 0
         self._rounds: Counter[int] = Counter()
@@ -208,7 +176,7 @@ class WidthController:
         self._rounds_passed = 0
         width = self.widths[current if probe is None else probe]
         is_settled = width == 1 and not is_limited and not self._patience
-        self._settled = _Settled(len(keys), kind, context, row) if is_settled else None
+        self._settled = SettledBatch(len(keys), kind, context, row) if is_settled else None
         self._rounds[width] += 1
         return RoundWidth(width, probe is not None)
 
@@ -217,10 +185,8 @@ class WidthController:
 
         Returns whether it may: its batch is settled for so long. The first round of a settled batch has one step.
         """
-        settled = self._settled
-        if settled is None or not count <= settled.rounds_left < SETTLED_ROUNDS - 1:
+        if self._settled is None or not self._settled.add_steps(count):
             return False
-        settled.rounds_left -= count
         self._rounds[1] += count
         self._rounds_passed += count
         return True
@@ -310,7 +276,7 @@ class WidthController:
         factor = seconds / float(self._costs.row(num_requests, context)[column])
         self._corrections.observe(kind, num_requests, column, factor, rounds)
 
-    def _settled_for(self, num_requests: int, kind: Hashable) -> _Settled | None:
+    def _settled_for(self, num_requests: int, kind: Hashable) -> SettledBatch | None:
         settled = self._settled
         return settled if settled is not None and settled.holds_for(num_requests, kind) else None
 

@@ -10,7 +10,8 @@ import pytest
 from benchmarks.load.simulate import WIDTHS, measured_costs
 from sglang_orthrus.config import DEFAULT_SPEED_FLOOR
 from sglang_orthrus.round.costs import FloatArray, RoundCosts
-from sglang_orthrus.round.width_controller import DEFAULT_PROBE_SHARE, SETTLED_ROUNDS, WidthController
+from sglang_orthrus.round.settled_batch import SETTLED_ROUNDS
+from sglang_orthrus.round.width_controller import DEFAULT_PROBE_SHARE, WidthController
 
 GREEDY = (False, False)
 

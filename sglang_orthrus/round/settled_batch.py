@@ -1,0 +1,48 @@
+"""A batch for which plain decoding is best: its width is not chosen again for some rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from sglang_orthrus.round.costs import FloatArray
+
+# Plain decoding teaches nothing about drafts, so a batch for which it is best keeps it for so many rounds, while few
+# requests join or end: at most this share.
+SETTLED_ROUNDS = 9
+FEW = 1 / 8
+
+
+@dataclass
+class SettledBatch:
+    """A batch that decodes plainly for some more rounds.
+
+    Attributes:
+        num_requests: when the width was chosen.
+        kind: of its rounds.
+        context: tokens of all contexts then.
+        row: what its rounds cost then.
+        num_joined: requests that joined since then.
+        rounds_left: for which no width is chosen.
+        times: seconds that its rounds took, where known.
+    """
+
+    num_requests: int
+    kind: Hashable
+    context: int | None
+    row: FloatArray
+    num_joined: int = 0
+    rounds_left: int = SETTLED_ROUNDS - 1
+    times: list[float] = field(default_factory=list)
+
+    def holds_for(self, num_requests: int, kind: Hashable) -> bool:
+        """Whether a batch is about the same."""
+        few = FEW * self.num_requests
+        return kind == self.kind and self.num_joined <= few and abs(num_requests - self.num_requests) <= few
+
+    def add_steps(self, count: int) -> bool:
+        """Whether so many more rounds may run at once with the planned one, as they then do. The first runs alone."""
+        if not count <= self.rounds_left < SETTLED_ROUNDS - 1:
+            return False
+        self.rounds_left -= count
+        return True
