@@ -97,8 +97,8 @@ ROUNDS = Family(
 WIDTHS = {
     name: Family(f"sglang_orthrus:width_{name}_total", text, "width")
     for name, text in (
-        ("rounds", "Rounds, by width."),
-        ("requests", "Requests of rounds, each counted once per round, by width."),
+        ("rounds", "Rounds, every step of plain decoding counted as one, by width."),
+        ("requests", "Requests of rounds, each counted once per round or step, by width."),
         ("tokens", "Tokens that texts took in from rounds, by width."),
         ("probes", "Rounds that were to learn about their width, by width."),
         ("seconds", "Estimated seconds of rounds, by width."),

@@ -78,6 +78,11 @@ class _Planned:
     seconds: float | None = None
     num_steps: int = 1
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether it has one step, whose end is noted: with a grammar it is queued in two parts."""
+        return self.width == self.num_steps == 1 and not self.has_grammar
+
 
 class _Result(NamedTuple):
     """A result that texts are about to take in.
@@ -266,11 +271,11 @@ class Policy:
         """Of a round that drafts nothing and that was just planned. before: the round before it.
 
         A host needs milliseconds for the results of a large batch, and a device may need less for a token of each. It
-        then waits when the next round is planned. A round of one step among many tells whether it would.
+        then waits when the next round is planned. A round of one step among others tells whether it would.
         """
         if self._controller is None or self._last is None or self._watch is None:
             return 1
-        if before is not None and before.width == before.num_steps == 1 and before.num_prefills == self._num_prefills:
+        if before is not None and before.is_telling and before.num_prefills == self._num_prefills:
             self._takes_steps = self._watch.is_idle()
         if self._takes_steps and not has_options(batch) and self._controller.add_steps(PLAIN_STEPS - 1):
             self._last.num_steps = PLAIN_STEPS
