@@ -165,7 +165,7 @@ class Policy:
 
     def note_queued(self) -> None:
         """The planned round is queued."""
-        if self._watch is not None:
+        if self._watch is not None and self._last is not None and self._last.is_telling:
             self._watch.note_queued()
 
     def observe(self, num_accepted: Sequence[int]) -> None:

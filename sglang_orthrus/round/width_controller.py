@@ -221,12 +221,10 @@ class WidthController:
         settled = self._settled_for(len(keys), kind) if width == 1 else None
         if width > 1 and forced is None and self._settled is not None:
             self._settled.rounds_left = 0
-        if measured is not None:
-            measured /= num_steps
         if measured is not None and settled is not None:
-            settled.times.append(measured)
+            settled.times.append(measured / num_steps)
         elif measured is not None:
-            self._observe_time(kind, len(keys), context, self._columns[index], measured)
+            self._observe_time(kind, len(keys), context, self._columns[index], measured / num_steps)
         row = self._seconds_of(len(keys), kind, context) if settled is None else settled.row
         seconds = float(row[self._columns[index]]) * num_steps
         total = int(sum(accept_lens))

@@ -55,6 +55,14 @@ class _Batch:
     has_grammar = False
 
 
+def _greedy_batch() -> Any:
+    """Of requests that have 10 committed tokens each."""
+    batch: Any = _Batch()
+    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
+    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    return batch
+
+
 class _Model:
     def logits(self, hidden_states: torch.Tensor, *, in_fp32: bool = True) -> torch.Tensor:
         return hidden_states.flatten(0, 1)
@@ -67,9 +75,7 @@ class _Model:
 def test_what_is_queued_before_the_former_result_is_known(width: int, before: list[str], after: list[str]) -> None:
     """The first pass: grammars decide what verify gets, unless nothing is drafted."""
     anchors = torch.arange(REQUESTS)
-    batch: Any = _Batch()
-    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
-    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    batch = _greedy_batch()
     ids = anchors[:, None].expand(-1, width)
     passes: Any = _Passes()
     grammars: Any = SimpleNamespace(num_candidates=1)
@@ -101,9 +107,7 @@ def test_behind_anothers_pass_no_pass_is_queued_and_its_logits_stay() -> None:
 
 def test_a_round_that_drafts_nothing_begins_its_masks_behind_its_pass() -> None:
     """Where grammars can be brought to the committed text then; else when the former result has been taken in."""
-    batch: Any = _Batch()
-    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
-    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    batch = _greedy_batch()
     batch.has_grammar = True
     ids = torch.arange(REQUESTS)[:, None]
     events = list[str]()
@@ -140,9 +144,7 @@ def test_a_round_that_drafts_nothing_begins_its_masks_behind_its_pass() -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_each_step_of_plain_decoding_follows_the_former_one(num_steps: int) -> None:
-    batch: Any = _Batch()
-    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
-    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    batch = _greedy_batch()
     passes: Any = _Passes()
     rounds = Round(passes, History("cpu"), SimpleNamespace(), SimpleNamespace(model=_Model()), "pytorch")  # type: ignore[arg-type]
     ids = torch.arange(REQUESTS)[:, None]
@@ -156,9 +158,7 @@ def test_each_step_of_plain_decoding_follows_the_former_one(num_steps: int) -> N
 
 
 def test_requests_that_have_all_ended_get_no_further_step() -> None:
-    batch: Any = _Batch()
-    greedy = [{"temperature": 0.0, "top_k": 1}] * REQUESTS
-    vars(batch).update(vars(decode_batch(greedy, torch.full((REQUESTS,), 10), vocab_size=VOCAB)))
+    batch = _greedy_batch()
     for req in batch.reqs:
         req.has_ended = True
     passes: Any = _Passes()
