@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
     """What a round commits, in SGLang's spec-V2 result layout; tensors on the model's device.
 
     Attributes:
-        accept_lens: [bs] int32, tokens emitted this round, bonus included, in 1..Q.
+        accept_lens: [bs] int32, tokens emitted this round, bonus included, in 1..Q; 0 of requests that were left out.
         tokens: [bs, Q] int64, row i holds the accepted drafts, then the bonus, then padding.
         bonus: [bs] int64, the last emitted token, which is the next round's anchor.
         new_seq_lens: [bs] committed lengths after the round, in the dtype of the prefix lengths.

@@ -1,9 +1,9 @@
 """Figures of a run from what the recorder wrote. Pure: no server.
 
-A result is a decode step, a round or a prefill. Its time is that since the result before it. A decode result behind a
-prefill's waited for the prefill to run, and one before it until the host had queued the prefill, which takes tens of
-milliseconds without CUDA graphs. Such a result counts with the time of others of its width. To leave it out would leave
-out most first rounds of requests, which are often their best.
+A result is a decode step, a round or a prefill. Its time is that since the result before it. On a GPU, a decode result
+behind a prefill's waited for the prefill to run, and one before it until the host had queued the prefill, which takes
+tens of milliseconds without CUDA graphs. Such a result counts with the time of others of its width. To leave it out
+would leave out most first rounds of requests, which are often their best. On a CPU it is known when each had run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Result(NamedTuple):
 
     Attributes:
         at: seconds, of a monotonic clock.
+        is_exact: whether it had run just then; else its result was taken in then.
         is_decode: whether it is a decode step or round; a prefill otherwise.
         requests: in the batch.
         width: of the round; 1 for plain decoding.
@@ -34,6 +35,7 @@ class Result(NamedTuple):
     """
 
     at: float
+    is_exact: bool
     is_decode: bool
     requests: int
     width: int
@@ -47,8 +49,8 @@ class Result(NamedTuple):
 
 def parse(line: Sequence[Any]) -> Result:
     """Of a decoded line."""
-    at, is_decode, requests, width, kinds = line
-    return Result(at, bool(is_decode), requests, width, kinds)
+    at, is_exact, is_decode, requests, width, kinds = line
+    return Result(at, bool(is_exact), bool(is_decode), requests, width, kinds)
 
 
 def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def _timed(results: Sequence[Result], least: float) -> list[tuple[Result, float]
     for before, result, after in zip([None, *results], results, [*results[1:], None], strict=False):
         if not result.is_decode or result.requests < least:
             continue
-        if before is not None and before.is_decode and (after is None or after.is_decode):
+        is_beside_prefill = any(other is not None and not other.is_decode for other in (before, after))
+        if before is not None and (result.is_exact or not is_beside_prefill):
             known.append((result, result.at - before.at))
         else:
             unknown.append(result)

@@ -46,7 +46,7 @@ class FixedWidth:
 
     def plan(self, keys: Sequence[Hashable], *others: Any) -> Any:
         """The width."""
-        from sglang_orthrus.round.width_controller import RoundWidth
+        from sglang_orthrus.round.widths import RoundWidth
 
         return RoundWidth(self._width, False)
 
@@ -54,9 +54,12 @@ class FixedWidth:
         self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], *others: Any, **more: Any
     ) -> Any:
         """Nothing."""
-        from sglang_orthrus.round.width_controller import RoundResult
+        from sglang_orthrus.round.widths import RoundResult
 
         return RoundResult(0, 0, 0.0, 0.0)
+
+    def note_waited(self, seconds: float) -> None:
+        """Nothing."""
 
     def report(self) -> str:
         """For the log."""
@@ -64,9 +67,10 @@ class FixedWidth:
 
 
 class Recorder:
-    """Writes a line per result: [seconds, is decode, requests, width, {kind: [requests, tokens]}].
+    """Writes a line per result: [seconds, is exact, is decode, requests, width, {kind: [requests, tokens]}].
 
-    A request's kind is its id up to the first hyphen.
+    A request's kind is its id up to the first hyphen. On a CPU the seconds are those at which a batch had run. On a GPU
+    nobody knows these, so that they are those at which its result was taken in.
     """
 
     def __init__(self, records: Path) -> None:
@@ -76,11 +80,14 @@ class Recorder:
         self._changed = 0
         self.width: int | None = None
 
-    def write(self, is_decode: bool, width: int, counts: Mapping[str, Sequence[int]], requests: int) -> None:
+    def write(
+        self, ran_at: float | None, is_decode: bool, width: int, counts: Mapping[str, Sequence[int]], requests: int
+    ) -> None:
         """Append a line, and look for a new width."""
         if self._file is None:
             self._file = self._records.open("a", buffering=1)
-        self._file.write(json.dumps([time.perf_counter(), int(is_decode), requests, width, counts]) + "\n")
+        at, is_exact = (time.perf_counter(), 0) if ran_at is None else (ran_at, 1)
+        self._file.write(json.dumps([at, is_exact, int(is_decode), requests, width, counts]) + "\n")
         changed = self._control.stat().st_mtime_ns if self._control.exists() else 0
         if changed != self._changed:
             self._changed = changed
@@ -91,9 +98,32 @@ class Recorder:
 def register() -> None:
     """Record the results of this process's scheduler; of tensor-parallel ranks, the first one's."""
     recorder = Recorder(Path(os.environ[RECORDS_ENV]))
+    _note_ends()
     _record_results(recorder)
     if os.environ.get("SGLANG_PLUGINS") is None:
         _fix_widths(recorder)
+
+
+def _note_ends() -> None:
+    """Have every result on a CPU know when its batch had run: `ran_at`."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    run, sample = Scheduler.run_batch, Scheduler.launch_batch_sample_if_needed
+
+    @wraps(run)
+    def run_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = run(self, *args, **kwargs)
+        result.ran_at = time.perf_counter() if self.device == "cpu" else None
+        return result
+
+    @wraps(sample)
+    def launch_batch_sample_if_needed(self: Any, batch_result: Any, cur_batch: Any) -> None:
+        is_delayed = batch_result is not None and batch_result.delay_sample_func is not None
+        sample(self, batch_result, cur_batch)
+        if is_delayed and batch_result.ran_at is not None:
+            batch_result.ran_at = time.perf_counter()
+
+    Scheduler.run_batch, Scheduler.launch_batch_sample_if_needed = run_batch, launch_batch_sample_if_needed
 
 
 def _record_results(recorder: Recorder) -> None:
@@ -115,7 +145,7 @@ def _record_results(recorder: Recorder) -> None:
             count[0] += 1
             count[1] += len(req.output_ids) - length
         width = getattr(result, "speculative_num_draft_tokens", None) or 1
-        recorder.write(batch.forward_mode.is_decode(), width, counts, len(reqs))
+        recorder.write(result.ran_at, batch.forward_mode.is_decode(), width, counts, len(reqs))
 
     Scheduler.process_batch_result = process_batch_result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -85,6 +85,28 @@ def _look_for_stops(req: Any, new_accepted_len: int) -> None:
             req.output_ids.extend(run[position:])
             req._cap_finished_len_at_max_new_tokens()
             return
+
+
+@depends_on(
+    "sglang.srt.managers.schedule_batch:Req._check_token_based_finish",
+    what="known to look for stop_token_ids, eos_token_ids and the tokenizer's, unless ignore_eos is set",
+    why="it writes down what it finds, before the scheduler takes in a result",
+    until="never: it is our own question",
+)
+def ends_with(req: Any, tokens: Sequence[int]) -> bool:
+    """Whether a text surely ends with what a round has committed, and no text has taken in yet.
+
+    It may still end where this says no: stop strings and grammars are left out.
+    """
+    wanted, tokenizer = req.sampling_params, req.tokenizer
+    if req.to_finish or len(req.output_ids) + len(tokens) >= wanted.max_new_tokens:
+        return True
+    if wanted.ignore_eos:
+        return False
+    stops = [wanted.stop_token_ids, req.eos_token_ids]
+    if tokenizer is not None:
+        stops += [(tokenizer.eos_token_id,), tokenizer.additional_stop_token_ids]
+    return any(own and not set(own).isdisjoint(tokens) for own in stops)
 
 
 @depends_on(

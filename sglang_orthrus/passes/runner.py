@@ -99,12 +99,19 @@ class DualViewRunner:
         self._config = config
         self._model_runner = target_worker.model_runner
         *self._narrow_widths, self._largest = widths
+        self._queued_at: float | None = None
         self._narrow: dict[int, _Profile] = {}
 
     @property
     def attention_backends(self) -> tuple[Any, ...]:
         """SGLang's own, and those of narrower widths."""
         return (self._model_runner.attn_backend, *(profile.backend for profile in self._narrow.values()))
+
+    @property
+    def queued_at(self) -> float:
+        """When the first pass over the blocks that were laid out last was queued, in seconds."""
+        assert self._queued_at is not None, "no pass was queued"
+        return self._queued_at
 
     def init_attention(self, make_backend: Callable[[], Any]) -> None:
         """Make the backends of narrower widths. Needs the KV pool."""
@@ -142,6 +149,7 @@ class DualViewRunner:
 
     def lay_out(self, batch: ScheduleBatch, width: int) -> RoundBatch:
         """A decode batch, whose anchors are in `batch.spec_info`, with blocks of mask tokens laid out."""
+        self._queued_at = None
         blocks = draft_block(
             batch.spec_info.bonus_tokens,
             batch.seq_lens,
@@ -257,4 +265,6 @@ class DualViewRunner:
             # Planners want the block in them (as DFLASH gives them).
             forward_batch.seq_lens_cpu = batch.known_lens + forward_batch.spec_info.draft_token_num
             forward_batch.seq_lens_sum = int(forward_batch.seq_lens_cpu.sum())
-        return self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+        result = self._target_worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+        self._queued_at = self._queued_at or time.perf_counter()
+        return result

@@ -43,12 +43,14 @@ class RoundPlan(NamedTuple):
         may_fuse: whether one CUDA graph may draft and verify, if there is one for this batch size.
         is_deferred: whether the scheduler takes in the former round's result between draft and verify.
         num_steps: of a round that drafts nothing, how many tokens it decodes one after another.
+        leaves_out_ended: whether it waits for the former round's result, to leave out requests whose texts have ended.
     """
 
     width: int
     may_fuse: bool
     is_deferred: bool
     num_steps: int = 1
+    leaves_out_ended: bool = False
 
 
 @dataclass
@@ -64,6 +66,9 @@ class _Planned:
         forced: of each request, if it has its width for these.
         seconds: until the next one was planned; None if a prefill came between, or nothing did yet.
         num_steps: see `RoundPlan`.
+        waits: whether the controller has it wait for the former result.
+        waited: seconds that a device lost by this.
+        rows: of its requests in the scheduler's batch, if some were left out.
     """
 
     reqs: Sequence[Any]
@@ -77,6 +82,9 @@ class _Planned:
     forced: Sequence[int] | None = None
     seconds: float | None = None
     num_steps: int = 1
+    waits: bool = False
+    waited: float = 0.0
+    rows: Sequence[int] | None = None
 
     @property
     def is_telling(self) -> bool:
@@ -152,16 +160,33 @@ class Policy:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         self._is_overlapping = can_defer
         before = self._last
-        width = self._width(batch)
+        may_wait = can_defer and not has_adjusted_rows(batch)
+        width = self._width(batch, may_wait)
         num_steps = self._num_steps(batch, before) if width == 1 else 1
+        # Where a round has run when it is queued, nothing is lost.
+        is_worthwhile = self._runs_at_once or (self._last is not None and self._last.waits)
+        waits = int(may_wait and num_steps == 1 and is_worthwhile)
         if self._is_shared:
-            width, num_steps = ranks.numbers_from_first([width, num_steps])
+            width, num_steps, waits = ranks.numbers_from_first([width, num_steps, waits])
         return RoundPlan(
             width,
             may_fuse=batch.sampling_info.is_all_greedy and not has_options(batch),
             is_deferred=bool(batch.has_grammar) and can_defer,
             num_steps=num_steps,
+            leaves_out_ended=bool(waits),
         )
+
+    def leave_out(self, rows: Sequence[int]) -> None:
+        """The planned round runs for these rows of its batch only."""
+        if self._last is not None and len(rows) < len(self._last.reqs):
+            reqs = [self._last.reqs[row] for row in rows]
+            self._last.reqs, self._last.rids, self._last.rows = reqs, [req.rid for req in reqs], rows
+
+    def note_waited(self, seconds: float) -> None:
+        """The planned round was queued so long after the former one's result was known."""
+        if self._controller is not None and self._last is not None and not self._runs_at_once:
+            self._last.waited = seconds
+            self._controller.note_waited(seconds)
 
     def note_queued(self) -> None:
         """The planned round is queued."""
@@ -182,11 +207,17 @@ class Policy:
         measured = now - self._observed_at if self._prefills_before == self._num_prefills else None
         if self._runs_at_once and self._is_overlapping:
             measured = planned.seconds
+        elif measured is not None:
+            measured -= planned.waited
         # So many tokens keep a host busy that a GPU waits for it, or has long finished a narrow round.
         if planned.width < max(self._widths_before, default=0):
             measured = None
         self._widths_before.append(planned.width)
         self._observed_at, self._prefills_before = now, planned.num_prefills
+        if planned.rows is not None:
+            num_accepted = [num_accepted[row] for row in planned.rows]
+        if not planned.reqs:
+            return
         # A request that ended or was retracted before this round ran leaves a row that counts for nothing.
         lens = [
             0 if req.finished() or req.is_retracted else accepted + planned.num_steps
@@ -226,6 +257,7 @@ class Policy:
                 *(planned.rids, width, accept_lens, has_grammar, measured, planned.context, planned.forced),
                 ended=ended,
                 num_steps=planned.num_steps,
+                waited=planned.waited,
             )
             if self._metrics is not None:
                 figures = WidthFigures(width, planned.is_probe, *result, rounds=planned.num_steps)
@@ -237,7 +269,7 @@ class Policy:
             self._controller.forget(rid, ended.get(rid))
         self._over.clear()
 
-    def _width(self, batch: ScheduleBatch) -> int:
+    def _width(self, batch: ScheduleBatch, may_wait: bool) -> int:
         if self._controller is None:
             return self._widths[-1]
         reqs, has_grammar = batch.reqs, bool(batch.has_grammar)
@@ -256,13 +288,15 @@ class Policy:
         self._context_age += 1
         # What is forced matters to plain decoding alone.
         forced = self._forced(batch) if self._controller.decodes_plainly else None
-        width, is_probe, is_forced = self._controller.plan(self._rids, has_grammar, self._context, forced)
+        planned = self._controller.plan(self._rids, has_grammar, self._context, forced, may_wait)
+        width, is_probe, is_forced, waits = planned
         now, last = time.perf_counter(), self._last
         if last is not None and last.num_prefills == self._num_prefills:
             last.seconds = now - last.began
         self._last = _Planned(
             *(self._reqs, self._rids, width, is_probe, has_grammar, self._context, self._num_prefills, now),
             forced=forced if is_forced else None,
+            waits=waits,
         )
         self._planned.append(self._last)
         return width
@@ -301,4 +335,9 @@ def _has_ended(req: Any) -> bool:
 
 def has_options(batch: ScheduleBatch) -> bool:
     """Whether more than logits and draws matters to what a request gets."""
-    return bool(batch.has_grammar or batch.return_logprob or are_adjusted(batch.sampling_info))
+    return bool(batch.has_grammar) or has_adjusted_rows(batch)
+
+
+def has_adjusted_rows(batch: ScheduleBatch) -> bool:
+    """Whether a request has options that change or report its logits, grammars apart."""
+    return bool(batch.return_logprob or are_adjusted(batch.sampling_info))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Hashable, Sequence
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,43 +21,14 @@ from sglang_orthrus.round.costs import FloatArray, RoundCosts
 from sglang_orthrus.round.probes import Probes
 from sglang_orthrus.round.settled_batch import SettledBatch
 from sglang_orthrus.round.speed_floor import SpeedFloor
+from sglang_orthrus.round.wait_cost import WaitCost
 from sglang_orthrus.round.width_report import WidthReport
-from sglang_orthrus.round.widths import PATIENCE, choose_width
+from sglang_orthrus.round.widths import PATIENCE, RoundResult, RoundWidth, choose_width
 
 # Of all rounds' time, what probes may cost. Single results vary; this keeps them within 3 %.
 DEFAULT_PROBE_SHARE = 0.02
 # When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
 LARGE_CHANGE = 1.5
-
-
-class RoundWidth(NamedTuple):
-    """A round's width.
-
-    Attributes:
-        width: W.
-        is_probe: whether the round is to learn about a width rather than because it is the best.
-        is_forced: whether it has its width for what grammars force, in a batch that decodes plainly otherwise.
-    """
-
-    width: int
-    is_probe: bool
-    is_forced: bool = False
-
-
-class RoundResult(NamedTuple):
-    """What a round came to.
-
-    Attributes:
-        requests: that it counted for, once for each of its steps.
-        tokens: that it committed.
-        seconds: that it took, by the costs as they are corrected now.
-        plain_seconds: that plain decoding would have taken for as many tokens; 0 if width 1 was not measured.
-    """
-
-    requests: int
-    tokens: int
-    seconds: float
-    plain_seconds: float
 
 
 class WidthController:
@@ -71,7 +41,8 @@ class WidthController:
         floor: share of plain decoding's speed that requests are kept at; 0 for none.
         probe_share: of all rounds' time, the most that probes may cost; 0 for no probes.
         max_requests: the most requests that are remembered; the oldest is forgotten for a new one.
-        rounds_late: that a request still takes part in when its text has ended. 1 under overlap scheduling.
+        rounds_late: that a request still takes part in when its text has ended, unless rounds wait. 1 under overlap
+            scheduling.
 
     Raises:
         ValueError: a width was not measured.
@@ -102,13 +73,15 @@ class WidthController:
         self._num_requests = 1
         self._patience = 0
         self._settled: SettledBatch | None = None
+        self._wait = WaitCost()
         # Rounds since a width was last chosen.
         self._rounds_passed = 0
         self._rounds: Counter[int] = Counter()
         self._requests: Counter[int] = Counter()
         self._tokens: Counter[int] = Counter()
         self._seconds = self._plain_seconds = 0.0
-        self._num_limited = 0
+        self._num_limited = self._num_waits = 0
+        self._wait_seconds = 0.0
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether a request is remembered."""
@@ -143,6 +116,7 @@ class WidthController:
         kind: Hashable = None,
         context: int | None = None,
         forced: Sequence[int] | None = None,
+        may_wait: bool = False,
     ) -> RoundWidth:
         """The width of the next round.
 
@@ -151,6 +125,7 @@ class WidthController:
             kind: what rounds have in common that take alike, apart from their size, context and width.
             context: tokens of all their contexts; those that start-up timed if it is not given.
             forced: [R] the next tokens of each that are certain; None if none are known.
+            may_wait: whether it can leave out requests that have ended.
         """
         self._rounds_passed += 1
         if forced is not None and self.decodes_plainly:
@@ -166,7 +141,9 @@ class WidthController:
         self._observe_settled()
         row = self._seconds_of(len(keys), kind, context)
         tokens = self._rates.expected(keys)
-        seconds = self._worthwhile_seconds(row, len(keys)) * self._slowed_by_ends(keys, tokens)
+        for_ended = self._seconds_for_ended(keys, tokens, row[self._columns])
+        wait = self._wait.seconds if may_wait else np.inf
+        seconds = self._worthwhile_seconds(row, len(keys)) + np.minimum(for_ended, wait)
         totals = tokens.sum(0)
         current, is_limited = self._choose(keys, tokens, totals, seconds)
         probe = None
@@ -174,11 +151,20 @@ class WidthController:
             rounds_seen = self._rates.rounds_seen(keys).sum(0)
             probe = self._probes.next(current, len(keys), totals, seconds, rounds_seen, rounds=self._rounds_passed)
         self._rounds_passed = 0
-        width = self.widths[current if probe is None else probe]
+        chosen = current if probe is None else probe
+        width, waits = self.widths[chosen], bool(for_ended[chosen] > wait)
+        if may_wait and not waits:
+            self._wait.fade()
         is_settled = width == 1 and not is_limited and not self._patience
         self._settled = SettledBatch(len(keys), kind, context, row) if is_settled else None
         self._rounds[width] += 1
-        return RoundWidth(width, probe is not None)
+        return RoundWidth(width, probe is not None, waits=waits)
+
+    def note_waited(self, seconds: float) -> None:
+        """What the planned round has lost by waiting."""
+        self._wait.observe(seconds)
+        self._num_waits += 1
+        self._wait_seconds += seconds
 
     def add_steps(self, count: int) -> bool:
         """Have the round that was planned last, of width 1, decode so many more tokens of each request plainly.
@@ -202,6 +188,7 @@ class WidthController:
         forced: Sequence[int] | None = None,
         ended: Container[Hashable] = (),
         num_steps: int = 1,
+        waited: float = 0.0,
     ) -> RoundResult:
         """Of a round that `plan` chose the width of, when its result is known.
 
@@ -216,6 +203,7 @@ class WidthController:
             ended: requests whose texts ended in it. Nobody knows how many tokens it would have committed otherwise, so
                 they say nothing of drafts, either.
             num_steps: that it took: more than one only at width 1.
+            waited: seconds that it lost by waiting for the former result, beside those that were measured.
         """
         index = self.widths.index(width)
         settled = self._settled_for(len(keys), kind) if width == 1 else None
@@ -226,7 +214,7 @@ class WidthController:
         elif measured is not None:
             self._observe_time(kind, len(keys), context, self._columns[index], measured / num_steps)
         row = self._seconds_of(len(keys), kind, context) if settled is None else settled.row
-        seconds = float(row[self._columns[index]]) * num_steps
+        seconds = float(row[self._columns[index]]) * num_steps + waited
         total = int(sum(accept_lens))
         num_requests = sum(accept_len > 0 for accept_len in accept_lens) * num_steps
         self._requests[width] += num_requests
@@ -258,6 +246,8 @@ class WidthController:
             seconds=self._seconds,
             plain_seconds=self._plain_seconds,
             num_limited=self._num_limited,
+            num_waits=self._num_waits,
+            wait_seconds=self._wait_seconds,
         )
 
     def _observe_settled(self) -> None:
@@ -290,18 +280,18 @@ class WidthController:
         """[K]; infinite for widths that are out. row: of all widths that were measured."""
         return np.where(self._costs.worthwhile(num_requests), row, np.inf)[self._columns]
 
-    def _slowed_by_ends(self, keys: Sequence[Hashable], tokens: FloatArray) -> FloatArray:
-        """How much longer a round takes at every width for rows of requests whose texts have ended: [K].
+    def _seconds_for_ended(self, keys: Sequence[Hashable], tokens: FloatArray, seconds: FloatArray) -> FloatArray:
+        """What rows of requests whose texts have ended take of a round that does not wait, at every width: [K].
 
         The more tokens a round commits, the larger is their share. They cost what one more row does, and nothing where
         a request is alone: then the round behind its end holds up nobody.
 
-        tokens: [R, K] expected of each.
+        tokens: [R, K] expected of each. seconds: [K] of a round.
         """
         count = len(keys)
         ends = self._rates.end_rates(keys) @ tokens
         share = self._rounds_late * ends / count * (count - 1) / count
-        return np.asarray(1.0 + share * self._costs.growth(count)[self._columns])
+        return np.asarray(seconds * share * self._costs.growth(count)[self._columns])
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""

@@ -20,6 +20,8 @@ class WidthReport(NamedTuple):
         plain_seconds: that plain decoding would have taken for the same tokens in the same batches; 0 if width 1 was
             not measured.
         num_limited: rounds whose width the floor chose.
+        num_waits: rounds that waited for the former result, to leave out requests that had ended.
+        wait_seconds: that they lost by that.
     """
 
     width: int | None
@@ -31,6 +33,8 @@ class WidthReport(NamedTuple):
     seconds: float
     plain_seconds: float
     num_limited: int
+    num_waits: int
+    wait_seconds: float
 
     def __str__(self) -> str:
         """One line for the log."""
@@ -42,5 +46,6 @@ class WidthReport(NamedTuple):
         return (
             f"width {self.width}; tokens per cycle by width: {widths}; {self.plain_seconds / seconds:.2f} times plain "
             f"decoding's speed; {self.num_probes} probes, {100 * self.probe_seconds / seconds:.1f} % of the time; "
-            f"{self.num_limited} rounds limited by the floor"
+            f"{self.num_limited} rounds limited by the floor; {self.num_waits} waited for the former result, "
+            f"{100 * self.wait_seconds / seconds:.1f} % of the time"
         )

@@ -1,9 +1,11 @@
-"""Which width a batch should have: arithmetic on what is expected of it.
+"""Which width a batch should have: arithmetic on what is expected of it, and what is said of a round's width.
 
 Letters: R requests, K widths.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,38 @@ SMALL_GAIN = 0.01
 # ... and one above this is taken at once; one in between after so many rounds in a row.
 LARGE_GAIN = 0.10
 PATIENCE = 4
+
+
+class RoundWidth(NamedTuple):
+    """A round's width.
+
+    Attributes:
+        width: W.
+        is_probe: whether the round is to learn about a width rather than because it is the best.
+        is_forced: whether it has its width for what grammars force, in a batch that decodes plainly otherwise.
+        waits: whether it is worth its while to wait for the former result, and to leave out requests that have ended.
+    """
+
+    width: int
+    is_probe: bool
+    is_forced: bool = False
+    waits: bool = False
+
+
+class RoundResult(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+        requests: that it counted for, once for each of its steps.
+        tokens: that it committed.
+        seconds: that it took, by the costs as they are corrected now.
+        plain_seconds: that plain decoding would have taken for as many tokens; 0 if width 1 was not measured.
+    """
+
+    requests: int
+    tokens: int
+    seconds: float
+    plain_seconds: float
 
 
 def choose_width(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ from sglang.srt.runtime_context import (
     get_exec,
     get_observability,
     get_parallel,
-    get_schedule,
     get_serving,
     get_spec,
 )
@@ -33,32 +33,26 @@ from sglang_orthrus.config import (
     DraftMode,
     DualViewConfig,
     slow_mask_seconds,
-    speed_floor,
     widths_from_env,
 )
 from sglang_orthrus.core import OrthrusState
 from sglang_orthrus.grammar.across_ranks import GrammarsAcrossRanks
 from sglang_orthrus.grammar.batch import BlockGrammars
-from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath, WidthMetrics
+from sglang_orthrus.metrics import GrammarMetrics, RoundMetrics, RoundPath
 from sglang_orthrus.passes.attention import register_flashinfer, set_workspace_size, workspace_bytes
 from sglang_orthrus.passes.cuda_graphs import LargestGraphRunner, OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner
-from sglang_orthrus.passes.timing import batch_sizes, time_rounds
-from sglang_orthrus.round.costs import RoundCosts
-from sglang_orthrus.round.device_watch import DeviceWatch
+from sglang_orthrus.round.adaptive_policy import adaptive_policy
+from sglang_orthrus.round.ended_rows import UnreadResults, with_rows
 from sglang_orthrus.round.mixed import MixedSteps
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
-from sglang_orthrus.round.width_controller import WidthController
+from sglang_orthrus.sampling.acceptance import spread
 from sglang_orthrus.sampling.first_token import FirstTokenSampler
 from sglang_orthrus.sampling.memory import reserve
 from sglang_orthrus.sampling.output_history import History
 
 logger = logging.getLogger(__name__)
-
-# Larger batches that no graph covers are extrapolated.
-_EAGER_BATCH = 8
-_TIMING_SECONDS = 5.0
 
 Publish = Callable[[torch.Tensor], None]
 
@@ -116,7 +110,8 @@ class OrthrusWorker(BaseSpecWorker):
             GrammarMetrics(*reporting),
             slow_mask_seconds(is_cpu=self.device == "cpu"),
         )
-        self._policy = Policy(self._widths)
+        self._policy = Policy(self._widths, runs_at_once=self.device == "cpu")
+        self._unread = UnreadResults()
         self._grammars = grammars
         self._round = Round(self._passes, self._history, grammars, self.model_runner, sampling_backend)
         self._mixed = MixedSteps(target_worker, self._history, self._round)
@@ -162,51 +157,13 @@ class OrthrusWorker(BaseSpecWorker):
         """SGLang has captured the graphs of the largest width; capture those of the others."""
         self._additional_graph_memory_usage |= self._passes.capture_narrow()
         if len(self._widths) > 1:
-            self._policy = self._adaptive_policy()
+            reporting = _reporting()
+            self._policy = adaptive_policy(self._passes, self.model_runner, self._widths, self._grammars, reporting)
         leave_out_of_collections()
-
-    def _adaptive_policy(self) -> Policy:
-        """Widths that follow traffic, by what rounds cost on this machine."""
-        graph_sizes = self._passes.graph_sizes
-        max_requests = self.model_runner.max_running_requests
-        sizes = {
-            width: batch_sizes(min(max_requests, max(graph_sizes[width], default=_EAGER_BATCH)))
-            for width in self._widths
-        }
-        with torch.inference_mode():
-            times = time_rounds(self._passes, self.model_runner, sizes, _TIMING_SECONDS)
-        costs = RoundCosts(times.seconds, graph_sizes, times.context, times.context_seconds)
-        rows = costs.as_rows()
-        for row in rows:
-            pairs = zip(costs.widths, row.seconds, strict=True)
-            by_width = ", ".join(f"{width}: {1e3 * cost:.2f}" for width, cost in pairs)
-            logger.info("ORTHRUS milliseconds of a round of %d requests by width: %s", row.batch_size, by_width)
-        logger.info(
-            "ORTHRUS timed these rounds behind %d tokens of context each; 10,000 more take milliseconds by width: %s",
-            times.context,
-            ", ".join(f"{width}: {1e7 * cost:.2f}" for width, cost in times.context_seconds.items()) or "not timed",
-        )
-        timed = {width: {row.batch_size: row.seconds[at] for row in rows} for at, width in enumerate(costs.widths)}
-        metrics = WidthMetrics(*_reporting(), timed)
-        controller = None
-        if ranks.is_first():
-            controller = WidthController(
-                costs,
-                floor=speed_floor(),
-                # Retracted requests are remembered, too.
-                max_requests=2 * max_requests,
-                rounds_late=0 if get_schedule().disable_overlap_schedule else 1,
-            )
-        return Policy(
-            *(self._widths, controller, metrics),
-            is_shared=ranks.are_several(),
-            runs_at_once=self.device == "cpu",
-            grammars=self._grammars,
-            watch=DeviceWatch(self.device),
-        )
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The oldest round's result is on the host."""
+        self._unread.pop()
         self._policy.observe(num_correct_drafts_per_req)
 
     def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
@@ -279,21 +236,35 @@ class OrthrusWorker(BaseSpecWorker):
             # Prefill leaves its mask there, and SGLang's sampler would apply it again.
             batch.sampling_info.grammar_mask = None
         plan = self._policy.plan(batch, can_defer=on_publish is not None)
-        round_batch = self._passes.lay_out(batch, plan.width)
         # The state is the former round's until this one ends.
-        result = GenerationBatchResult(
-            next_draft_input=OrthrusState(round_batch.anchors, round_batch.prefix_lens),
-            speculative_num_draft_tokens=plan.width,
-        )
+        state = OrthrusState(batch.spec_info.bonus_tokens.long(), batch.seq_lens)
+        result = GenerationBatchResult(next_draft_input=state, speculative_num_draft_tokens=plan.width)
+        rows = self._unread.running(batch.reqs) if plan.leaves_out_ended else range(len(batch.reqs))
+        known_at = time.perf_counter()
+        self._unread.add(batch.reqs, result)
+        self._policy.leave_out(rows)
+        if not rows:
+            end = RoundEnd(spread(None, rows, state.bonus_tokens, state.new_seq_lens), RoundPath.GRAPH, is_wanted=False)
+            return self._report(result, end, on_publish)
+        is_whole = len(rows) == len(batch.reqs)
+        round_batch = self._passes.lay_out(batch if is_whole else with_rows(batch, rows), plan.width)
+
+        def report(end: RoundEnd) -> GenerationBatchResult:
+            if not is_whole:
+                end = end._replace(verdict=spread(end.verdict, rows, state.bonus_tokens, state.new_seq_lens))
+            return self._report(result, end, on_publish)
+
         if plan.is_deferred:
             begun = self._round.begin(round_batch, plan, grammar_barrier)
             result.delay_sample_func = DelayedPart(
-                lambda: self._report(result, self._round.finish(begun), on_publish),
+                lambda: report(self._round.finish(begun)),
                 runs_pass=begun.verify is None,
             )
-            return result
-        self._report(result, self._round.run(round_batch, plan), on_publish)
-        self._policy.note_queued()
+        else:
+            report(self._round.run(round_batch, plan))
+            self._policy.note_queued()
+        if plan.leaves_out_ended:
+            self._policy.note_waited(self._passes.queued_at - known_at)
         return result
 
     def _report(

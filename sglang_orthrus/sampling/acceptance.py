@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from sglang.srt.utils.common import async_h2d
 
 from sglang_orthrus.core import Verdict
 
@@ -65,6 +66,29 @@ def in_a_row(verdicts: Sequence[Verdict]) -> Verdict:
     first, *_, last = verdicts
     tokens = torch.cat([verdict.tokens for verdict in verdicts], dim=1)
     return Verdict(first.accept_lens * len(verdicts), tokens, last.bonus, last.new_seq_lens)
+
+
+def spread(verdict: Verdict | None, rows: Sequence[int], anchors: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:
+    """What a round commits, if it ran for some requests only: nothing of the others.
+
+    Args:
+        verdict: of these; None if there are none.
+        rows: their rows.
+        anchors: [bs] int64, of all requests.
+        prefix_lens: [bs], of all.
+    """
+    num_requests = len(anchors)
+    if verdict is None:
+        lens = torch.zeros(num_requests, dtype=torch.int32, device=anchors.device)
+        return Verdict(lens, anchors[:, None], anchors, prefix_lens)
+    index = async_h2d(list(rows), dtype=torch.int64, device=anchors.device)
+    lens, tokens = (own.new_zeros(num_requests, *own.shape[1:]) for own in (verdict.accept_lens, verdict.tokens))
+    return Verdict(
+        lens.index_copy_(0, index, verdict.accept_lens),
+        tokens.index_copy_(0, index, verdict.tokens),
+        anchors.index_copy(0, index, verdict.bonus),
+        prefix_lens.index_copy(0, index, verdict.new_seq_lens),
+    )
 
 
 def leading(agrees: torch.Tensor) -> torch.Tensor:

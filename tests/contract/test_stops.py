@@ -12,7 +12,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_orthrus.cli.demo import NANO
-from sglang_orthrus.compat.stops import stop_at_first_match
+from sglang_orthrus.compat.stops import ends_with, stop_at_first_match
 from tests.patching import PATCHES, apply, as_shipped, load
 
 pytestmark = pytest.mark.contract
@@ -108,3 +108,23 @@ def test_an_aborted_text_has_nothing_behind_a_stop_either(wrapped: Any, status: 
         assert TOKENIZER.decode(request.output_ids_through_stop) == "one two"
     else:
         assert request.finished_reason.status_code == status
+
+
+@pytest.mark.parametrize("sampling", [*CASES.values(), {"max_new_tokens": 3}, {"stop_token_ids": [TEXT[1]]}, {}])
+def test_what_surely_ends_a_text_ends_it(wrapped: Any, sampling: dict[str, Any]) -> None:
+    """Without strings, the other way round, too."""
+    has_strings = bool({"stop", "stop_regex"} & set(sampling))
+    found = set()
+    for start in range(len(TEXT)):
+        for stop in range(start + 1, len(TEXT) + 1):
+            request = _request(wrapped, **sampling)
+            request.output_ids.extend(TEXT[:start])
+            run = TEXT[start:stop]
+            expected = ends_with(request, run)
+            assert not request.finished() and list(request.output_ids) == TEXT[:start], "it was only asked"
+            request.output_ids.extend(run)
+            request.update_finish_state(len(run))
+            assert request.finished() or not expected
+            assert request.finished() == expected or has_strings
+            found.add(expected)
+    assert found == {True, False} or sampling.get("ignore_eos")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_orthrus.core import Verdict
-from sglang_orthrus.sampling.acceptance import accept_bonus, accept_greedy, accept_nothing, in_a_row
+from sglang_orthrus.sampling.acceptance import accept_bonus, accept_greedy, accept_nothing, in_a_row, spread
 
 
 def _by_loop(block: list[int], predictions: list[int]) -> list[int]:
@@ -63,3 +63,17 @@ def test_steps_in_a_row_commit_their_tokens_in_order() -> None:
     assert verdict.tokens.tolist() == [[1, 3, 5], [2, 4, 6]] and verdict.accept_lens.tolist() == [3, 3]
     assert verdict.bonus.tolist() == [5, 6] and verdict.new_seq_lens.tolist() == [13, 23]
     assert verdict.accept_lens.dtype == verdict.new_seq_lens.dtype == torch.int32
+
+
+def test_nothing_is_committed_of_requests_that_were_left_out() -> None:
+    anchors, lens = torch.tensor([9, 8, 7]), torch.tensor([10, 20, 30], dtype=torch.int32)
+    own = accept_greedy(torch.tensor([[9, 1, 5], [7, 4, 2]]), torch.tensor([[1, 6, 0], [3, 0, 0]]), lens[[0, 2]])
+    verdict = spread(own, [0, 2], anchors, lens)
+    assert verdict.accept_lens.tolist() == [2, 0, 1] and verdict.accept_lens.dtype == own.accept_lens.dtype
+    assert verdict.tokens.tolist() == [own.tokens[0].tolist(), [0, 0, 0], own.tokens[1].tolist()]
+    assert verdict.bonus.tolist() == [6, 8, 3]
+    assert verdict.new_seq_lens.tolist() == [12, 20, 31] and verdict.new_seq_lens.dtype == lens.dtype
+    assert anchors.tolist() == [9, 8, 7] and lens.tolist() == [10, 20, 30], "the scheduler has these, too"
+    nothing = spread(None, [], anchors, lens)
+    assert nothing.accept_lens.tolist() == [0, 0, 0] and nothing.accept_lens.dtype == torch.int32
+    assert nothing.bonus.tolist() == [9, 8, 7] and nothing.new_seq_lens.tolist() == [10, 20, 30]

@@ -13,7 +13,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from benchmarks.load.simulate import WIDTHS, measured_costs
 from sglang_orthrus.round.costs import RoundCosts
 from sglang_orthrus.round.policy import Policy
-from sglang_orthrus.round.width_controller import RoundWidth, WidthController
+from sglang_orthrus.round.width_controller import WidthController
+from sglang_orthrus.round.widths import RoundWidth
 
 
 class Request:
@@ -36,7 +37,14 @@ class Request:
 
 
 def batch_of(*requests: Request, has_grammar: bool = False) -> Any:
-    info = SimpleNamespace(is_all_greedy=False, vocab_size=64)
+    info = SimpleNamespace(
+        is_all_greedy=False,
+        vocab_size=64,
+        has_custom_logit_processor=False,
+        logit_bias=None,
+        acc_additive_penalties=None,
+        acc_scaling_penalties=None,
+    )
     return SimpleNamespace(reqs=list(requests), has_grammar=has_grammar, return_logprob=False, sampling_info=info)
 
 
@@ -279,13 +287,11 @@ class Watch:
 
 def steps_of(watch: Any, rounds: int = 60, return_logprob: bool = False) -> list[int]:
     """Steps of rounds that draft nothing."""
-    unset = ("has_custom_logit_processor", "logit_bias", "acc_additive_penalties", "acc_scaling_penalties")
     controller = WidthController(RoundCosts({1: {1: 1.0}, 8: {1: 9.0}}), probe_share=0.0)
     policy, request = Policy((1, 8), controller, watch=watch), Request("a")
     steps = list[int]()
     for _ in range(rounds):
         batch = batch_of(request)
-        vars(batch.sampling_info).update(dict.fromkeys(unset))
         batch.return_logprob = return_logprob
         plan = policy.plan(batch, can_defer=True)
         steps.append(plan.num_steps)
@@ -302,3 +308,47 @@ def test_plain_decoding_takes_two_steps_a_round_where_the_device_waits() -> None
     assert sum(steps_of(Watch(True))) >= 1.5 * 60
     for others in (steps_of(Watch(False)), steps_of(None), steps_of(Watch(True), return_logprob=True)):
         assert others == [1] * 60
+
+
+def test_requests_that_were_left_out_count_for_nothing() -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    policy, first, second = Policy(WIDTHS, controller, runs_at_once=True), Request("a"), Request("b")
+    plan = policy.plan(batch_of(first, second), can_defer=True)
+    assert plan.leaves_out_ended
+    policy.leave_out([1])
+    policy.observe([-1, 4])
+    second.take(5)
+    policy.plan(batch_of(first, second), can_defer=True)
+    report = controller.report()
+    assert report.tokens == {plan.width: 5} and report.requests == {plan.width: 1}
+    policy.leave_out([])
+    policy.observe([-1, -1])
+    policy.plan(batch_of(first, second), can_defer=True)
+    assert controller.report() == report._replace(rounds=controller.report().rounds), "nobody was left"
+
+
+def test_who_waits_for_the_former_result() -> None:
+    """Nobody where the scheduler has taken it in, or where rows of the result belong to what was left out."""
+    device = Policy((8,), None)
+    at_once = Policy((8,), None, runs_at_once=True)
+    assert at_once.plan(batch_of(Request("a")), can_defer=True).leaves_out_ended
+    assert not at_once.plan(batch_of(Request("a")), can_defer=False).leaves_out_ended
+    assert not device.plan(batch_of(Request("a")), can_defer=True).leaves_out_ended
+    for name, value in (("return_logprob", True), ("logit_bias", 1)):
+        batch = batch_of(Request("a"))
+        vars(batch if name == "return_logprob" else batch.sampling_info)[name] = value
+        assert not at_once.plan(batch, can_defer=True).leaves_out_ended
+
+
+def test_a_wait_is_no_part_of_a_rounds_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = WidthController(measured_costs(), WIDTHS)
+    now, measured = recorded(controller, monkeypatch)
+    policy, request = Policy(WIDTHS, controller), Request("a")
+    for number in range(3):
+        policy.plan(batch_of(request), can_defer=True)
+        policy.note_waited(0.25)
+        now[0] = 1.0 + number
+        policy.observe([3])
+        request.take(4)
+    policy.plan(batch_of(request), can_defer=True)
+    assert measured[1:] == [0.75, 0.75]

@@ -26,8 +26,10 @@ def run(controller: WidthController, keys: list[str], lens: dict[int, int], coun
     return widths
 
 
-def started(count: int, probe_share: float = DEFAULT_PROBE_SHARE) -> tuple[WidthController, list[str]]:
-    controller = WidthController(measured_costs(), WIDTHS, probe_share=probe_share)
+def started(
+    count: int, probe_share: float = DEFAULT_PROBE_SHARE, rounds_late: int = 0
+) -> tuple[WidthController, list[str]]:
+    controller = WidthController(measured_costs(), WIDTHS, probe_share=probe_share, rounds_late=rounds_late)
     keys = [f"request {number}" for number in range(count)]
     for key in keys:
         controller.start(key, GREEDY)
@@ -238,7 +240,7 @@ def test_what_a_grammar_forces_gets_one_wide_round_and_is_no_merit_of_drafts() -
         run(controller, keys, bad, 400)
     forced = 0
     for _ in range(20):
-        width, is_probe, is_forced = with_forced.plan(keys, forced=[6])
+        width, is_probe, is_forced, _ = with_forced.plan(keys, forced=[6])
         if is_forced:
             forced += 1
             assert width > 6 and not is_probe
@@ -301,3 +303,21 @@ def test_a_round_of_several_steps_says_how_long_one_takes() -> None:
         assert controller.plan(keys).width == 1
         result = controller.observe(keys, 1, [2] * 32, measured=3.0, num_steps=2)
     assert result.seconds == pytest.approx(3.0, rel=0.02)
+
+
+def test_a_round_waits_where_rows_of_ended_requests_cost_more() -> None:
+    controller, keys = started(32, rounds_late=1)
+    for number in range(100):
+        controller.start(("old", number), GREEDY)
+        controller.forget(("old", number), 20)
+    assert not controller.plan(keys).waits, "it may not"
+    assert controller.plan(keys, may_wait=True).waits, "nobody knows what a wait costs"
+    controller.note_waited(1e-4)
+    assert controller.plan(keys, may_wait=True).waits
+    controller.note_waited(1.0)
+    waits = [controller.plan(keys, may_wait=True).waits for _ in range(400)]
+    assert not any(waits[:100]) and any(waits), "it may have become cheaper"
+    alone, [key] = started(1, rounds_late=1)
+    alone.start("old", GREEDY)
+    alone.forget("old", 20)
+    assert not alone.plan([key], may_wait=True).waits
