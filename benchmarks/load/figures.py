@@ -2,7 +2,7 @@
 
 A result is a decode step, a round or a prefill. Its time is that since the result before it. On a GPU, a decode result
 behind a prefill's waited for the prefill to run, and one before it until the host had queued the prefill, which takes
-tens of milliseconds without CUDA graphs. Such a result counts with the time of others of its width. To leave it out
+tens of milliseconds without CUDA graphs. Such a result counts with the time of others like it. To leave it out
 would leave out most first rounds of requests, which are often their best. On a CPU it is known when each had run.
 """
 
@@ -31,6 +31,7 @@ class Result(NamedTuple):
         is_decode: whether it is a decode step or round; a prefill otherwise.
         requests: in the batch.
         width: of the round; 1 for plain decoding.
+        steps: decode steps of the round; more than one only at width 1.
         kinds: (requests, tokens) by kind.
     """
 
@@ -39,6 +40,7 @@ class Result(NamedTuple):
     is_decode: bool
     requests: int
     width: int
+    steps: int
     kinds: Mapping[str, Sequence[int]]
 
     @property
@@ -49,8 +51,8 @@ class Result(NamedTuple):
 
 def parse(line: Sequence[Any]) -> Result:
     """Of a decoded line."""
-    at, is_exact, is_decode, requests, width, kinds = line
-    return Result(at, bool(is_exact), bool(is_decode), requests, width, kinds)
+    at, is_exact, is_decode, *others = line
+    return Result(at, bool(is_exact), bool(is_decode), *others)
 
 
 def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any]:
@@ -58,12 +60,14 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
 
     - `tokens_per_second`: of all requests. A batch with fewer requests counts by its share;
     - `kinds`: by kind, tokens per second of one request, and tokens per cycle;
-    - `widths`: rounds and mean milliseconds of a round by width.
+    - `widths`: rounds and mean milliseconds of a round by width; a round of two steps counts as two.
     """
     rows = _timed(results, FULL * concurrency)
     request_seconds = sum(result.requests * seconds for result, seconds in rows)
     tokens = sum(result.tokens for result, _ in rows)
-    request_rounds = sum(count for result, _ in rows for count, committed in result.kinds.values() if committed)
+    request_rounds = sum(
+        count * result.steps for result, _ in rows for count, committed in result.kinds.values() if committed
+    )
     return {
         "tokens_per_second": _rounded(concurrency * tokens / request_seconds if request_seconds else None),
         "tokens_per_cycle": _rounded(tokens / request_rounds if request_rounds else None),
@@ -87,7 +91,11 @@ def _timed(results: Sequence[Result], least: float) -> list[tuple[Result, float]
             unknown.append(result)
     found = list(known)
     for result in unknown:
-        alike = [(abs(other.requests - result.requests), took) for other, took in known if other.width == result.width]
+        alike = [
+            (abs(other.requests - result.requests), took)
+            for other, took in known
+            if (other.width, other.steps) == (result.width, result.steps)
+        ]
         if alike:
             found.append((result, fmean(took for _, took in sorted(alike)[:_ALIKE])))
     return found
@@ -100,7 +108,7 @@ def _by_kind(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float 
     for result, took in rows:
         for kind, (requests, committed) in result.kinds.items():
             seconds[kind] += requests * took
-            rounds[kind] += requests
+            rounds[kind] += requests * result.steps
             tokens[kind] += committed
     return {
         kind: {
@@ -112,12 +120,14 @@ def _by_kind(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float 
 
 
 def _by_width(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float | None]]:
-    found: defaultdict[int, list[float]] = defaultdict(list)
+    seconds: defaultdict[int, float] = defaultdict(float)
+    steps: Counter[int] = Counter()
     for result, took in rows:
-        found[result.width].append(took)
+        seconds[result.width] += took
+        steps[result.width] += result.steps
     return {
-        str(width): {"rounds": len(times), "milliseconds": _rounded(1e3 * sum(times) / len(times))}
-        for width, times in sorted(found.items())
+        str(width): {"rounds": count, "milliseconds": _rounded(1e3 * seconds[width] / count)}
+        for width, count in sorted(steps.items())
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +67,7 @@ class FixedWidth:
 
 
 class Recorder:
-    """Writes a line per result: [seconds, is exact, is decode, requests, width, {kind: [requests, tokens]}].
+    """Writes a line per result: [seconds, is exact, is decode, requests, width, steps, {kind: [requests, tokens]}].
 
     A request's kind is its id up to the first hyphen. On a CPU the seconds are those at which a batch had run. On a GPU
     nobody knows these, so that they are those at which its result was taken in.
@@ -80,14 +80,12 @@ class Recorder:
         self._changed = 0
         self.width: int | None = None
 
-    def write(
-        self, ran_at: float | None, is_decode: bool, width: int, counts: Mapping[str, Sequence[int]], requests: int
-    ) -> None:
-        """Append a line, and look for a new width."""
+    def write(self, ran_at: float | None, *what: Any) -> None:
+        """Append a line, and look for a new width. ran_at: None if it is not known; what: the rest of the line."""
         if self._file is None:
             self._file = self._records.open("a", buffering=1)
         at, is_exact = (time.perf_counter(), 0) if ran_at is None else (ran_at, 1)
-        self._file.write(json.dumps([at, is_exact, int(is_decode), requests, width, counts]) + "\n")
+        self._file.write(json.dumps([at, is_exact, *what]) + "\n")
         changed = self._control.stat().st_mtime_ns if self._control.exists() else 0
         if changed != self._changed:
             self._changed = changed
@@ -145,7 +143,8 @@ def _record_results(recorder: Recorder) -> None:
             count[0] += 1
             count[1] += len(req.output_ids) - length
         width = getattr(result, "speculative_num_draft_tokens", None) or 1
-        recorder.write(result.ran_at, batch.forward_mode.is_decode(), width, counts, len(reqs))
+        steps = getattr(result, "num_non_draft_tokens_per_req", 1)
+        recorder.write(result.ran_at, int(batch.forward_mode.is_decode()), len(reqs), width, steps, counts)
 
     Scheduler.process_batch_result = process_batch_result
 

@@ -26,6 +26,8 @@ _MOST_FORCED = 4
 _DEPTH = 2
 # Steps of a round of plain decoding where a device would wait for its host. More would run further past texts' ends.
 PLAIN_STEPS = 2
+# After so many such rounds one of a single step tells whether the device still would.
+_MOST_UNTOLD = 4
 
 
 class CountsForced(Protocol):
@@ -135,6 +137,7 @@ class Policy:
         self._is_shared = is_shared
         self._watch = watch
         self._takes_steps = False
+        self._num_untold = 0
         self._runs_at_once = runs_at_once
         self._grammars = grammars
         self._is_overlapping = False
@@ -311,8 +314,10 @@ class Policy:
             return 1
         if before is not None and before.is_telling and before.num_prefills == self._num_prefills:
             self._takes_steps = self._watch.is_idle()
-        if self._takes_steps and not has_options(batch) and self._controller.add_steps(PLAIN_STEPS - 1):
+        takes_steps = self._takes_steps and self._num_untold < _MOST_UNTOLD and not has_options(batch)
+        if takes_steps and self._controller.add_steps(PLAIN_STEPS - 1):
             self._last.num_steps = PLAIN_STEPS
+        self._num_untold = 0 if self._last.num_steps == 1 else self._num_untold + 1
         return self._last.num_steps
 
     def _forced(self, batch: ScheduleBatch) -> list[int] | None:

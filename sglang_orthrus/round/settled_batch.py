@@ -41,8 +41,8 @@ class SettledBatch:
         return kind == self.kind and self.num_joined <= few and abs(num_requests - self.num_requests) <= few
 
     def add_steps(self, count: int) -> bool:
-        """Whether so many more rounds may run at once with the planned one, as they then do. The first runs alone."""
-        if not count <= self.rounds_left < SETTLED_ROUNDS - 1:
+        """Whether so many more rounds may run at once with the planned one, as they then do."""
+        if count > self.rounds_left:
             return False
         self.rounds_left -= count
         return True

@@ -169,7 +169,7 @@ class WidthController:
     def add_steps(self, count: int) -> bool:
         """Have the round that was planned last, of width 1, decode so many more tokens of each request plainly.
 
-        Returns whether it may: its batch is settled for so long. The first round of a settled batch has one step.
+        Returns whether it may: its batch is settled for so long.
         """
         if self._settled is None or not self._settled.add_steps(count):
             return False

@@ -304,8 +304,9 @@ def steps_of(watch: Any, rounds: int = 60, return_logprob: bool = False) -> list
 
 
 def test_plain_decoding_takes_two_steps_a_round_where_the_device_waits() -> None:
-    """Unless more than logits and draws matters to what a request gets."""
-    assert sum(steps_of(Watch(True))) >= 1.5 * 60
+    """Unless more than logits and draws matters to what a request gets. Now and then a single step tells if it does."""
+    steps = steps_of(Watch(True))
+    assert sum(steps) >= 1.75 * 60 and "2" * 5 not in "".join(map(str, steps))
     for others in (steps_of(Watch(False)), steps_of(None), steps_of(Watch(True), return_logprob=True)):
         assert others == [1] * 60
 
