@@ -1,33 +1,26 @@
 """Figures of a run from what the recorder wrote. Pure: no server.
 
-A result is a decode step, a round or a prefill. Its time is that since the result before it. On a GPU, a decode result
-behind a prefill's waited for the prefill to run, and one before it until the host had queued the prefill, which takes
-tens of milliseconds without CUDA graphs. Such a result counts with the time of others like it. To leave it out
-would leave out most first rounds of requests, which are often their best. On a CPU it is known when each had run.
+A result is a decode step, a round or a prefill. Its time is that from the end of the batch before it to its own end.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from statistics import fmean
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 # Servers that are compared.
 ADAPTIVE, PLAIN = "adaptive", "plain"
 # Results of fewer requests, as a share of the concurrency, come before the first or after the last requests.
 FULL = 0.6
-# A result beside a prefill takes the mean time of so many others, with about as many requests.
-_ALIKE = 4
 
 
 class Result(NamedTuple):
     """A line of the recorder's file.
 
     Attributes:
-        at: seconds, of a monotonic clock.
-        is_exact: whether it had run just then; else its result was taken in then.
+        at: when the batch had run, in seconds of a monotonic clock.
         is_decode: whether it is a decode step or round; a prefill otherwise.
         requests: in the batch.
         width: of the round; 1 for plain decoding.
@@ -36,7 +29,6 @@ class Result(NamedTuple):
     """
 
     at: float
-    is_exact: bool
     is_decode: bool
     requests: int
     width: int
@@ -51,8 +43,8 @@ class Result(NamedTuple):
 
 def parse(line: Sequence[Any]) -> Result:
     """Of a decoded line."""
-    at, is_exact, is_decode, *others = line
-    return Result(at, bool(is_exact), bool(is_decode), *others)
+    at, is_decode, *others = line
+    return Result(at, bool(is_decode), *others)
 
 
 def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any]:
@@ -79,26 +71,12 @@ def decode_figures(results: Sequence[Result], concurrency: int) -> dict[str, Any
 
 
 def _timed(results: Sequence[Result], least: float) -> list[tuple[Result, float]]:
-    """Decode results of so many requests, and their times; those are left out for which no other one tells."""
-    known, unknown = list[tuple[Result, float]](), list[Result]()
-    for before, result, after in zip([None, *results], results, [*results[1:], None], strict=False):
-        if not result.is_decode or result.requests < least:
-            continue
-        is_beside_prefill = any(other is not None and not other.is_decode for other in (before, after))
-        if before is not None and (result.is_exact or not is_beside_prefill):
-            known.append((result, result.at - before.at))
-        else:
-            unknown.append(result)
-    found = list(known)
-    for result in unknown:
-        alike = [
-            (abs(other.requests - result.requests), took)
-            for other, took in known
-            if (other.width, other.steps) == (result.width, result.steps)
-        ]
-        if alike:
-            found.append((result, fmean(took for _, took in sorted(alike)[:_ALIKE])))
-    return found
+    """Decode results of so many requests, and their times."""
+    return [
+        (result, result.at - before.at)
+        for before, result in pairwise(results)
+        if result.is_decode and result.requests >= least
+    ]
 
 
 def _by_kind(rows: Iterable[tuple[Result, float]]) -> dict[str, dict[str, float | None]]:

@@ -67,10 +67,9 @@ class FixedWidth:
 
 
 class Recorder:
-    """Writes a line per result: [seconds, is exact, is decode, requests, width, steps, {kind: [requests, tokens]}].
+    """Writes a line per result: [seconds, is decode, requests, width, steps, {kind: [requests, tokens]}].
 
-    A request's kind is its id up to the first hyphen. On a CPU the seconds are those at which a batch had run. On a GPU
-    nobody knows these, so that they are those at which its result was taken in.
+    The seconds are those at which a batch had run. A request's kind is its id up to the first hyphen.
     """
 
     def __init__(self, records: Path) -> None:
@@ -80,12 +79,11 @@ class Recorder:
         self._changed = 0
         self.width: int | None = None
 
-    def write(self, ran_at: float | None, *what: Any) -> None:
-        """Append a line, and look for a new width. ran_at: None if it is not known; what: the rest of the line."""
+    def write(self, *line: Any) -> None:
+        """Append a line, and look for a new width."""
         if self._file is None:
             self._file = self._records.open("a", buffering=1)
-        at, is_exact = (time.perf_counter(), 0) if ran_at is None else (ran_at, 1)
-        self._file.write(json.dumps([at, is_exact, *what]) + "\n")
+        self._file.write(json.dumps(line) + "\n")
         changed = self._control.stat().st_mtime_ns if self._control.exists() else 0
         if changed != self._changed:
             self._changed = changed
@@ -96,14 +94,41 @@ class Recorder:
 def register() -> None:
     """Record the results of this process's scheduler; of tensor-parallel ranks, the first one's."""
     recorder = Recorder(Path(os.environ[RECORDS_ENV]))
-    _note_ends()
-    _record_results(recorder)
+    clock = _Clock()
+    _note_ends(clock)
+    _record_results(recorder, clock)
     if os.environ.get("SGLANG_PLUGINS") is None:
         _fix_widths(recorder)
 
 
-def _note_ends() -> None:
-    """Have every result on a CPU know when its batch had run: `ran_at`."""
+class _Clock:
+    """Tells when batches had run, in seconds, after their results were taken in. Theirs is the order of their calls."""
+
+    def __init__(self) -> None:
+        self._last: Any = None
+        self._at = 0.0
+
+    def note_queued(self, scheduler: Any, result: Any) -> None:
+        """A batch is queued, or part of it; the last call counts."""
+        if scheduler.device == "cpu":
+            result.ran_at = time.perf_counter()
+            return
+        result.ran_at = scheduler.device_module.Event(enable_timing=True)
+        result.ran_at.record(scheduler.forward_stream if scheduler.enable_overlap else None)
+
+    def seconds(self, result: Any) -> float:
+        """When it had run, since some moment."""
+        at = result.ran_at
+        if isinstance(at, float):
+            return at
+        at.synchronize()
+        # From one to the next: a device tells milliseconds in single precision.
+        self._at += 0.0 if self._last is None else self._last.elapsed_time(at) / 1e3
+        self._last = at
+        return self._at
+
+
+def _note_ends(clock: _Clock) -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
     run, sample = Scheduler.run_batch, Scheduler.launch_batch_sample_if_needed
@@ -111,20 +136,20 @@ def _note_ends() -> None:
     @wraps(run)
     def run_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = run(self, *args, **kwargs)
-        result.ran_at = time.perf_counter() if self.device == "cpu" else None
+        clock.note_queued(self, result)
         return result
 
     @wraps(sample)
     def launch_batch_sample_if_needed(self: Any, batch_result: Any, cur_batch: Any) -> None:
         is_delayed = batch_result is not None and batch_result.delay_sample_func is not None
         sample(self, batch_result, cur_batch)
-        if is_delayed and batch_result.ran_at is not None:
-            batch_result.ran_at = time.perf_counter()
+        if is_delayed:
+            clock.note_queued(self, batch_result)
 
     Scheduler.run_batch, Scheduler.launch_batch_sample_if_needed = run_batch, launch_batch_sample_if_needed
 
 
-def _record_results(recorder: Recorder) -> None:
+def _record_results(recorder: Recorder, clock: _Clock) -> None:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.runtime_context import get_parallel
 
@@ -144,7 +169,7 @@ def _record_results(recorder: Recorder) -> None:
             count[1] += len(req.output_ids) - length
         width = getattr(result, "speculative_num_draft_tokens", None) or 1
         steps = getattr(result, "num_non_draft_tokens_per_req", 1)
-        recorder.write(result.ran_at, int(batch.forward_mode.is_decode()), len(reqs), width, steps, counts)
+        recorder.write(clock.seconds(result), int(batch.forward_mode.is_decode()), len(reqs), width, steps, counts)
 
     Scheduler.process_batch_result = process_batch_result
 
