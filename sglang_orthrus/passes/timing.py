@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ _SECONDS_IN_A_ROW = 0.02
 _LEAST_IN_A_ROW = 2
 # Of short rounds the best of so many rows counts. Long ones vary less.
 _REPEATS = 2
+# All are timed so often, while there is time, and the shortest time counts: a busy machine may be slow for a second.
+_SWEEPS = 2
 
 
 class RoundTimes(NamedTuple):
@@ -52,7 +55,7 @@ def batch_sizes(largest: int) -> list[int]:
 def time_rounds(
     passes: DualViewRunner, model_runner: Any, sizes: Mapping[int, Sequence[int]], seconds: float
 ) -> RoundTimes:
-    """Time a greedy round by width and batch size, small batches first until `seconds` are over.
+    """Time a greedy round by width and batch size, small batches first, twice or until `seconds` are over.
 
     Needs an empty KV pool, whose content it overwrites, with room for a block of the smallest size. All tensor-parallel
     ranks time the same rounds.
@@ -71,12 +74,13 @@ def time_rounds(
     ]
     # The largest batch has it, too.
     context = min(_CONTEXT, _longest_context(model_runner, fitting[-1], widest))
-    for size in fitting:
-        if size > fitting[0] and _first_rank_says(time.monotonic() > end):
+    for number, size in enumerate(fitting * _SWEEPS):
+        if number and _first_rank_says(time.monotonic() > end):
             break
         batch = _batch(model_runner, size, context, widest)
         for width in (width for width in sizes if size in sizes[width]):
-            found[width][size] = _time(passes, model_runner, batch, width)
+            known = found[width].get(size, math.inf)
+            found[width][size] = min(known, _time(passes, model_runner, batch, width))
     size = max(size for size in found[widest] if size <= max(_LONG_BATCH, fitting[0]))
     longer = min(_LONG_CONTEXT, _longest_context(model_runner, size, widest))
     if longer < 2 * context or _has_one_page(model_runner):

@@ -28,7 +28,7 @@ class UnreadResults:
 
     def add(self, reqs: Sequence[Any], result: Any) -> None:
         """A round is queued. result: SGLang's `GenerationBatchResult`, which it copies to the host."""
-        self._rounds.append((reqs, result))
+        self._rounds.append((list(reqs), result))
 
     def pop(self) -> None:
         """The scheduler takes in the oldest result."""

@@ -40,6 +40,8 @@ def test_a_round_is_one_graph(small: Server, orthrus: Server, plain: Server, ref
     assert_same_outputs(reference, plain, requests, replies)
     assert list(map(tokens_per_cycle, replies)) == list(map(tokens_per_cycle, eager))
     assert paths_since(small, before) == {"graph"}
+    num_rounds = rounds_by_path(small)["graph"] - before.get("graph", 0)
+    assert num_rounds == sum(reply["meta_info"]["spec_verify_ct"] for reply in replies), "none for an ended text"
     assert "ORTHRUS rounds: 1 in one CUDA graph, 0 in two, 0 eager" in small.log_path.read_text()
 
 

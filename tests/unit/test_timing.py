@@ -50,3 +50,27 @@ def test_contexts_are_timed_where_they_have_memory(is_late: bool, monkeypatch: p
     assert {width: list(found) for width, found in times.seconds.items()} == sizes
     assert times.seconds[8][16] == pytest.approx(8e-3 + 16 * 512 * 1e-6)
     assert times.context_seconds == ({} if is_late else pytest.approx({1: 1e-6, 8: 1e-6}))
+
+
+@pytest.mark.parametrize(("seconds", "num_timed", "slowed"), [(60.0, 6, 1.0), (-1.0, 1, 3.0)])
+def test_a_machine_that_is_slow_for_a_while_is_timed_again(
+    seconds: float, num_timed: int, slowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If there is time. The smallest batch is always timed."""
+    runner = SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(post_capture_active=True),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(65, 4096)),
+        max_total_num_tokens=100_000,
+    )
+    timed = list[int]()
+
+    def took(passes: Any, model_runner: Any, size: int, width: int) -> float:
+        timed.append(size)
+        return size * (3e-3 if len(timed) <= 3 else 1e-3)
+
+    monkeypatch.setattr(timing, "_batch", lambda model_runner, size, context, width: size)
+    monkeypatch.setattr(timing, "_time", took)
+    passes: Any = None
+    times = timing.time_rounds(passes, runner, {1: [1, 2, 4]}, seconds)
+    assert len(timed) == num_timed
+    assert times.seconds[1][1] == pytest.approx(slowed * 1e-3)
