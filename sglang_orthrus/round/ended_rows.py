@@ -17,7 +17,8 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.compat.stops import ends_with
-from sglang_orthrus.core import OrthrusState, snapshot
+from sglang_orthrus.core import OrthrusState, Verdict, snapshot
+from sglang_orthrus.sampling.acceptance import spread
 
 
 class UnreadResults:
@@ -47,6 +48,37 @@ class UnreadResults:
                 if length and ends_with(req, own[:length])
             )
         return [row for row, req in enumerate(reqs) if id(req) not in ended]
+
+
+class RoundRows:
+    """The requests of a decode batch that a round runs for, and what it comes to for all.
+
+    Args:
+        batch: SGLang's. Its state, which the scheduler replaces meanwhile, is read here.
+        rows: of the requests, ascending; None for all.
+    """
+
+    def __init__(self, batch: ScheduleBatch, rows: Sequence[int] | None = None) -> None:
+        self._batch = batch
+        self._anchors = batch.spec_info.bonus_tokens.long()
+        self._prefix_lens = batch.seq_lens
+        self.rows = range(len(batch.reqs)) if rows is None else rows
+        self._are_all = len(self.rows) == len(batch.reqs)
+
+    @property
+    def state(self) -> OrthrusState:
+        """Of the whole batch before the round."""
+        return OrthrusState(self._anchors, self._prefix_lens)
+
+    def batch(self) -> ScheduleBatch:
+        """Of these requests, at least one."""
+        return self._batch if self._are_all else with_rows(self._batch, self.rows)
+
+    def of_all(self, verdict: Verdict | None = None) -> Verdict:
+        """Of the whole batch. verdict: of these requests; None if there are none."""
+        if verdict is not None and self._are_all:
+            return verdict
+        return spread(verdict, self.rows, self._anchors, self._prefix_lens)
 
 
 @depends_on(

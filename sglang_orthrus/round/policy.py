@@ -163,7 +163,7 @@ class Policy:
         """Of a decode batch; can_defer: whether the scheduler overlaps rounds."""
         self._is_overlapping = can_defer
         before = self._last
-        may_wait = can_defer and not has_adjusted_rows(batch)
+        may_wait = can_defer and not has_logit_options(batch)
         width = self._width(batch, may_wait)
         num_steps = self._num_steps(batch, before) if width == 1 else 1
         # Where a round has run when it is queued, nothing is lost.
@@ -340,9 +340,9 @@ def _has_ended(req: Any) -> bool:
 
 def has_options(batch: ScheduleBatch) -> bool:
     """Whether more than logits and draws matters to what a request gets."""
-    return bool(batch.has_grammar) or has_adjusted_rows(batch)
+    return bool(batch.has_grammar) or has_logit_options(batch)
 
 
-def has_adjusted_rows(batch: ScheduleBatch) -> bool:
+def has_logit_options(batch: ScheduleBatch) -> bool:
     """Whether a request has options that change or report its logits, grammars apart."""
     return bool(batch.return_logprob or are_adjusted(batch.sampling_info))

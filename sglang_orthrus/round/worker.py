@@ -43,11 +43,10 @@ from sglang_orthrus.passes.attention import register_flashinfer, set_workspace_s
 from sglang_orthrus.passes.cuda_graphs import LargestGraphRunner, OrthrusGraphRunner
 from sglang_orthrus.passes.runner import DualViewRunner
 from sglang_orthrus.round.adaptive_policy import adaptive_policy
-from sglang_orthrus.round.ended_rows import UnreadResults, with_rows
+from sglang_orthrus.round.ended_rows import RoundRows, UnreadResults
 from sglang_orthrus.round.mixed import MixedSteps
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.round import Round, RoundEnd
-from sglang_orthrus.sampling.acceptance import spread
 from sglang_orthrus.sampling.first_token import FirstTokenSampler
 from sglang_orthrus.sampling.memory import reserve
 from sglang_orthrus.sampling.output_history import History
@@ -236,29 +235,26 @@ class OrthrusWorker(BaseSpecWorker):
             # Prefill leaves its mask there, and SGLang's sampler would apply it again.
             batch.sampling_info.grammar_mask = None
         plan = self._policy.plan(batch, can_defer=on_publish is not None)
-        # The state is the former round's until this one ends.
-        state = OrthrusState(batch.spec_info.bonus_tokens.long(), batch.seq_lens)
-        result = GenerationBatchResult(next_draft_input=state, speculative_num_draft_tokens=plan.width)
-        rows = self._unread.running(batch.reqs) if plan.leaves_out_ended else range(len(batch.reqs))
+        running = RoundRows(batch, self._unread.running(batch.reqs) if plan.leaves_out_ended else None)
         known_at = time.perf_counter()
+        self._policy.leave_out(running.rows)
+        # The state is the former round's until this one ends.
+        result = GenerationBatchResult(
+            next_draft_input=running.state,
+            speculative_num_draft_tokens=plan.width,
+        )
         self._unread.add(batch.reqs, result)
-        self._policy.leave_out(rows)
-        if not rows:
-            end = RoundEnd(spread(None, rows, state.bonus_tokens, state.new_seq_lens), RoundPath.GRAPH, is_wanted=False)
-            return self._report(result, end, on_publish)
-        is_whole = len(rows) == len(batch.reqs)
-        round_batch = self._passes.lay_out(batch if is_whole else with_rows(batch, rows), plan.width)
+        if not running.rows:
+            return self._report(result, RoundEnd(running.of_all(), RoundPath.GRAPH, is_wanted=False), on_publish)
+        round_batch = self._passes.lay_out(running.batch(), plan.width)
 
         def report(end: RoundEnd) -> GenerationBatchResult:
-            if not is_whole:
-                end = end._replace(verdict=spread(end.verdict, rows, state.bonus_tokens, state.new_seq_lens))
-            return self._report(result, end, on_publish)
+            return self._report(result, end._replace(verdict=running.of_all(end.verdict)), on_publish)
 
         if plan.is_deferred:
             begun = self._round.begin(round_batch, plan, grammar_barrier)
             result.delay_sample_func = DelayedPart(
-                lambda: report(self._round.finish(begun)),
-                runs_pass=begun.verify is None,
+                lambda: report(self._round.finish(begun)), runs_pass=begun.verify is None
             )
         else:
             report(self._round.run(round_batch, plan))

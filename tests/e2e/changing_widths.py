@@ -8,7 +8,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from sglang_orthrus.round.policy import PLAIN_STEPS, Policy, RoundPlan, has_adjusted_rows, has_options
+from sglang_orthrus.round.policy import PLAIN_STEPS, Policy, RoundPlan, has_logit_options, has_options
 
 SEED = 7
 
@@ -25,7 +25,7 @@ def register() -> None:
         num_steps = random.randint(1, PLAIN_STEPS) if may_have_more else 1
         if self._controller is not None:
             self._planned[-1].num_steps = num_steps
-        may_wait = can_defer and num_steps == 1 and not has_adjusted_rows(batch)
+        may_wait = can_defer and num_steps == 1 and not has_logit_options(batch)
         leaves_out_ended = may_wait and random.random() < 0.5
         return found._replace(width=width, num_steps=num_steps, leaves_out_ended=leaves_out_ended)
 
