@@ -48,6 +48,8 @@ FAMILIES = tuple(kind for kind in KINDS if kind != "foreign")
 # Nine of ten requests are of the families.
 WITH_FOREIGN = (*FAMILIES * 10, *("foreign",) * 10)
 CONSTRAINED = {"json", "tools", "foreign"}
+# A kernel that is compiled when it is first needed, or another process on the host, takes about so long.
+HOLD_UP_SECONDS = 0.11
 # The least and the most tokens of an answer.
 LENGTHS = (100, 400)
 
@@ -140,6 +142,8 @@ class Simulation:
         width: the fixed one.
         seed: of everything that is drawn.
         delay: rounds until a result is known.
+        held_up: share of the rounds that something holds up for `HOLD_UP_SECONDS`. The controller is told of rounds'
+            times then. The delay itself is nobody's fault, and does not count.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class Simulation:
         width: int = 1,
         seed: int = 0,
         delay: int = 1,
+        held_up: float = 0.0,
     ) -> None:
         self._kinds = kinds
         self._controller = controller
@@ -157,6 +162,7 @@ class Simulation:
         # The same requests come in the same order, whatever the widths.
         self._arrivals = np.random.default_rng([seed, 1])
         self._delay = delay
+        self._held_up = held_up
         self._costs = measured_costs()
         self._next_key = 0
         self._requests: list[Request] = []
@@ -207,13 +213,19 @@ class Simulation:
             request.plain_steps += seconds / plain
         controller = self._controller
         if controller is not None:
-            self._late.append(lambda: controller.observe(keys, width, lens))
+            measured = self._measured(seconds)
+            self._late.append(lambda: controller.observe(keys, width, lens, measured=measured))
             if len(self._late) > self._delay:
                 self._late.popleft()()
         for request in requests:
             if request.left <= 0:
                 self._end(request)
         self._requests = [request for request in requests if request.left > 0]
+
+    def _measured(self, seconds: float) -> float | None:
+        if not self._held_up:
+            return None
+        return seconds + HOLD_UP_SECONDS * float(self._random.random() < self._held_up)
 
     def _lengths(self, width: int) -> list[int]:
         if width == 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median
 
 from sglang_orthrus.round.costs import FloatArray
 
@@ -11,6 +12,8 @@ from sglang_orthrus.round.costs import FloatArray
 # requests join or end: at most this share.
 SETTLED_ROUNDS = 9
 FEW = 1 / 8
+# A round that took so many times as long as most did was held up by something else.
+MOST_TIMES_MEDIAN = 2.0
 
 
 @dataclass
@@ -46,3 +49,12 @@ class SettledBatch:
             return False
         self.rounds_left -= count
         return True
+
+
+def usual_mean(times: Sequence[float]) -> float:
+    """Of at least one time. Those far above the median count as less: a kernel's compilation holds up one round only.
+
+    A mean otherwise: where a host is slow at every third round, traffic is slowed down by that much.
+    """
+    most = MOST_TIMES_MEDIAN * median(times)
+    return fmean(min(most, time) for time in times)

@@ -91,3 +91,10 @@ def test_the_width_follows_a_step_of_load(kind: str) -> None:
         right = {width for width in WIDTHS if speed[width] > 0.95 * max(speed.values())}
         settled = [width for width in widths[20:] if width]
         assert sum(width in right for width in settled) >= 0.95 * len(settled)
+
+
+@pytest.mark.parametrize("held_up", [0.01, 0.05])
+def test_rounds_that_something_holds_up_mislead_nobody(held_up: float) -> None:
+    """A delay of 110 ms is fifteen steps of plain decoding, which chat at 128 requests keeps nonetheless."""
+    simulation = Simulation(["chat"], WidthController(measured_costs(), WIDTHS), held_up=held_up)
+    assert simulation.run(128, 2000).speedup >= LEAST
