@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.mem_cache import allocation
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -166,6 +167,18 @@ def _slots(size: int, length: int, device: torch.device, all_first: bool) -> tor
     why="passes take SGLang's batches",
     until="SGLang times passes of plugins' algorithms",
 )
+@depends_on(
+    "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+    "req_pool_indices",
+    "req_to_token",
+    "start_offset",
+    "end_offset",
+    "out_cache_loc",
+    "batch_size",
+    what="called for batches that are timed at start-up, with the dtypes that eagle_prepare_for_decode gives it",
+    why="it is compiled once for every power of two of requests, which would hold up the first round of so many",
+    until="SGLang compiles it at start-up",
+)
 def _batch(model_runner: Any, size: int, context: int, width: int) -> ScheduleBatch:
     """A decode batch of greedy requests with some context, on slots that nobody owns yet."""
     pool = model_runner.req_to_token_pool
@@ -184,7 +197,11 @@ def _batch(model_runner: Any, size: int, context: int, width: int) -> ScheduleBa
     device = pool.req_to_token.device
     slots = _slots(size, context + width, device, all_first=_has_one_page(model_runner))
     batch.req_pool_indices = torch.arange(1, size + 1, device=device)
-    pool.req_to_token[1 : size + 1, : context + width] = slots.to(pool.req_to_token.dtype)
+    starts = torch.zeros(size, dtype=torch.int32, device=device)
+    ends = torch.full_like(starts, context + width)
+    allocation.assign_req_to_token_pool_func(
+        batch.req_pool_indices, pool.req_to_token, starts, ends, slots.flatten(), size
+    )
     batch.seq_lens_cpu = torch.full((size,), context)
     batch.seq_lens = batch.seq_lens_cpu.to(device)
     batch.seq_lens_sum = size * context

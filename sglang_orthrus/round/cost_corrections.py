@@ -24,6 +24,9 @@ MOST_AT_ONCE = 2.0
 # While rounds have other widths, what was learnt of one fades by half in so many of them. So a width that was slow once
 # is tried again.
 HALF_LIFE = 256.0
+# Plain decoding is never probed, and to try it again costs little. So what a few of its rounds said fades sooner: in so
+# many for each of them.
+PLAIN_HALF_LIFE_PER_ROUND = 4.0
 # Batch sizes between two powers of two share their factors.
 _NUM_SIZES = 16
 
@@ -33,10 +36,12 @@ class CostCorrections:
 
     Args:
         num_widths: K.
+        knows_plain: whether the first of them is plain decoding.
     """
 
-    def __init__(self, num_widths: int) -> None:
+    def __init__(self, num_widths: int, knows_plain: bool = False) -> None:
         self._num_widths = num_widths
+        self._knows_plain = knows_plain
         self._tables: dict[Hashable, _Table] = {}
 
     def factors(self, kind: Hashable, num_requests: int) -> FloatArray:
@@ -55,20 +60,25 @@ class CostCorrections:
         factor: their measured time over their time at start-up, in the mean.
         """
         if kind not in self._tables:
-            self._tables[kind] = _Table(self._num_widths)
+            self._tables[kind] = _Table(self._num_widths, self._knows_plain)
         self._tables[kind].observe(_size(num_requests), width, factor, rounds)
 
 
 class _Table:
     """Factors by batch size and width, of one kind of round."""
 
-    def __init__(self, num_widths: int) -> None:
+    def __init__(self, num_widths: int, knows_plain: bool) -> None:
+        self._knows_plain = knows_plain
+        # [K] for each round that was seen.
+        self._half_lives = np.full(num_widths, HALF_LIFE)
+        if knows_plain:
+            self._half_lives[0] = PLAIN_HALF_LIFE_PER_ROUND
         # Means of what was seen.
         self._factors = np.ones((_NUM_SIZES, num_widths))
-        # Rounds that a mean rests on, and rounds of this size until the last of them.
+        # Rounds that a mean rests on, and `_now` at the last of them.
         self._rounds = np.zeros((_NUM_SIZES, num_widths))
         self._seen_at = np.zeros((_NUM_SIZES, num_widths))
-        self._clock = np.zeros((_NUM_SIZES, 1))
+        self._clock = np.zeros(_NUM_SIZES)
         self._columns = np.arange(num_widths)
         # By size: the nearest one of every width that was seen.
         self._sources: dict[int, npt.NDArray[np.int64]] = {}
@@ -80,7 +90,7 @@ class _Table:
             self._sources[size] = distance.argmin(0)
         at = (self._sources[size], self._columns)
         means, rounds = self._factors[at], self._rounds[at]
-        fading = np.exp2((self._seen_at[at] - self._clock[at[0], 0]) / HALF_LIFE)
+        fading = self._fading(rounds, self._now(at[0]) - self._seen_at[at])
         shares = fading * rounds / (rounds + START_UP_ROUNDS)
         most = int(np.argmax(fading * rounds))
         expected = min(1.0, 1.0 + float(shares[most] * (means[most] - 1.0)))
@@ -90,13 +100,26 @@ class _Table:
         known = float(self.factors(size)[width])
         if not self._rounds[size, width]:
             self._sources.clear()
-        rounds = self._rounds[size, width] * np.exp2((self._seen_at - self._clock)[size, width] / HALF_LIFE)
+        fading = self._fading(self._rounds[size], self._now(size) - self._seen_at[size])
+        rounds = float((self._rounds[size] * fading)[width])
         limited = min(max(factor, known / MOST_AT_ONCE), known * MOST_AT_ONCE)
         weight = max(1.0 - (1.0 - WEIGHT) ** new, new / (rounds + new))
         self._factors[size, width] += weight * (limited - self._factors[size, width])
         self._rounds[size, width] = rounds + new
         self._clock[size] += new
-        self._seen_at[size, width] = self._clock[size, 0]
+        self._seen_at[size, width] = self._now(size)[width]
+
+    def _now(self, sizes: npt.NDArray[np.int64] | int) -> FloatArray:
+        """[K]: rounds of each width's size until now; for plain decoding those of any size."""
+        now = np.full(len(self._columns), self._clock[sizes])
+        if self._knows_plain:
+            now[0] = self._clock.sum()
+        return now
+
+    def _fading(self, rounds: FloatArray, age: FloatArray) -> FloatArray:
+        """[K]: what is left of what so many rounds of every width said, so many rounds ago."""
+        half_lives = np.clip(self._half_lives * rounds, 1.0, HALF_LIFE)
+        return np.asarray(np.exp2(-age / half_lives))
 
 
 def _size(num_requests: int) -> int:

@@ -61,6 +61,7 @@ class RoundCosts:
         }
         self._graph_sizes = {width: sorted(sizes) for width, sizes in (graph_sizes or {}).items()}
         self._rows: dict[int, FloatArray] = {}
+        self._saved: dict[int, FloatArray] = {}
         self._context = context
         by_width = context_seconds or {}
         # A wider round attends at least as long.
@@ -90,12 +91,15 @@ class RoundCosts:
         # Less context saves no more than half, so that an error of the slope cannot make a round free.
         return np.asarray(np.maximum(row + self._context_seconds * (context - batch_size * self._context), row / 2))
 
-    def growth(self, batch_size: int) -> FloatArray:
-        """How much of its time a round owes to its number of requests, in 0..1 for every width: [widths].
+    def saved(self, batch_size: int) -> FloatArray:
+        """Share of its time that a round saves with 0, 1, ... fewer requests, down to one: [batch_size, widths].
 
-        0 where twice as many would take no longer, as while a GPU waits for memory; 1 where they take twice as long.
+        0 where the batch is padded to the same graph, and while a GPU waits for memory.
         """
-        return np.asarray(np.clip(np.log2(self.row(2 * batch_size) / self.row(batch_size)), 0.0, 1.0))
+        if batch_size not in self._saved:
+            rows = np.array([self.row(size) for size in range(batch_size, 0, -1)])
+            self._saved[batch_size] = 1.0 - rows / rows[0]
+        return self._saved[batch_size]
 
     def worthwhile(self, batch_size: int) -> BoolArray:
         """Of every width, whether a batch has a CUDA graph for it, or has none for any: [widths].

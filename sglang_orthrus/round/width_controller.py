@@ -29,6 +29,8 @@ from sglang_orthrus.round.widths import PATIENCE, RoundResult, RoundWidth, choos
 DEFAULT_PROBE_SHARE = 0.02
 # When so many times as many requests run, or as few, nothing speaks for the width that rounds had.
 LARGE_CHANGE = 1.5
+# Equally likely values of mean 0 and variance 1.
+_DEVIATIONS = np.sqrt(1.5) * np.array([-1.0, 0.0, 1.0])
 
 
 class WidthController:
@@ -62,9 +64,9 @@ class WidthController:
         if not set(self.widths) <= set(costs.widths):
             raise ValueError(f"widths {self.widths} are not all measured: {costs.widths}")
         self._costs = costs
-        self._corrections = CostCorrections(len(costs.widths))
         self._columns = [costs.widths.index(width) for width in self.widths]
         self._knows_plain = costs.widths[0] == 1
+        self._corrections = CostCorrections(len(costs.widths), self._knows_plain)
         self._rates = AcceptanceRates(self.widths, max_requests)
         self._floor = SpeedFloor(floor if self._knows_plain else 0.0, max_requests)
         self._probes = Probes(self.widths, probe_share) if probe_share and len(self.widths) > 1 else None
@@ -283,15 +285,17 @@ class WidthController:
     def _seconds_for_ended(self, keys: Sequence[Hashable], tokens: FloatArray, seconds: FloatArray) -> FloatArray:
         """What rows of requests whose texts have ended take of a round that does not wait, at every width: [K].
 
-        The more tokens a round commits, the larger is their share. They cost what one more row does, and nothing where
-        a request is alone: then the round behind its end holds up nobody.
+        It is what the round would save without them: nothing where it has the same graph anyway. The more tokens a
+        round commits, the more of them there are.
 
         tokens: [R, K] expected of each. seconds: [K] of a round.
         """
         count = len(keys)
-        ends = self._rates.end_rates(keys) @ tokens
-        share = self._rounds_late * ends / count * (count - 1) / count
-        return np.asarray(seconds * share * self._costs.growth(count)[self._columns])
+        ends = self._rounds_late * (self._rates.end_rates(keys) @ tokens)
+        # Ends are rare events. Three numbers of them have the mean of all and their variance.
+        numbers = np.rint(ends + np.sqrt(ends) * _DEVIATIONS[:, None]).astype(np.int64).clip(0, count - 1)
+        saved = self._costs.saved(count)[numbers, self._columns]
+        return np.asarray(seconds * saved.mean(0))
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""

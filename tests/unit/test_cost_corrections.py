@@ -66,6 +66,21 @@ def test_what_was_learnt_of_a_width_fades_while_others_are_used() -> None:
     assert corrections.factors("kind", 4)[0] == pytest.approx(2.0, abs=0.1), "rounds of other sizes say nothing"
 
 
+@pytest.mark.parametrize("num_requests", [100, 200])
+def test_what_a_few_rounds_of_plain_decoding_said_fades_soon(num_requests: int) -> None:
+    """Also where it was seen in batches of another size. What many rounds said, or rounds of another width, stays."""
+    for rounds, share in ((8, 0.5), (60, 0.9)):
+        corrections = CostCorrections(3, knows_plain=True)
+        for width in (0, 1):
+            corrections.observe("kind", 100, width, 2.0, rounds=rounds)
+        before = corrections.factors("kind", num_requests)
+        for _ in range(32):
+            corrections.observe("kind", num_requests, 2, 1.0)
+        left = (corrections.factors("kind", num_requests) - 1.0) / (before - 1.0)
+        assert left[0] == pytest.approx(share, abs=0.05)
+        assert left[1] >= 0.9
+
+
 def test_a_batch_size_that_was_not_seen_is_as_far_off_as_the_nearest() -> None:
     corrections = CostCorrections(3)
     _learn(corrections, 32, 0, 2.0)

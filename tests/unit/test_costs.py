@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from math import log2
 
+import numpy as np
 import pytest
 
 from sglang_orthrus.round.costs import RoundCosts, not_decreasing
@@ -104,7 +104,11 @@ def test_nonsense_is_refused() -> None:
         RoundCosts(MEASURED).seconds(16, 1)
 
 
-def test_a_round_that_waits_for_memory_owes_no_time_to_its_requests() -> None:
-    costs = RoundCosts({1: {1: 2.0, 8: 2.0, 16: 2.0}, 8: {1: 3.0, 8: 4.0, 16: 8.0}})
-    assert costs.growth(8).tolist() == [0.0, 1.0]
-    assert costs.growth(1) == pytest.approx([0.0, log2((3.0 + 1.0 / 7.0) / 3.0)])
+def test_fewer_requests_save_what_their_graph_saves() -> None:
+    """Nothing while a GPU waits for memory, and nothing where a batch is padded to the same graph."""
+    seconds = {1: {1: 2.0, 8: 2.0, 16: 2.0}, 8: {1: 3.0, 8: 4.0, 16: 8.0}}
+    eager = RoundCosts(seconds).saved(16)
+    assert eager.shape == (16, 2) and not eager[:, 0].any()
+    assert eager[:, 1] == pytest.approx([*np.linspace(0, 0.5, 9), *np.linspace(0.5, 0.625, 8)[1:]])
+    padded = RoundCosts(seconds, {8: (4, 8, 16)}).saved(16)
+    assert padded[:, 1] == pytest.approx([0.0] * 8 + [0.5] * 4 + [1 - (3 + 3 / 7) / 8] * 4)

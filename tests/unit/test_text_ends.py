@@ -48,9 +48,9 @@ def test_short_texts_have_the_width_that_serves_them_best(plain_steps: float, ro
     """Texts of 20 tokens, of which all drafts are right: width 8 takes 3 rounds of so many plain steps.
 
     By the 8 tokens that rounds commit before the last ones, width 8 would be better in all cases. Under overlap
-    scheduling it takes 4 rounds, plain decoding 21 steps.
+    scheduling it takes 4 rounds, plain decoding 21 steps. Every request takes its share of a round's time.
     """
-    costs = RoundCosts({1: {64: 1.0}, 8: {64: plain_steps}})
+    costs = RoundCosts({1: {1: 1 / 64, 64: 1.0}, 8: {1: plain_steps / 64, 64: plain_steps}})
     controller = WidthController(costs, floor=0.0, rounds_late=rounds_late)
     names, running, ended = count(), dict[int, int](), dict[int, int]()
     late, widths = deque[tuple[list[int], int, list[int], dict[int, int]]](), Counter[int]()

@@ -275,6 +275,26 @@ def test_every_time_of_plain_decoding_counts() -> None:
     assert result.seconds == pytest.approx((2 + SETTLED_ROUNDS - 1) / SETTLED_ROUNDS, rel=0.02)
 
 
+def test_plain_decoding_that_was_slow_at_first_is_soon_tried_again() -> None:
+    """Times of a server's first rounds with chat at 128 requests, when kernels were compiled, and of those behind."""
+    slow = [9.4e-3, 6.6e-3, 6.6e-3, 57e-3, 57e-3, 9.3e-3, 9.3e-3, 9.3e-3]
+    controller = WidthController(RoundCosts({1: {127: 7.0e-3}, 8: {127: 43e-3}}), floor=0.0, probe_share=0.0)
+    keys = list(range(127))
+    for key in keys:
+        controller.start(key, "class")
+    controller.plan(keys)
+    controller.observe(keys, 8, [8] * 127, measured=40e-3)
+    widths = []
+    for _ in range(300):
+        widths.append(controller.plan(keys).width)
+        if widths[-1] == 1:
+            controller.observe(keys, 1, [1] * 127, measured=slow.pop(0) if slow else 7.1e-3)
+        else:
+            # In the mean 4.3 tokens in 40 ms: less than plain decoding gives.
+            controller.observe(keys, 8, ([2, 4, 7] * 43)[:127], measured=40e-3)
+    assert widths[-200:] == [1] * 200
+
+
 def test_a_settled_batch_may_take_several_steps_a_round() -> None:
     """As long as it is settled. A batch that drafts may not."""
     controller, keys = started(16, probe_share=0.0)
