@@ -9,15 +9,13 @@ Letters: R requests, K widths, A rows of the counts: one per request, and one pe
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from sglang_orthrus.round.acceptance_counts import NEUTRAL_RATE, SEEN, TOKENS, AcceptanceCounts, IntArray
 from sglang_orthrus.round.costs import FloatArray
 from sglang_orthrus.round.text_ends import TextEnds
-
-IntArray = npt.NDArray[np.int64]
 
 # A request's rounds lose half of their weight in so many more of its rounds.
 HALF_LIFE = 16.0
@@ -36,14 +34,9 @@ FIRST_ROUNDS = 8.0
 PRIOR_ROUNDS = 1.5
 # ... and this expectation loses half of its weight in so many rounds.
 PRIOR_HALF_LIFE = 4.0
-# The same for a new class. Nine of ten drafts accepted: with few requests, a new server begins at its widest.
-NEUTRAL_RATE = 0.9
+# The same for a new class: with few requests, a new server begins at its widest.
 NEUTRAL_ROUNDS = 4.0
 NEUTRAL_HALF_LIFE = 16.0
-# What rounds at other widths say is worth at most so many rounds at the width itself ...
-OTHER_WIDTHS_ROUNDS = 16.0
-# ... and what a narrower width says a quarter as much as what a wider one says.
-NARROWER_TRUST = 0.25
 # A width's ratio to what other widths say of it is 1 at first, as if so many rounds had said so ...
 RATIO_ROUNDS = 32.0
 # ... and forgets half in so many rounds of one request.
@@ -51,11 +44,10 @@ RATIO_HALF_LIFE = 512.0
 # Classes beyond share the last one's row. There are four: with and without a grammar, sampled and greedy.
 MAX_CLASSES = 8
 
-_TINY = 1e-6
 # Rounds that are worth less than this are not compared.
 _NEGLIGIBLE = 0.01
-# Columns of the counts, before those of tokens.
-_SEEN, _FULL, _FAILED, _TOKENS = range(4)
+# From none to nearly all drafts accepted, ever closer.
+_RATES = (1.0 - np.geomspace(1.0, 1e-3, 48)).tolist()
 
 
 class AcceptanceRates:
@@ -70,8 +62,8 @@ class AcceptanceRates:
         self.widths = tuple(sorted(widths))
         self._columns = {width: column for column, width in enumerate(self.widths)}
         # Row 0 stays empty: a request that is not known.
-        self._requests = _Counts(self.widths, max_requests + 1)
-        self._classes = _Counts(self.widths, MAX_CLASSES)
+        self._requests = AcceptanceCounts(self.widths, max_requests + 1)
+        self._classes = AcceptanceCounts(self.widths, MAX_CLASSES)
         self._ends = TextEnds(MAX_CLASSES + 1)
         self._rows: dict[Hashable, int] = {}
         self._free = list(range(max_requests, 0, -1))
@@ -135,13 +127,16 @@ class AcceptanceRates:
         """Of one request; see `observe_round`."""
         self.observe_round([key], width, [accept_len])
 
-    def observe_round(self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int]) -> None:
+    def observe_round(
+        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], cut: Container[Hashable] = ()
+    ) -> None:
         """Count a round. Requests that are not remembered, and those that committed nothing, are left out.
 
         Args:
             keys: [R] its requests, each once.
             width: its width, one of `widths`. Nothing is learnt from a round that drafts nothing.
-            accept_lens: [R] tokens that it committed, the last one included.
+            accept_lens: [R] tokens that texts took in, the last one included.
+            cut: requests whose texts ended before all that it committed.
 
         Raises:
             KeyError: it has another width.
@@ -149,18 +144,20 @@ class AcceptanceRates:
         column = self._columns[width]
         if width == 1:
             return
-        rows, lens = _known(self._rows_of(keys), accept_lens)
+        found, lens = self._rows_of(keys), np.asarray(accept_lens, np.int64)
+        counted = (found > 0) & (lens > 0)
+        rows, lens = found[counted], np.minimum(lens[counted], width)
         if not len(rows):
             return
+        rates = self._rates_if_cut(found, column, [key in cut for key in keys])[counted]
         self._asked_expected = None
-        lens = np.minimum(lens, width)
         classes = self._class_of[rows]
         members = (classes[:, None] == np.arange(MAX_CLASSES)).astype(np.float64)
-        self._observe_ratios(rows, column, lens, members)
+        counts = self._requests.counts_of(column, lens, rates)
+        self._observe_ratios(rows, column, counts[:, TOKENS + column], members)
 
-        counts = self._requests.counts_of(column, lens)
         present = np.flatnonzero(members.any(0))
-        first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + _TINY
+        first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + 1e-6
         self._classes.add(present, column, first.T @ counts, CLASS_HALF_LIFE)
         self._failures[rows] = failures = np.where(lens == 1, self._failures[rows] + 1, 0)
         has_turned = self._is_bursty[rows] & (failures >= MANY_FAILURES)
@@ -191,7 +188,7 @@ class AcceptanceRates:
 
     def rounds_seen(self, keys: Sequence[Hashable]) -> FloatArray:
         """Rounds of every request at every width, the older ones counting less: [R, K]."""
-        return self._requests.counts[self._rows_of(keys), :, _SEEN]
+        return self._requests.counts[self._rows_of(keys), :, SEEN]
 
     def _classes_of(self, rows: IntArray) -> IntArray:
         """[R]; a request that is not known belongs to no class."""
@@ -212,12 +209,19 @@ class AcceptanceRates:
         weights = PRIOR_ROUNDS * np.exp2(-self._requests.rounds[rows] / PRIOR_HALF_LIFE)
         return self._requests.expected(rows, self._ratios[classes], prior, weights)
 
-    def _observe_ratios(self, rows: IntArray, column: int, lens: IntArray, members: FloatArray) -> None:
+    def _rates_if_cut(self, rows: IntArray, column: int, is_cut: Sequence[bool]) -> FloatArray:
+        """At which drafts of this width are accepted of the requests whose rounds were cut short; 0 of others: [R]."""
+        if not any(is_cut):
+            return np.zeros(len(rows))
+        tokens = [_geometric(rate, self.widths[column]) for rate in _RATES]
+        return np.where(is_cut, np.interp(self._expected(rows)[:, column], tokens, _RATES), 0.0)
+
+    def _observe_ratios(self, rows: IntArray, column: int, lens: FloatArray, members: FloatArray) -> None:
         """Compare what a width commits with what the other widths had said of it.
 
         A block narrower than the trained one drafts worse, by how much depends on the text and the checkpoint.
         """
-        seen = self._requests.counts[rows, :, _SEEN]
+        seen = self._requests.counts[rows, :, SEEN]
         weights = seen / (seen + 1.0)
         weights[:, column] = 0.0
         if weights.max() < _NEGLIGIBLE:
@@ -233,116 +237,6 @@ class AcceptanceRates:
         self._ratios[:, :, column] = (self._accepted[:, :, column] + at_first) / (
             self._predicted[:, :, column] + at_first
         )
-
-
-class _Counts:
-    """Decayed counts of rounds, in rows.
-
-    Args:
-        widths: [K].
-        num_rows: A.
-
-    Attributes:
-        counts: [A, K, 3 + K] of the rounds at each width: how many there were, how many committed the whole width, how
-            many less but more than the next narrower width, and what they would have committed at every width.
-        tokens: [A, K, K] what a round of the last width is expected to commit, by the rounds at the middle one.
-        rounds: [A] how many rounds, not decayed.
-    """
-
-    def __init__(self, widths: Sequence[int], num_rows: int) -> None:
-        num_widths = len(widths)
-        self._widths = np.array(widths, np.int64)
-        self._narrower = np.array([1, *widths[:-1]], np.int64)
-        self.counts = np.zeros((num_rows, num_widths, _TOKENS + num_widths))
-        self.tokens = np.ones((num_rows, num_widths, num_widths))
-        self.rounds = np.zeros(num_rows)
-        order = np.sign(np.arange(num_widths)[:, None] - np.arange(num_widths))
-        self._trust = np.choose(order + 1, [NARROWER_TRUST, 0.0, 1.0])
-        self._diagonal = np.arange(num_widths)
-
-    def clear(self, row: int) -> None:
-        """For another request."""
-        self.counts[row] = 0.0
-        self.tokens[row] = 1.0
-        self.rounds[row] = 0.0
-
-    def counts_of(self, column: int, lens: IntArray) -> FloatArray:
-        """Counts of one round each: [R, 3 + K]. lens: [R] tokens committed."""
-        counts = np.empty((len(lens), self.counts.shape[2]))
-        counts[:, _SEEN] = 1.0
-        counts[:, _FULL] = lens == self._widths[column]
-        counts[:, _FAILED] = (lens >= self._narrower[column]) & (lens < self._widths[column])
-        np.minimum(lens[:, None], self._widths, out=counts[:, _TOKENS:])
-        return counts
-
-    def add(
-        self, rows: IntArray, column: int, counts: FloatArray, half_life: float, kept: FloatArray | float = 1.0
-    ) -> None:
-        """Count rounds at one width.
-
-        Args:
-            rows: [R], each once.
-            column: of the width.
-            counts: [R, 3 + K].
-            half_life: in rounds.
-            kept: [R] share of the drafts that were accepted in the former rounds that still counts.
-        """
-        decay = np.exp2(-counts[:, _SEEN] / half_life)
-        total = self.counts[rows] * decay[:, None, None]
-        if np.min(kept) < 1.0:
-            kept = np.asarray(kept)[:, None, None]
-            seen = total[:, :, _SEEN, None]
-            total[:, :, _TOKENS:] = seen + kept * (total[:, :, _TOKENS:] - seen)
-            total[:, :, _FULL : _FAILED + 1] *= kept
-            self.tokens[rows] = 1.0 + kept * (self.tokens[rows] - 1.0)
-        total[:, column] += counts
-        self.counts[rows] = total
-        self.rounds[rows] += counts[:, _SEEN]
-        self.tokens[rows, column] = self._tokens_of(column, total[:, column])
-
-    def expected(self, rows: IntArray, ratios: FloatArray, prior: FloatArray, prior_weights: FloatArray) -> FloatArray:
-        """Tokens that a round commits at every width: [R, K].
-
-        What was seen at a width counts fully; what others say of it, and the prior, fill up to a few rounds.
-
-        Args:
-            rows: [R].
-            ratios: [R, K, K] what the last width commits, relative to what the middle one says of it.
-            prior: [R, K] or [K] tokens.
-            prior_weights: [R] rounds that the prior is worth.
-        """
-        tokens = self.tokens[rows]
-        seen = self.counts[rows, :, _SEEN]
-        weights = seen[:, :, None] * self._trust
-        said = ((tokens - 1.0) * ratios + 1.0) * weights
-        prior_weights = prior_weights[:, None] + _TINY
-        others = weights.sum(1) + prior_weights
-        fallback = (said.sum(1) + prior_weights * prior) / others
-        others = np.minimum(others, OTHER_WIDTHS_ROUNDS)
-        own = tokens[:, self._diagonal, self._diagonal]
-        return np.clip((seen * own + others * fallback) / (seen + others), 1.0, self._widths)
-
-    def _tokens_of(self, column: int, counts: FloatArray) -> FloatArray:
-        """What rounds at one width say of all: [R, K]. Behind it, drafts are accepted as often as the last were."""
-        seen = counts[:, _SEEN, None]
-        tokens = counts[:, _TOKENS:] / seen
-        further = self._widths[column + 1 :] - self._widths[column]
-        if not len(further):
-            return tokens
-        shorter = counts[:, _TOKENS + column - 1] if column else counts[:, _SEEN]
-        survived = counts[:, _TOKENS + column] - shorter
-        # One more draft as in a new class keeps the rate away from 0 and 1.
-        rate = ((survived + NEUTRAL_RATE) / (survived + counts[:, _FAILED] + 1.0))[:, None]
-        more = rate * (1.0 - rate**further) / (1.0 - rate)
-        tokens[:, column + 1 :] = tokens[:, column, None] + counts[:, _FULL, None] / seen * more
-        return tokens
-
-
-def _known(rows: IntArray, accept_lens: Sequence[int]) -> tuple[IntArray, IntArray]:
-    """Rows and lengths of the requests that count."""
-    lens = np.asarray(accept_lens, np.int64)
-    counted = (rows > 0) & (lens > 0)
-    return rows[counted], lens[counted]
 
 
 def _geometric(rate: float, width: int) -> float:

@@ -253,12 +253,14 @@ class Policy:
             if self._over:
                 ended = {req.rid: text_length(req) for req in planned.reqs if _has_ended(req)}
             width, has_grammar = planned.width, planned.has_grammar
+            cut: set[str] = set()
             if before:
-                after = map(text_length, planned.reqs)
-                accept_lens = [min(own, new - old) for own, new, old in zip(accept_lens, after, before, strict=True)]
+                taken = [text_length(req) - old for req, old in zip(planned.reqs, before, strict=True)]
+                cut = {rid for rid, own, new in zip(planned.rids, accept_lens, taken, strict=True) if new < own}
+                accept_lens = list(map(min, accept_lens, taken))
             result = self._controller.observe(
                 *(planned.rids, width, accept_lens, has_grammar, measured, planned.context, planned.forced),
-                ended=ended,
+                cut=cut,
                 num_steps=planned.num_steps,
                 waited=planned.waited,
             )

@@ -188,7 +188,7 @@ class WidthController:
         measured: float | None = None,
         context: int | None = None,
         forced: Sequence[int] | None = None,
-        ended: Container[Hashable] = (),
+        cut: Container[Hashable] = (),
         num_steps: int = 1,
         waited: float = 0.0,
     ) -> RoundResult:
@@ -202,8 +202,7 @@ class WidthController:
             measured: seconds since the result before; None if something else ran meanwhile.
             context: as planned.
             forced: as planned, of a round that is forced; these tokens say nothing of drafts.
-            ended: requests whose texts ended in it. Nobody knows how many tokens it would have committed otherwise, so
-                they say nothing of drafts, either.
+            cut: requests whose texts ended before all that it committed.
             num_steps: that it took: more than one only at width 1.
             waited: seconds that it lost by waiting for the former result, beside those that were measured.
         """
@@ -224,8 +223,7 @@ class WidthController:
         self._seconds += seconds
         if width > 1:
             drafted = accept_lens if forced is None else list(map(_behind, accept_lens, forced))
-            known = [0 if key in ended else length for key, length in zip(keys, drafted, strict=True)]
-            self._rates.observe_round(keys, width, known)
+            self._rates.observe_round(keys, width, drafted, cut)
         if self._probes is not None and forced is None:
             self._probes.observe(index, total)
         plain_seconds = 0.0

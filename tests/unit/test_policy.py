@@ -100,13 +100,13 @@ def test_a_round_that_ran_for_an_ended_request_teaches_nothing_of_it() -> None:
 
 
 def test_a_text_that_ended_says_how_long_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was aborted does not. Of the round in which it ended, nobody knows how many drafts were right."""
+    """One that was aborted does not. Of what was committed behind its end, nobody knows how many drafts were right."""
     controller = WidthController(measured_costs(), WIDTHS)
     policy, first, second, third = Policy(WIDTHS, controller), Request("a"), Request("b"), Request("c")
     forgotten = dict[Any, Any]()
     monkeypatch.setattr(controller, "forget", lambda key, num_tokens: forgotten.update({key: num_tokens}))
-    learnt = list[tuple[Sequence[Any], Sequence[int]]]()
-    monkeypatch.setattr(controller._rates, "observe_round", lambda keys, _, lens: learnt.append((keys, lens)))
+    learnt = list[tuple[Sequence[Any], Sequence[int], Any]]()
+    monkeypatch.setattr(controller._rates, "observe_round", lambda keys, _, *others: learnt.append((keys, *others)))
     plan = policy.plan(batch_of(first, second, third), can_defer=True)
     policy.observe([7, 4, 2])
     first.take(8, end=3)
@@ -117,7 +117,7 @@ def test_a_text_that_ended_says_how_long_it_was(monkeypatch: pytest.MonkeyPatch)
         policy.forget(rid)
     policy.plan(batch_of(second), can_defer=True)
     assert plan.width > 1 and forgotten == {"a": 4, "c": None}
-    assert [(list(keys), list(lens)) for keys, lens in learnt] == [(["a", "b", "c"], [0, 5, 3])]
+    assert [(list(keys), list(lens), cut) for keys, lens, cut in learnt] == [(["a", "b", "c"], [3, 5, 3], {"a"})]
 
 
 def test_a_prefill_spoils_the_time_of_the_rounds_around_it(monkeypatch: pytest.MonkeyPatch) -> None:

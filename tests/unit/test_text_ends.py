@@ -64,12 +64,12 @@ def test_short_texts_have_the_width_that_serves_them_best(plain_steps: float, ro
         widths[width] += step >= 400
         lens = [min(width, left) for left in running.values()] + [0] * len(ended)
         running = {key: left - width for key, left in running.items()}
-        ended = {key: 20 for key, left in running.items() if left <= 0}
+        ended = {key: left for key, left in running.items() if left <= 0}
         running = {key: left for key, left in running.items() if left > 0}
         late.append((keys, width, lens, ended))
         if len(late) > 1:
             before, before_width, before_lens, over = late.popleft()
-            controller.observe(before, before_width, before_lens, ended=over)
-            for key, num_tokens in over.items():
-                controller.forget(key, num_tokens)
+            controller.observe(before, before_width, before_lens, cut=[key for key, left in over.items() if left < 0])
+            for key in over:
+                controller.forget(key, 20)
     assert widths[best] >= 0.9 * widths.total()
