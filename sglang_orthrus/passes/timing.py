@@ -148,6 +148,28 @@ def _slots(size: int, length: int, device: torch.device, all_first: bool) -> tor
 
 
 @depends_on(
+    "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
+    "req_pool_indices",
+    "req_to_token",
+    "start_offset",
+    "end_offset",
+    "out_cache_loc",
+    "batch_size",
+    what="called for batches that are timed at start-up, with the dtypes that eagle_prepare_for_decode gives it",
+    why="it is compiled twice for every power of two of requests, which would hold up the first rounds of so many",
+    until="SGLang compiles it at start-up",
+)
+def _write_slots(req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, slots: torch.Tensor) -> None:
+    """Into the requests' rows, from their first column on. slots: [size, length] int64."""
+    size, length = slots.shape
+    starts = torch.zeros(size, dtype=torch.int32, device=slots.device)
+    # Triton compiles for addresses that 16 divides, and for others. Slots that are allocated have either.
+    for first in (0, 1):
+        own = torch.cat((slots.new_zeros(first), slots.flatten()))[first:]
+        allocation.assign_req_to_token_pool_func(req_pool_indices, req_to_token, starts, starts + length, own, size)
+
+
+@depends_on(
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
     "post_capture_active",
     what="read before rounds are timed: whether only the first page has memory yet",
@@ -167,18 +189,6 @@ def _slots(size: int, length: int, device: torch.device, all_first: bool) -> tor
     why="passes take SGLang's batches",
     until="SGLang times passes of plugins' algorithms",
 )
-@depends_on(
-    "sglang.srt.mem_cache.allocation:assign_req_to_token_pool_func",
-    "req_pool_indices",
-    "req_to_token",
-    "start_offset",
-    "end_offset",
-    "out_cache_loc",
-    "batch_size",
-    what="called for batches that are timed at start-up, with the dtypes that eagle_prepare_for_decode gives it",
-    why="it is compiled once for every power of two of requests, which would hold up the first round of so many",
-    until="SGLang compiles it at start-up",
-)
 def _batch(model_runner: Any, size: int, context: int, width: int) -> ScheduleBatch:
     """A decode batch of greedy requests with some context, on slots that nobody owns yet."""
     pool = model_runner.req_to_token_pool
@@ -197,11 +207,7 @@ def _batch(model_runner: Any, size: int, context: int, width: int) -> ScheduleBa
     device = pool.req_to_token.device
     slots = _slots(size, context + width, device, all_first=_has_one_page(model_runner))
     batch.req_pool_indices = torch.arange(1, size + 1, device=device)
-    starts = torch.zeros(size, dtype=torch.int32, device=device)
-    ends = torch.full_like(starts, context + width)
-    allocation.assign_req_to_token_pool_func(
-        batch.req_pool_indices, pool.req_to_token, starts, ends, slots.flatten(), size
-    )
+    _write_slots(batch.req_pool_indices, pool.req_to_token, slots)
     batch.seq_lens_cpu = torch.full((size,), context)
     batch.seq_lens = batch.seq_lens_cpu.to(device)
     batch.seq_lens_sum = size * context

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_orthrus.cpu import kernels
 from sglang_orthrus.passes import timing
 
 
@@ -19,6 +20,21 @@ def test_sizes_are_powers_of_two_and_the_largest() -> None:
 def test_every_token_has_a_slot_of_its_own() -> None:
     slots = timing._slots(3, 5, torch.device("cpu"), all_first=False)
     assert slots.shape == (3, 5) and sorted(slots.flatten().tolist()) == list(range(15))
+
+
+def test_the_kernel_that_writes_slots_is_compiled_for_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has one for addresses that 16 divides, and one for others."""
+    addresses = set[int]()
+
+    def assign(*args: Any) -> None:
+        addresses.add(args[4].data_ptr() % 16)
+        kernels.assign_req_to_token_pool_func(*args)
+
+    monkeypatch.setattr(timing.allocation, "assign_req_to_token_pool_func", assign)
+    table = torch.zeros((4, 6), dtype=torch.int32)
+    timing._write_slots(torch.tensor([3, 1]), table, torch.arange(10, 20).view(2, 5))
+    assert table.tolist() == [[0] * 6, [15, 16, 17, 18, 19, 0], [0] * 6, [10, 11, 12, 13, 14, 0]]
+    assert addresses == {0, 8}
 
 
 def test_a_pool_that_is_sized_after_capture_has_its_first_slot_only() -> None:
