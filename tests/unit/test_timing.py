@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache import allocation
 
 from sglang_orthrus.cpu import kernels
 from sglang_orthrus.passes import timing
@@ -30,7 +31,7 @@ def test_the_kernel_that_writes_slots_is_compiled_for_all_addresses(monkeypatch:
         addresses.add(args[4].data_ptr() % 16)
         kernels.assign_req_to_token_pool_func(*args)
 
-    monkeypatch.setattr(timing.allocation, "assign_req_to_token_pool_func", assign)
+    monkeypatch.setattr(allocation, "assign_req_to_token_pool_func", assign)
     table = torch.zeros((4, 6), dtype=torch.int32)
     timing._write_slots(torch.tensor([3, 1]), table, torch.arange(10, 20).view(2, 5))
     assert table.tolist() == [[0] * 6, [15, 16, 17, 18, 19, 0], [0] * 6, [10, 11, 12, 13, 14, 0]]
