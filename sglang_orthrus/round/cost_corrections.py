@@ -69,7 +69,7 @@ class _Table:
 
     def __init__(self, num_widths: int, knows_plain: bool) -> None:
         self._knows_plain = knows_plain
-        # [K] for each round that was seen.
+        # [K] rounds for each that was seen; `HALF_LIFE` at most.
         self._half_lives = np.full(num_widths, HALF_LIFE)
         if knows_plain:
             self._half_lives[0] = PLAIN_HALF_LIFE_PER_ROUND
