@@ -26,7 +26,7 @@ MOST_AT_ONCE = 2.0
 HALF_LIFE = 256.0
 # Plain decoding is never probed, and to try it again costs little. So what a few of its rounds said fades sooner: in so
 # many for each of them.
-PLAIN_HALF_LIFE_PER_ROUND = 4.0
+PLAIN_HALF_LIFE_PER_ROUND = 8.0
 # Batch sizes between two powers of two share their factors.
 _NUM_SIZES = 16
 

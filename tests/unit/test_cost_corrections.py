@@ -69,7 +69,7 @@ def test_what_was_learnt_of_a_width_fades_while_others_are_used() -> None:
 @pytest.mark.parametrize("num_requests", [100, 200])
 def test_what_a_few_rounds_of_plain_decoding_said_fades_soon(num_requests: int) -> None:
     """Also where it was seen in batches of another size. What many rounds said, or rounds of another width, stays."""
-    for rounds, share in ((8, 0.5), (60, 0.9)):
+    for rounds, share in ((4, 0.5), (60, 0.9)):
         corrections = CostCorrections(3, knows_plain=True)
         for width in (0, 1):
             corrections.observe("kind", 100, width, 2.0, rounds=rounds)
