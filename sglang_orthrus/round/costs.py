@@ -61,7 +61,6 @@ class RoundCosts:
         }
         self._graph_sizes = {width: sorted(sizes) for width, sizes in (graph_sizes or {}).items()}
         self._rows: dict[int, FloatArray] = {}
-        self._saved: dict[int, FloatArray] = {}
         self._context = context
         by_width = context_seconds or {}
         # A wider round attends at least as long.
@@ -91,15 +90,21 @@ class RoundCosts:
         # Less context saves no more than half, so that an error of the slope cannot make a round free.
         return np.asarray(np.maximum(row + self._context_seconds * (context - batch_size * self._context), row / 2))
 
-    def saved(self, batch_size: int) -> FloatArray:
-        """Share of its time that a round saves with 0, 1, ... fewer requests, down to one: [batch_size, widths].
+    def saved(self, batch_size: int, fewer: Sequence[Sequence[int]], columns: Sequence[int]) -> FloatArray:
+        """Share of its time that a round saves with so many fewer requests: 0 where it is padded to the same graph.
 
-        0 where the batch is padded to the same graph, and while a GPU waits for memory.
+        Args:
+            batch_size: with all requests.
+            fewer: [N, K] less than `batch_size`, for each of these widths.
+            columns: [K] of the widths.
+
+        Returns [N, K].
         """
-        if batch_size not in self._saved:
-            rows = np.array([self.row(size) for size in range(batch_size, 0, -1)])
-            self._saved[batch_size] = 1.0 - rows / rows[0]
-        return self._saved[batch_size]
+        seconds = [
+            [self.row(batch_size - number)[column] for number, column in zip(numbers, columns, strict=True)]
+            for numbers in fewer
+        ]
+        return np.asarray(1.0 - np.array(seconds) / self.row(batch_size)[list(columns)])
 
     def worthwhile(self, batch_size: int) -> BoolArray:
         """Of every width, whether a batch has a CUDA graph for it, or has none for any: [widths].

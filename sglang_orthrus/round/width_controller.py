@@ -292,8 +292,7 @@ class WidthController:
         ends = self._rounds_late * (self._rates.end_rates(keys) @ tokens)
         # Ends are rare events. Three numbers of them have the mean of all and their variance.
         numbers = np.rint(ends + np.sqrt(ends) * _DEVIATIONS[:, None]).astype(np.int64).clip(0, count - 1)
-        saved = self._costs.saved(count)[numbers, self._columns]
-        return np.asarray(seconds * saved.mean(0))
+        return np.asarray(seconds * self._costs.saved(count, numbers.tolist(), self._columns).mean(0))
 
     def _seconds_of(self, num_requests: int, kind: Hashable, context: int | None) -> FloatArray:
         """Of a round at every width that was measured, as rounds take in traffic."""

@@ -107,8 +107,9 @@ def test_nonsense_is_refused() -> None:
 def test_fewer_requests_save_what_their_graph_saves() -> None:
     """Nothing while a GPU waits for memory, and nothing where a batch is padded to the same graph."""
     seconds = {1: {1: 2.0, 8: 2.0, 16: 2.0}, 8: {1: 3.0, 8: 4.0, 16: 8.0}}
-    eager = RoundCosts(seconds).saved(16)
+    fewer = [[number, number] for number in range(16)]
+    eager = RoundCosts(seconds).saved(16, fewer, [0, 1])
     assert eager.shape == (16, 2) and not eager[:, 0].any()
     assert eager[:, 1] == pytest.approx([*np.linspace(0, 0.5, 9), *np.linspace(0.5, 0.625, 8)[1:]])
-    padded = RoundCosts(seconds, {8: (4, 8, 16)}).saved(16)
-    assert padded[:, 1] == pytest.approx([0.0] * 8 + [0.5] * 4 + [1 - (3 + 3 / 7) / 8] * 4)
+    padded = RoundCosts(seconds, {8: (4, 8, 16)}).saved(16, [[number] for number in range(16)], [1])
+    assert padded[:, 0] == pytest.approx([0.0] * 8 + [0.5] * 4 + [1 - (3 + 3 / 7) / 8] * 4)
