@@ -21,7 +21,8 @@ OTHER_WIDTHS_ROUNDS = 16.0
 # ... and what a narrower width says a quarter as much as what a wider one says.
 NARROWER_TRUST = 0.25
 
-_TINY = 1e-6
+# A weight that counts only where there is no other.
+TINY = 1e-6
 # Columns of the counts, before those of tokens.
 SEEN, FULL, FAILED, TOKENS = range(4)
 
@@ -119,7 +120,7 @@ class AcceptanceCounts:
         seen = self.counts[rows, :, SEEN]
         weights = seen[:, :, None] * self._trust
         said = ((tokens - 1.0) * ratios + 1.0) * weights
-        prior_weights = prior_weights[:, None] + _TINY
+        prior_weights = prior_weights[:, None] + TINY
         others = weights.sum(1) + prior_weights
         fallback = (said.sum(1) + prior_weights * prior) / others
         others = np.minimum(others, OTHER_WIDTHS_ROUNDS)

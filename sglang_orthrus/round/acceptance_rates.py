@@ -9,11 +9,11 @@ Letters: R requests, K widths, A rows of the counts: one per request, and one pe
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
-from sglang_orthrus.round.acceptance_counts import NEUTRAL_RATE, SEEN, TOKENS, AcceptanceCounts, IntArray
+from sglang_orthrus.round.acceptance_counts import NEUTRAL_RATE, SEEN, TINY, TOKENS, AcceptanceCounts, IntArray
 from sglang_orthrus.round.costs import FloatArray
 from sglang_orthrus.round.text_ends import TextEnds
 
@@ -78,6 +78,8 @@ class AcceptanceRates:
         self._predicted = np.zeros_like(self._accepted)
         self._ratios = np.ones_like(self._accepted)
         self._neutral = np.array([_geometric(NEUTRAL_RATE, width) for width in self.widths])
+        # [K, rates]
+        self._tokens_at_rates = [[_geometric(rate, width) for rate in _RATES] for width in self.widths]
         self._class_tokens = np.tile(self._neutral, (MAX_CLASSES, 1))
         # Of the requests that were asked for last: mostly the next round has the same.
         self._asked: list[Hashable] | None = None
@@ -128,7 +130,7 @@ class AcceptanceRates:
         self.observe_round([key], width, [accept_len])
 
     def observe_round(
-        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], cut: Container[Hashable] = ()
+        self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], cut: Collection[Hashable] = ()
     ) -> None:
         """Count a round. Requests that are not remembered, and those that committed nothing, are left out.
 
@@ -149,7 +151,7 @@ class AcceptanceRates:
         rows, lens = found[counted], np.minimum(lens[counted], width)
         if not len(rows):
             return
-        rates = self._rates_if_cut(found, column, [key in cut for key in keys])[counted]
+        rates = self._rates_if_cut(keys, found, column, cut)[counted]
         self._asked_expected = None
         classes = self._class_of[rows]
         members = (classes[:, None] == np.arange(MAX_CLASSES)).astype(np.float64)
@@ -157,7 +159,7 @@ class AcceptanceRates:
         self._observe_ratios(rows, column, counts[:, TOKENS + column], members)
 
         present = np.flatnonzero(members.any(0))
-        first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + 1e-6
+        first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + TINY
         self._classes.add(present, column, first.T @ counts, CLASS_HALF_LIFE)
         self._failures[rows] = failures = np.where(lens == 1, self._failures[rows] + 1, 0)
         has_turned = self._is_bursty[rows] & (failures >= MANY_FAILURES)
@@ -209,12 +211,14 @@ class AcceptanceRates:
         weights = PRIOR_ROUNDS * np.exp2(-self._requests.rounds[rows] / PRIOR_HALF_LIFE)
         return self._requests.expected(rows, self._ratios[classes], prior, weights)
 
-    def _rates_if_cut(self, rows: IntArray, column: int, is_cut: Sequence[bool]) -> FloatArray:
+    def _rates_if_cut(
+        self, keys: Sequence[Hashable], rows: IntArray, column: int, cut: Collection[Hashable]
+    ) -> FloatArray:
         """At which drafts of this width are accepted of the requests whose rounds were cut short; 0 of others: [R]."""
-        if not any(is_cut):
+        if not cut:
             return np.zeros(len(rows))
-        tokens = [_geometric(rate, self.widths[column]) for rate in _RATES]
-        return np.where(is_cut, np.interp(self._expected(rows)[:, column], tokens, _RATES), 0.0)
+        rates = np.interp(self._expected(rows)[:, column], self._tokens_at_rates[column], _RATES)
+        return np.where([key in cut for key in keys], rates, 0.0)
 
     def _observe_ratios(self, rows: IntArray, column: int, lens: FloatArray, members: FloatArray) -> None:
         """Compare what a width commits with what the other widths had said of it.

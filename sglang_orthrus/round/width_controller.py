@@ -9,7 +9,7 @@ Letters: R requests, K widths.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
@@ -188,7 +188,7 @@ class WidthController:
         measured: float | None = None,
         context: int | None = None,
         forced: Sequence[int] | None = None,
-        cut: Container[Hashable] = (),
+        cut: Collection[Hashable] = (),
         num_steps: int = 1,
         waited: float = 0.0,
     ) -> RoundResult:
