@@ -28,8 +28,9 @@ ALONE_SECONDS = 0.0003
 SLOW_SHARE = 0.1
 # A round waits so long for helpers, about as long as a GPU verifies.
 WAIT_SHARE = 0.4
-# But so long at least: a helper that is done needs the interpreter's lock to say so, which the scheduler has held.
-MIN_WAIT_SECONDS = 0.0005
+# Behind that, as long as one mask comes so soon after the other, none is slow: helpers need the interpreter's lock for
+# each of them, which the scheduler has held until now.
+PATIENCE_SECONDS = 0.001
 # A grammar is watched until so many masks in a row were fast.
 NUM_WATCHED = 1024
 # So many helpers at a time; one that has a slow mask is away for some rounds.
@@ -114,8 +115,8 @@ class NextMaskFiller:
             Masks that they still fill, by the numbers of their rows: `fill_refused` is to be told what was chosen
             there.
         """
-        masks, seconds = started.waiting, max(MIN_WAIT_SECONDS, started.end - time.perf_counter())
-        waiting = next(iter(masks.values())).jobs.wait(seconds) if masks else frozenset()
+        masks, left = started.waiting, started.end - time.perf_counter()
+        waiting = next(iter(masks.values())).jobs.wait(left, PATIENCE_SECONDS) if masks else frozenset()
         late = {number: mask for number, mask in masks.items() if mask.number in waiting}
         for number, mask in masks.items():
             self._watch.learn(mask.row.cursor.key, is_slow=number in late)

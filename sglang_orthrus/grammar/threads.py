@@ -34,14 +34,19 @@ class StartedJobs:
         self._left = set(range(count))
         self._ends = ends
 
-    def wait(self, seconds: float) -> frozenset[int]:
-        """Wait for all, at most so long. Returns the numbers of those that are not known to be done.
+    def wait(self, seconds: float, patience: float = 0.0) -> frozenset[int]:
+        """Wait for all, but not for long. Returns the numbers of those that are not known to be done.
 
         What a job raised is raised here.
+
+        Args:
+            seconds: to wait at most ...
+            patience: ... and behind that for as long as no more than so many seconds pass from one job's end to the
+                next one's.
         """
         end = time.perf_counter() + seconds
         while self._left:
-            left = end - time.perf_counter()
+            left = max(end - time.perf_counter(), patience)
             try:
                 self._take(*(self._ends.get(timeout=left) if left > 0 else self._ends.get_nowait()))
             except Empty:

@@ -143,6 +143,21 @@ def test_grammars_that_are_long_fast_are_filled_without_helpers(
     gate.set()
 
 
+@with_xgrammar
+def test_helpers_that_the_scheduler_held_up_are_not_late(
+    backend: BaseGrammarBackend, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It held the interpreter's lock until the time for masks was over."""
+    monkeypatch.setattr(next_masks, "WAIT_SHARE", 0.0)
+    monkeypatch.setattr(next_masks, "PATIENCE_SECONDS", 60.0)
+    own = [backend.dispatch_json(SCHEMA) for _ in range(44)]
+    grammars = watching(0.01)
+    begun = grammars.begin_next_masks([request(grammar) for grammar in own], range(44), VOCABULARY, range(44))
+    gate.set()
+    masks = grammars.finish_next_masks(begun)
+    assert masks.late == {} and torch.equal(masks.host, masks_of(own))
+
+
 def test_without_a_limit_all_masks_are_waited_for(backend: BaseGrammarBackend, gate: threading.Event) -> None:
     own = [backend.dispatch_json(SCHEMA) for _ in range(3)]
     masks = next_masks_of(watching(), [request(grammar) for grammar in own], range(3), VOCABULARY, range(3))

@@ -40,7 +40,7 @@ def test_as_many_threads_as_its_size_work_at_once() -> None:
     assert threading.get_ident() in threads
 
 
-def test_a_crew_of_one_is_the_caller() -> None:
+def test_a_team_of_one_is_the_caller() -> None:
     threads = list[int]()
     ThreadTeam(1, "test").run([lambda: threads.append(threading.get_ident())] * 5)
     assert threads == [threading.get_ident()] * 5
@@ -60,6 +60,17 @@ def test_started_jobs_go_on_beside_the_caller() -> None:
     gates[3].set()
     assert jobs.wait(60.0) == frozenset()
     jobs.wait_for(3)
+
+
+def test_jobs_are_waited_for_as_long_as_they_end_one_after_the_other() -> None:
+    """Behind the time to wait, only a job that keeps others waiting counts as late."""
+    gate = threading.Event()
+    quick = [partial(time.sleep, 0.001)] * 20
+    assert ThreadTeam(2, "test").start(quick, most=1).wait(0.0, patience=60.0) == frozenset()
+    jobs = ThreadTeam(2, "test").start([*quick, partial(gate.wait, 60)], most=1)
+    assert jobs.wait(0.0, patience=1.0) == {20}
+    gate.set()
+    assert jobs.wait(60.0) == frozenset()
 
 
 def test_a_long_job_keeps_no_other_waiting() -> None:
@@ -97,7 +108,7 @@ def test_what_a_started_job_raises_reaches_who_waits() -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 7])
-def test_a_problem_is_raised_when_all_others_are_done_and_the_crew_works_on(failing: int) -> None:
+def test_a_problem_is_raised_when_all_others_are_done_and_the_team_works_on(failing: int) -> None:
     done = list[int]()
 
     def job(number: int) -> None:
