@@ -121,7 +121,7 @@ GRAMMAR_BLOCKS = Family(
     "sglang_orthrus:grammar_blocks_total",
     "Blocks of requests with a grammar, by which of their masks were filled.",
     "masks",
-    ("all", "needed", "cut"),
+    ("all", "needed", "cut", "next", "late"),
 )
 CHOOSE_SECONDS = Family(
     "sglang_orthrus:grammar_choose_seconds",
@@ -230,6 +230,12 @@ class GrammarMetrics:
             self._blocks_by_masks = GRAMMAR_BLOCKS.counters(model_name)
             self._choose_histogram = CHOOSE_SECONDS.histogram(model_name)
             self._walk_histogram = WALK_SECONDS.histogram(model_name)
+
+    def count_next(self, num_masks: int, num_late: int) -> None:
+        """Count a round that drafts nothing: its masks, one per request, and how many were not there in time."""
+        if self._is_exported:
+            self._blocks_by_masks["next"].inc(num_masks - num_late)
+            self._blocks_by_masks["late"].inc(num_late)
 
     def count(
         self,

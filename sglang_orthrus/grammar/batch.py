@@ -282,6 +282,7 @@ class BlockGrammars:
         """The masks, of which slow ones may be missing: see `late_masks`."""
         late = self._next_filler.finish(begun.started)
         by_request = {begun.numbers[place]: mask for place, mask in late.items()}
+        self._metrics.count_next(len(begun.numbers), len(late))
         return NextMasks(self._on_device(begun.any_grammar, begun.host), begun.host, by_request)
 
     def late_masks(self, masks: NextMasks, chosen: Mapping[int, int]) -> GrammarMask | None:

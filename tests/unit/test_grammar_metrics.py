@@ -46,11 +46,13 @@ def test_the_metrics_count_drafts_and_time() -> None:
     metrics = GrammarMetrics(log_interval=100, model_name="nano")
     for _ in range(2):
         metrics.count(CHANGES, 0.0005, 0.0015, 1)
+        metrics.count_next(num_masks=5, num_late=2)
     name = "sglang_orthrus:grammar_drafts_total"
     counts = [REGISTRY.get_sample_value(name, {"change": change, **NANO}) for change in ("none", "repaired", "forced")]
     assert counts == [10, 2, 4]
     name = "sglang_orthrus:grammar_blocks_total"
-    assert [REGISTRY.get_sample_value(name, {"masks": masks, **NANO}) for masks in ("all", "needed")] == [2, 2]
+    counts = [REGISTRY.get_sample_value(name, {"masks": masks, **NANO}) for masks in ("all", "needed", "next", "late")]
+    assert counts == [2, 2, 6, 4]
     for times, seconds in (("choose", 0.001), ("walk", 0.004)):
         assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_count", NANO) == 2
         assert REGISTRY.get_sample_value(f"sglang_orthrus:grammar_{times}_seconds_sum", NANO) == pytest.approx(seconds)
