@@ -21,7 +21,15 @@ from sglang_orthrus.grammar.cursors import cursor_of, is_walkable
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
 from sglang_orthrus.grammar.mask_buffers import BlockBuffers, HostBlocks, Slot
 from sglang_orthrus.grammar.masks import BestOf, ConstrainedBlock, MaskFiller
-from sglang_orthrus.grammar.next_masks import LateMask, NextMaskFiller, NextRow, StartedMasks, fill_refused
+from sglang_orthrus.grammar.next_masks import (
+    LateMask,
+    Likeliest,
+    NextMaskFiller,
+    NextRow,
+    StartedMasks,
+    allowed_instead,
+    fill_refused,
+)
 from sglang_orthrus.grammar.reasoning import leaves_block_alone
 from sglang_orthrus.grammar.repair import MAX_REPAIRS, repair_drafts
 from sglang_orthrus.grammar.slow_masks import Deadline
@@ -293,6 +301,12 @@ class BlockGrammars:
         if not fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
             return None
         return self._on_device(masks.mask.grammar, masks.host)
+
+    def allowed_instead(
+        self, masks: NextMasks, chosen: Mapping[int, int], likeliest: Likeliest
+    ) -> dict[int, int] | None:
+        """What is chosen instead of tokens that late masks refuse, see `next_masks.allowed_instead`."""
+        return allowed_instead(masks.late, chosen, likeliest)
 
     def _on_device(self, grammar: Any, masks: torch.Tensor) -> GrammarMask:
         return GrammarMask(grammar, grammar.move_vocab_mask(masks, self._device))

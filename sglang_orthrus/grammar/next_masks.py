@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from typing import NamedTuple
@@ -40,6 +40,13 @@ MAX_HELPERS = 4
 COPY_SECONDS = 0.003
 
 
+# Where a late mask refuses what was chosen, so many tokens are asked for before the mask is waited for.
+NUM_LIKELIEST = 64
+
+# Of some requests, by their numbers: the logits of so many likeliest tokens, the largest first, and these tokens.
+Likeliest = Callable[[Sequence[int], int], Mapping[int, tuple[Sequence[float], Sequence[int]]]]
+
+
 class NextRow(NamedTuple):
     """Where a mask is to be filled: a cursor, and the mask of what may come next, [1, W] int32 on the CPU."""
 
@@ -61,6 +68,10 @@ class LateMask(NamedTuple):
     own: torch.Tensor
     jobs: StartedJobs
     number: int
+
+    def is_done(self) -> bool:
+        """Whether the helper is."""
+        return self.number not in self.jobs.wait(0.0)
 
     def fill(self) -> None:
         """Wait for the helper."""
@@ -200,6 +211,52 @@ def fill_refused(masks: Sequence[LateMask], chosen: Sequence[int]) -> bool:
     for mask in refused:
         mask.fill()
     return bool(refused)
+
+
+def allowed_instead(
+    masks: Mapping[int, LateMask], chosen: Mapping[int, int], likeliest: Likeliest
+) -> dict[int, int] | None:
+    """What would be chosen with masks instead of what they refuse, without waiting for them.
+
+    Args:
+        masks: late ones, by their numbers.
+        chosen: tokens that were chosen without these.
+        likeliest: gives some requests' likeliest tokens, any allowed.
+
+    Returns:
+        Tokens by the numbers of those that refuse what was chosen; None if it takes the masks to tell.
+    """
+    refused = [number for number, mask in masks.items() if not _allows(mask.row.cursor, chosen[number])]
+    if all(masks[number].is_done() for number in refused):
+        return None if refused else {}
+    found = dict[int, int]()
+    for number, (logits, tokens) in likeliest(refused, NUM_LIKELIEST).items():
+        token = _first_allowed(masks[number].row.cursor, logits, tokens)
+        if token is None:
+            return None
+        found[number] = token
+    return found
+
+
+def _first_allowed(cursor: Cursor, logits: Sequence[float], tokens: Sequence[int]) -> int | None:
+    """The token of the largest logit that a grammar allows.
+
+    None if none of these is allowed, or if the logits do not tell: another one may be as large, or none is finite.
+
+    Args:
+        cursor: of the grammar.
+        logits: the largest first.
+        tokens: that have these logits.
+    """
+    found: tuple[float, int] | None = None
+    for logit, token in zip(logits, tokens, strict=True):
+        if found is not None and logit < found[0]:
+            return found[1]
+        if _allows(cursor, token):
+            if found is not None or not isfinite(logit):
+                return None
+            found = logit, token
+    return None
 
 
 def _allows(cursor: Cursor, token: int) -> bool:

@@ -22,13 +22,19 @@ from sglang_orthrus.grammar.cursor import Ids
 from sglang_orthrus.metrics import RoundPath
 from sglang_orthrus.passes.runner import DualViewRunner, Pass, PreparedPass
 from sglang_orthrus.round.policy import RoundPlan
-from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing, in_a_row
+from sglang_orthrus.sampling.acceptance import accept_greedy, accept_nothing, in_a_row, with_bonus
 from sglang_orthrus.sampling.batch import BatchSampler, KnownLogits
 from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import Adjustments, RowMasks
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.output_history import History
-from sglang_orthrus.sampling.verification import best_tokens, requests_with_known_best, verify_drafts
+from sglang_orthrus.sampling.verification import (
+    RankedTokens,
+    best_tokens,
+    likeliest_tokens,
+    requests_with_known_best,
+    verify_drafts,
+)
 
 
 class BegunRound(NamedTuple):
@@ -184,9 +190,8 @@ class Round:
         # Verify needs no masks, and the masks no result of verify: the host fills them meanwhile.
         masks = self._masks(begun, drafts, repaired, verify)
         verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, masks.rows, logprobs, masks.limits)
-        if masks.next is not None and (late := self._late_masks(masks.next, begun.constrained, verdict)) is not None:
-            logprobs = _logprobs(begun)
-            verdict = verify_drafts(begun.sampler, drafts, verify.hidden_states, late, logprobs)
+        if masks.next is not None:
+            verdict, logprobs = self._with_late_masks(begun, masks.next, verify, verdict, logprobs)
 
         self._history.extend(scheduled, begun.adjustments, drafts.block, verdict)
         return RoundEnd(verdict, begun.path if verify.replayed else RoundPath.EAGER, logprobs)
@@ -217,11 +222,27 @@ class Round:
         vocab_size = scheduled.sampling_info.vocab_size
         return self._grammars.begin_next_masks(scheduled.reqs, begun.constrained, vocab_size, skippable)
 
-    def _late_masks(self, masks: NextMasks, constrained: Sequence[int], verdict: Verdict) -> RowMasks | None:
-        """Masks with which to choose again, if some that were left out refuse what was chosen."""
-        chosen = verdict.bonus.tolist()  # waits for verification, as a slow mask takes longer
-        late = self._grammars.late_masks(masks, {number: chosen[constrained[number]] for number in masks.late})
-        return None if late is None else RowMasks(late, constrained)
+    def _with_late_masks(
+        self, begun: BegunRound, masks: NextMasks, verify: Pass, verdict: Verdict, logprobs: RoundLogprobs | None
+    ) -> tuple[Verdict, RoundLogprobs | None]:
+        """What is chosen once masks that were left out have been asked, and the log probabilities of that."""
+        sampler, drafts, rows = begun.sampler, begun.drafts, begun.constrained
+
+        def likeliest(numbers: Sequence[int], count: int) -> dict[int, RankedTokens]:
+            by_row = {rows[number]: number for number in numbers}
+            found = likeliest_tokens(sampler, drafts, verify.hidden_states, by_row, count)
+            return {by_row[row]: ranked for row, ranked in found.items()}
+
+        bonus = verdict.bonus.tolist()  # waits for verification, as a slow mask takes longer
+        chosen = {number: bonus[rows[number]] for number in masks.late}
+        instead = self._grammars.allowed_instead(masks, chosen, likeliest)
+        if instead is not None:
+            tokens = {rows[number]: token for number, token in instead.items()}
+            return (with_bonus(verdict, tokens) if tokens else verdict), logprobs
+        late = self._grammars.late_masks(masks, chosen)
+        assert late is not None, "some refuse what was chosen"
+        logprobs = _logprobs(begun)
+        return verify_drafts(sampler, drafts, verify.hidden_states, RowMasks(late, rows), logprobs), logprobs
 
 
 class _Masks(NamedTuple):

@@ -6,7 +6,7 @@ its prediction is what the autoregressive view puts after them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from sglang.srt.utils.common import async_h2d
@@ -50,6 +50,15 @@ def accept_drafts(
 def accept_bonus(bonus: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:
     """Commit the tokens of a round that drafted nothing. bonus: [bs] int64; prefix_lens: [bs], as above."""
     return Verdict(torch.ones_like(bonus, dtype=torch.int32), bonus[:, None], bonus, prefix_lens + 1)
+
+
+def with_bonus(verdict: Verdict, tokens: Mapping[int, int]) -> Verdict:
+    """The verdict of a round that drafted nothing, with other tokens for some requests. tokens: by their rows."""
+    rows, values = (
+        async_h2d(list(own), dtype=torch.int64, device=verdict.bonus.device) for own in (tokens, tokens.values())
+    )
+    bonus = verdict.bonus.index_copy(0, rows, values)
+    return verdict._replace(tokens=bonus[:, None], bonus=bonus)
 
 
 def accept_nothing(block: torch.Tensor, prefix_lens: torch.Tensor) -> Verdict:

@@ -6,7 +6,8 @@ it, too. Where they are drawn at random, drafts are accepted by rejection sampli
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,13 @@ from sglang_orthrus.sampling.drafts import Drafts
 from sglang_orthrus.sampling.logit_adjustments import RowMasks
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.request_groups import RequestGroup
+
+
+class RankedTokens(NamedTuple):
+    """Tokens and their logits, the largest first."""
+
+    logits: Sequence[float]
+    tokens: Sequence[int]
 
 
 def verify_drafts(
@@ -90,6 +98,25 @@ def best_tokens(
         if not set(requests).isdisjoint(group.requests):
             best[group.index] = sampler.logits(hidden_states, group, context).argmax(dim=-1)
     return best
+
+
+def likeliest_tokens(
+    sampler: BatchSampler, drafts: Drafts, hidden_states: torch.Tensor, requests: Collection[int], count: int
+) -> dict[int, RankedTokens]:
+    """What verification would rather choose after the first row of some requests, without masks: so many tokens each.
+
+    See `best_tokens`, of which these are the first; among equal logits the order is any.
+    """
+    found = dict[int, RankedTokens]()
+    context = sampler.verify_context(drafts.block)
+    for group in sampler.groups:
+        places = [place for place, request in enumerate(group.requests) if request in requests]
+        if places:
+            logits = sampler.logits(hidden_states, group, context)[places, 0]
+            best, tokens = logits.topk(min(count, logits.shape[1]))
+            own = [group.requests[place] for place in places]
+            found |= zip(own, map(RankedTokens, best.tolist(), tokens.tolist()), strict=True)
+    return found
 
 
 def _reject(

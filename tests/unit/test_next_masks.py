@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 
 from sglang_orthrus.grammar import next_masks
 from sglang_orthrus.grammar.batch import BlockGrammars
-from sglang_orthrus.grammar.next_masks import NUM_WATCHED, GrammarWatch
+from sglang_orthrus.grammar.next_masks import NUM_LIKELIEST, NUM_WATCHED, GrammarWatch
 from sglang_orthrus.grammar.slow_masks import MAX_GRAMMARS
 from sglang_orthrus.grammar.xgrammar import XGrammarCursor
 from tests.unit import test_grammar_cursors as cursors
@@ -82,6 +82,49 @@ def test_masks_that_are_not_there_in_time_are_waited_for_where_they_refuse_the_c
     assert (late is not None) == (is_refused and bool(expected))
     assert world.emitted(masks.host if late is None else late.vocab_mask) == world.emitted(world.masks)
     gate.set()
+
+
+def ranked(logits: Mapping[int, float]) -> tuple[list[float], list[int]]:
+    """Tokens by their logits, the largest first."""
+    tokens = sorted(logits, key=lambda token: -logits[token])
+    return [logits[token] for token in tokens], tokens
+
+
+@with_xgrammar
+@pytest.mark.parametrize(
+    ("logits", "wanted"),
+    [
+        ("z: 9, b: 8, a: 7", "b"),
+        ("b: 8, a: 7, z: 9, y: 8", "b"),
+        ("z: 9, y: 8", None),
+        ("z: 9, b: 8", None),  # what comes behind may be as large
+        ("z: 9, b: 8, a: 8, y: 7", None),
+        ("z: 9, b: 8, y: 8", None),
+        ("z: 9, b: -inf, a: -inf, y: -inf", None),
+        ("z: 9, b: nan, a: 7, y: 6", None),
+    ],
+)
+def test_what_is_chosen_instead_of_a_refused_token_needs_no_mask_unless_logits_are_equal(
+    backend: BaseGrammarBackend, gate: threading.Event, logits: str, wanted: str | None
+) -> None:
+    grammars, own = watching(0.01), backend.dispatch_regex("[a-c]{400}")
+    of = {letter: ENCODE(letter)[0] for letter in "abyz"}
+    found = ranked({of[letter]: float(logit) for letter, logit in (one.split(": ") for one in logits.split(", "))})
+    masks = next_masks_of(grammars, [request(own)], [0], VOCABULARY, [0])
+    asked = list[tuple[list[int], int]]()
+
+    def likeliest(numbers: Sequence[int], count: int) -> dict[int, tuple[list[float], list[int]]]:
+        asked.append((list(numbers), count))
+        return {0: found}
+
+    instead = grammars.allowed_instead(masks, {0: of["z"]}, likeliest)
+    assert instead == (None if wanted is None else {0: of[wanted]})
+    assert asked == [([0], NUM_LIKELIEST)]
+    assert grammars.allowed_instead(masks, {0: of["a"]}, likeliest) == {}, "the grammar allows it"
+    gate.set()
+    masks.late[0].jobs.wait(60.0)
+    assert grammars.allowed_instead(masks, {0: of["z"]}, likeliest) is None, "the mask is there"
+    assert len(asked) == 1
 
 
 @with_xgrammar

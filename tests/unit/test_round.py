@@ -142,6 +142,46 @@ def test_a_round_that_drafts_nothing_begins_its_masks_behind_its_pass() -> None:
         assert events == order
 
 
+@pytest.mark.parametrize("instead", [{}, {0: 4}, None], ids=["allowed", "known", "unknown"])
+def test_late_masks_are_applied_only_where_nothing_else_tells_what_is_chosen(instead: dict[int, int] | None) -> None:
+    batch = _greedy_batch()
+    batch.has_grammar = True
+    ids = torch.arange(REQUESTS)[:, None]
+    grammar = SimpleNamespace(apply_vocab_mask=lambda logits, vocab_mask: logits[:, 2].fill_(-torch.inf))
+    mask = GrammarMask(grammar, torch.zeros(1, 1, dtype=torch.int32))
+    nothing: Any = SimpleNamespace(apply_vocab_mask=lambda logits, vocab_mask: None)
+    late: Any = SimpleNamespace()
+    asked = list[str]()
+
+    class Grammars:
+        def rows_of(self, reqs: Any) -> list[int]:
+            return [1]
+
+        def begin_next_masks(self, *args: Any) -> str:
+            return "masks"
+
+        def finish_next_masks(self, begun: str) -> NextMasks:
+            return NextMasks(GrammarMask(nothing, mask.vocab_mask), mask.vocab_mask, {0: late})
+
+        def allowed_instead(self, masks: NextMasks, chosen: dict[int, int], likeliest: Any) -> dict[int, int] | None:
+            assert chosen == {0: 2}, "what follows 1"
+            logits, tokens = likeliest([0], 2)[0]
+            assert list(logits) == [1.0, 0.0] and tokens[0] == 2
+            return instead
+
+        def late_masks(self, masks: NextMasks, chosen: dict[int, int]) -> GrammarMask:
+            asked.append("masks")
+            return mask
+
+    grammars: Any = Grammars()
+    rounds = Round(_Passes(), History("cpu"), grammars, SimpleNamespace(model=_Model()), "pytorch")  # type: ignore[arg-type]
+    verdict = rounds.run(RoundBatch(batch, DraftBlock(ids, ids, ids)), RoundPlan(1, False, False)).verdict
+    chosen = {0: 2} if instead == {} else instead or {0: 0}
+    assert verdict.bonus.tolist() == [1, chosen[0], 3] and verdict.tokens.tolist() == [[1], [chosen[0]], [3]]
+    assert verdict.accept_lens.tolist() == [1] * REQUESTS and verdict.new_seq_lens.tolist() == [11] * REQUESTS
+    assert asked == (["masks"] if instead is None else [])
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_each_step_of_plain_decoding_follows_the_former_one(num_steps: int) -> None:
     batch = _greedy_batch()

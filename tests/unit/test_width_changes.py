@@ -21,7 +21,12 @@ from sglang_orthrus.sampling.drafts import Drafts, draft_tokens
 from sglang_orthrus.sampling.logit_adjustments import REQUEST_KEY
 from sglang_orthrus.sampling.logprobs import RoundLogprobs
 from sglang_orthrus.sampling.output_history import History
-from sglang_orthrus.sampling.verification import best_tokens, requests_with_known_best, verify_drafts
+from sglang_orthrus.sampling.verification import (
+    best_tokens,
+    likeliest_tokens,
+    requests_with_known_best,
+    verify_drafts,
+)
 from tests.sampling import decode_batch
 from tests.unit.test_verification import (
     FALSE_ALARM,
@@ -202,6 +207,13 @@ def test_a_round_without_drafts_is_whole(options: dict[str, Any]) -> None:
         if known:
             assert torch.equal(verdict.tokens, ar[anchors].argmax(dim=1)[:, None])
             assert torch.equal(best_tokens(sampler, drafts, ar[drafts.block], [0, 1, 2]), verdict.tokens)
+            for count in (1, 3, VOCAB + 2):
+                ranked = likeliest_tokens(sampler, drafts, ar[drafts.block], [0, 2], count)
+                assert sorted(ranked) == [0, 2]
+                for row, (logits, tokens) in ranked.items():
+                    values = ar[anchors[row]]
+                    assert list(tokens) == values.argsort(descending=True).tolist()[:count]
+                    assert list(logits) == values[list(tokens)].tolist()
         unwanted = accept_nothing(drafts.block, batch.seq_lens)
         assert unwanted.accept_lens.tolist() == [1, 1, 1] and torch.equal(unwanted.tokens, drafts.block)
 
