@@ -103,19 +103,19 @@ def best_tokens(
 def likeliest_tokens(
     sampler: BatchSampler, drafts: Drafts, hidden_states: torch.Tensor, requests: Collection[int], count: int
 ) -> dict[int, RankedTokens]:
-    """What verification would rather choose after the first row of some requests, without masks: so many tokens each.
+    """So many tokens that verification would choose first after the first row of some requests, without masks.
 
-    See `best_tokens`, of which these are the first; among equal logits the order is any.
+    See `best_tokens`. Among equal logits the order is any.
     """
     found = dict[int, RankedTokens]()
     context = sampler.verify_context(drafts.block)
     for group in sampler.groups:
-        places = [place for place, request in enumerate(group.requests) if request in requests]
-        if places:
-            logits = sampler.logits(hidden_states, group, context)[places, 0]
+        if not set(requests).isdisjoint(group.requests):
+            # Of all its requests: to pick some first would copy their logits.
+            logits = sampler.logits(hidden_states, group, context)[:, 0]
             best, tokens = logits.topk(min(count, logits.shape[1]))
-            own = [group.requests[place] for place in places]
-            found |= zip(own, map(RankedTokens, best.tolist(), tokens.tolist()), strict=True)
+            ranked = zip(group.requests, map(RankedTokens, best.tolist(), tokens.tolist()), strict=True)
+            found.update((request, own) for request, own in ranked if request in requests)
     return found
 
 
