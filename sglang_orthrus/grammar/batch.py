@@ -298,7 +298,7 @@ class BlockGrammars:
 
         chosen: the tokens of the requests in `masks.late`, by their numbers.
         """
-        if not fill_refused(list(masks.late.values()), [chosen[number] for number in masks.late]):
+        if not fill_refused(masks.late, chosen):
             return None
         return self._on_device(masks.mask.grammar, masks.host)
 

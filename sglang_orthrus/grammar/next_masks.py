@@ -38,8 +38,6 @@ MAX_HELPERS = 4
 # A watched grammar is copied at every mask, which takes 10 us, and 20 ns more for each token of its text (XGrammar).
 # All copies of a round take about so much processor time at most.
 COPY_SECONDS = 0.003
-
-
 # Where a late mask refuses what was chosen, so many tokens are asked for before the mask is waited for.
 NUM_LIKELIEST = 64
 
@@ -202,14 +200,18 @@ class GrammarWatch:
             self._num_fast.popitem(last=False)
 
 
-def fill_refused(masks: Sequence[LateMask], chosen: Sequence[int]) -> bool:
+def fill_refused(masks: Mapping[int, LateMask], chosen: Mapping[int, int]) -> bool:
     """Fill the masks that refuse what was chosen while they allowed all. Returns whether there are any.
 
     A token that a grammar allows is chosen with its mask, too.
+
+    Args:
+        masks: late ones, by their numbers.
+        chosen: tokens by the same numbers.
     """
-    refused = [mask for mask, token in zip(masks, chosen, strict=True) if not _allows(mask.row.cursor, token)]
-    for mask in refused:
-        mask.fill()
+    refused = _refused(masks, chosen)
+    for number in refused:
+        masks[number].fill()
     return bool(refused)
 
 
@@ -226,7 +228,7 @@ def allowed_instead(
     Returns:
         Tokens by the numbers of those that refuse what was chosen; None if it takes the masks to tell.
     """
-    refused = [number for number, mask in masks.items() if not _allows(mask.row.cursor, chosen[number])]
+    refused = _refused(masks, chosen)
     if all(masks[number].is_done() for number in refused):
         return None if refused else {}
     found = dict[int, int]()
@@ -236,6 +238,11 @@ def allowed_instead(
             return None
         found[number] = token
     return found
+
+
+def _refused(masks: Mapping[int, LateMask], chosen: Mapping[int, int]) -> list[int]:
+    """Numbers of the masks that do not allow what was chosen."""
+    return [number for number, mask in masks.items() if not _allows(mask.row.cursor, chosen[number])]
 
 
 def _first_allowed(cursor: Cursor, logits: Sequence[float], tokens: Sequence[int]) -> int | None:
