@@ -17,9 +17,10 @@ from sglang.srt.utils.common import get_available_gpu_memory
 from sglang_orthrus.compat.ledger import SHARED_BY_WORKERS, depends_on
 from sglang_orthrus.config import DualViewConfig
 from sglang_orthrus.core import OrthrusBlockInput, OrthrusState, Phase, RoundBatch, Verdict, snapshot
-from sglang_orthrus.passes.attention import plans_in_graphs, wait_only_for_verifying
+from sglang_orthrus.passes.attention import plans_in_graphs, verifying, wait_only_for_verifying
 from sglang_orthrus.passes.blocks import draft_block
 from sglang_orthrus.passes.cuda_graphs import NarrowGraphRunner, OrthrusGraphRunner
+from sglang_orthrus.passes.flash_attention import schedule_once_a_pass
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class DualViewRunner:
                 self._narrow[width] = _Profile(make_backend())
         for backend in self.attention_backends:
             wait_only_for_verifying(backend)
+            schedule_once_a_pass(verifying(backend))
 
     def capture_narrow(self) -> dict[str, float]:
         """Capture the graphs of narrower widths if CUDA graphs are on.

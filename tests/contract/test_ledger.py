@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import sglang_orthrus
 from sglang_orthrus.compat.ledger import Entry, all_entries
+from tests.kernels import importable_kernels
 
 pytestmark = pytest.mark.contract
 
@@ -27,6 +29,13 @@ _PRIVATE_NAME = re.compile(r"\b_[a-z]\w+")
 
 def _name(entry: Entry) -> str:
     return f"{entry.dependent.__qualname__} on {entry.target}"
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    """Some symbols are SGLang's kernels, or stand beside them."""
+    with importable_kernels():
+        yield
 
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=map(_name, ENTRIES))
