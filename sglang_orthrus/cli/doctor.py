@@ -191,15 +191,16 @@ def argument_checks(flags: Sequence[str]) -> Iterator[Check]:
         return
     if is_absent_directory(args.model_path):
         yield Check(Status.FAIL, "checkpoint", f"--model-path {args.model_path}: no such directory")
-        problems = list(flag_refusals(args))
+        found = problems = list(flag_refusals(args))
     else:
-        problems = argument_problems(args)
+        found = argument_problems(args)
         yield (checkpoint := checkpoint_check(args))
         # The resolution reads the checkpoint, too, and complains of it in the same words.
-        problems = [problem for problem in problems if checkpoint.finding not in problem]
+        problems = [problem for problem in found if checkpoint.finding not in problem]
     for problem in problems:
         yield Check(Status.FAIL, "flags", problem)
-    if not problems:
+    # A resolution that the checkpoint ended has not come to all flags.
+    if not found:
         yield Check(Status.OK, "attention", attention_backends(args))
         yield Check(Status.OK, "flags", f"none refused: {' '.join(flags)}" if flags else "none given")
 

@@ -15,6 +15,12 @@ from tests.servers import ROOT
 pytestmark = pytest.mark.contract
 
 PAGE = ROOT / "docs" / "switches.md"
+# What starts servers: tests, and what they share with benchmarks and the command line.
+TESTED = (
+    *(ROOT / "tests").rglob("*.py"),
+    *(ROOT / "benchmarks").rglob("*.py"),
+    *(ROOT / "sglang_orthrus/cli").rglob("*.py"),
+)
 GROUPS = ("model", "schedule", "memory", "parallel", "spec", "disagg", "lora", "exec")
 WORKS, REFUSED, OWN = "works", "refused", "SGLang's own"
 
@@ -60,6 +66,15 @@ def test_what_works_names_its_test() -> None:
         if row.state == WORKS:
             (test,) = re.findall(r"`(tests/[\w/]+\.py)`", row.where)
             assert (ROOT / test).exists(), test
+
+
+def test_what_works_is_an_argument_of_a_test() -> None:
+    """The named one's, or of a server or a checkpoint's folder that it shares with others."""
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in TESTED)
+    flags = {f"--{name.replace('_', '-')}" for row in rows() if row.state == WORKS for name in row.names}
+    assert len(flags) > 40
+    missing = [flag for flag in flags if f'"{flag.rstrip("*")}{"" if flag.endswith("*") else chr(34)}' not in texts]
+    assert not missing
 
 
 def test_what_is_refused_has_a_rule_and_each_rule_a_line() -> None:

@@ -38,14 +38,17 @@ SETS = {
     ),
     "prefills": (
         *("--disable-radix-cache", "--chunked-prefill-size", "-1", "--max-prefill-tokens", "512"),
-        *("--prefill-decode-interval", "4", "--min-free-slots-delay", "2", "--max-running-requests", "6"),
+        *("--prefill-decode-interval", "4", "--prefill-decode-interval-min-bs", "2"),
+        *("--min-free-slots-delay", "2", "--max-running-requests", "6"),
     ),
     "cache": (
         *("--radix-eviction-policy", "lfu", "--page-size", "64", "--max-total-tokens", "4096"),
-        *("--enable-priority-scheduling", "--retraction-policy", "priority"),
+        *("--enable-priority-scheduling", "--retraction-policy", "priority", "--disable-priority-preemption"),
+        *("--default-priority-value", "3", "--schedule-low-priority-values-first"),
     ),
     "fcfs": (
         *("--schedule-policy", "fcfs", "--radix-eviction-policy", "slru", "--chunked-prefill-size", "32"),
+        *("--radix-eviction-policy-config", '{"protected_threshold": 4}', "--abort-on-priority-when-disabled"),
         *("--disable-tokenizer-batch-decode", "--enable-tokenizer-batch-encode", "--batch-notify-size", "4"),
     ),
 }

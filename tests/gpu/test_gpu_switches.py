@@ -17,6 +17,9 @@ FLAGS = {
         *("--dtype", "float16", "--page-size", "64", "--attention-backend", "flashinfer"),
         *("--sampling-backend", "flashinfer"),
     ),
+    "no graphs": ("--disable-cuda-graph",),
+    "no graphs of decoding, nor of prefills": ("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"),
+    "batches of a graph's size only": ("--disable-cuda-graph-padding",),
     # Prompts come in parts, beside which others decode.
     "mixed chunks": ("--enable-mixed-chunk", "--chunked-prefill-size", "32"),
 }

@@ -159,6 +159,15 @@ def test_a_plain_checkpoint_fails_once(tmp_path: Path) -> None:
     assert "Qwen3ForCausalLM" in found and "use an Orthrus checkpoint" in found
 
 
+def test_where_a_checkpoint_ends_the_resolution_nothing_is_said_of_flags(tmp_path: Path) -> None:
+    """Not all of them were looked at, and no attention backend was chosen. Ours are, before the resolution."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"')
+    found = _examined("--model-path", str(tmp_path))
+    assert [check.status for check in found.pop("checkpoint")] == [Status.FAIL]
+    assert "flags" not in found and "attention" not in found
+    assert "--pp-size 2:" in " ".join(_failures("--model-path", str(tmp_path), "--pp-size", "2"))
+
+
 def test_a_configuration_file_is_read(tmp_path: Path) -> None:
     shutil.copytree(NANO, tmp_path / "model")
     config = tmp_path / "server.yaml"
