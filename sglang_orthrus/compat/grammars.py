@@ -22,8 +22,8 @@ from sglang_orthrus.compat.wrapping import wrap_once
     "sglang.srt.constrained.llguidance_backend:GuidanceGrammar.fill_vocab_mask",
     "vocab_mask",
     "idx",
-    what="wrapped: a grammar that failed on a token fills no mask",
-    why="behind a reasoning it raises in the scheduler, before its request is gone",
+    what="wrapped: a grammar that failed, on a token or on this very mask, fills no mask",
+    why="it raises in the scheduler, which ends; its request ends with its next token, which the grammar refuses",
     until="it checks for itself (patches/0008)",
 )
 @depends_on(
@@ -42,8 +42,13 @@ def begin_llguidance_behind_a_reasoning() -> None:
     def unless_failed(stock: Callable[..., None]) -> Callable[..., None]:
         @wraps(stock)
         def fill_vocab_mask(self: Any, vocab_mask: Any, idx: int) -> None:
-            if not self.ll_matcher.is_error():
+            if self.ll_matcher.is_error():
+                return
+            try:
                 stock(self, vocab_mask, idx)
+            except ValueError:
+                if not self.ll_matcher.is_error():
+                    raise
 
         return fill_vocab_mask
 

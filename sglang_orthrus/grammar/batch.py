@@ -217,6 +217,7 @@ class BlockGrammars:
             candidates: theirs; the first is the draft.
             vocab_size: of the logits.
         """
+        self._next_filler.drop()
         grammars = [reqs[row].grammar for row in rows]
         host = self._buffers.take(len(rows), candidates.width, grammars[0], vocab_size)
         cursors = [self._cursor(slot, grammar) for slot, grammar in zip(host.slots, grammars, strict=True)]

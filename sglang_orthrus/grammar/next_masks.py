@@ -102,6 +102,17 @@ class NextMaskFiller:
         self._seconds = seconds
         self._team = team
         self._watch = GrammarWatch(watches_new)
+        self._jobs: StartedJobs | None = None
+
+    def drop(self) -> None:
+        """The round whose masks were started last is over: helpers begin no more of them.
+
+        What is chosen without slow masks is mostly allowed, and nobody waits for them then. They would queue up, and
+        masks that are waited for would be behind them.
+        """
+        if self._jobs is not None:
+            self._jobs.drop()
+            self._jobs = None
 
     def start(self, rows: Sequence[NextRow], skippable: Collection[int] = ()) -> StartedMasks:
         """Fill one mask at each of some cursors, but for those that helpers fill from now on.
@@ -111,6 +122,7 @@ class NextMaskFiller:
             skippable: numbers of the rows where skipping a mask cannot change any visible output, if what is chosen
                 without it is looked at.
         """
+        self.drop()
         end = time.perf_counter() + WAIT_SHARE * self._seconds
         watched = sorted(skippable) if isfinite(self._seconds) else ()
         waiting = self._start({number: rows[number] for number in watched})
@@ -168,7 +180,7 @@ class NextMaskFiller:
                 break
         if not found:
             return {}
-        jobs = self._team.start(fills, MAX_HELPERS)
+        self._jobs = jobs = self._team.start(fills, MAX_HELPERS)
         return {number: LateMask(*own, jobs, place) for place, (number, own) in enumerate(found.items())}
 
 

@@ -27,11 +27,13 @@ class StartedJobs:
 
     Args:
         count: how many there are.
+        queue: where helpers take them from.
         ends: where helpers tell of them.
     """
 
-    def __init__(self, count: int, ends: Ends) -> None:
+    def __init__(self, count: int, queue: Iterator[tuple[int, Job]], ends: Ends) -> None:
         self._left = set(range(count))
+        self._queue = queue
         self._ends = ends
 
     def wait(self, seconds: float, patience: float = 0.0) -> frozenset[int]:
@@ -57,6 +59,11 @@ class StartedJobs:
         """Wait for one, and raise what a job raised until then."""
         while number in self._left:
             self._take(*self._ends.get())
+
+    def drop(self) -> None:
+        """Have no helper begin any of them from now on; nobody may wait for them afterwards."""
+        for _ in self._queue:
+            pass
 
     def _take(self, number: int, problem: BaseException | None) -> None:
         self._left.discard(number)
@@ -101,7 +108,7 @@ class ThreadTeam:
         """Have at most so many helpers run all jobs, each taking the next one."""
         queue, ends = enumerate(jobs), Ends()
         self._call(min(most, len(jobs)), queue, ends)
-        return StartedJobs(len(jobs), ends)
+        return StartedJobs(len(jobs), queue, ends)
 
     def _call(self, num_helpers: int, queue: Iterator[tuple[int, Job]], ends: Ends) -> None:
         # Those that work may have a long job.

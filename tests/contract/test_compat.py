@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_orthrus.compat import versions
+from sglang_orthrus.compat.grammars import begin_llguidance_behind_a_reasoning
 from sglang_orthrus.compat.memory import widen_req_to_token_rows
 from sglang_orthrus.compat.scheduler import DelayedPart, fence_delayed_rounds, refuse_requests
 from sglang_orthrus.compat.stops import continue_sessions_at_the_end
@@ -110,3 +111,33 @@ def test_a_delayed_pass_is_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
     for result in (None, *(SimpleNamespace(delay_sample_func=part) for part in delayed)):
         Scheduler.launch_batch_sample_if_needed(scheduler, result, None)
     assert calls == ["plain sampling", "choice", "pass", "fence"]
+
+
+def test_a_grammar_that_fails_on_a_mask_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients choose grammars, and llguidance has limits. SGLang's fill of a single mask raises in the scheduler."""
+    from llguidance import LLMatcher, LLParserLimits
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend, GuidanceGrammar
+
+    from tests.unit.test_grammar_cursors import ENCODE, END, TOKENIZER, VOCABULARY
+
+    backend = GuidanceBackend(TOKENIZER, any_whitespace=False, n_vocab=VOCABULARY, eos_token_ids=[END])
+    compiled = backend.dispatch_regex("([a-z ]*a[a-z ]{0,300}b[a-z ]{0,300}c)+")
+
+    def grammar() -> GuidanceGrammar:
+        tokenizer, text = compiled.llguidance_tokenizer, compiled.serialized_grammar
+        limited = LLMatcher(tokenizer, text, limits=LLParserLimits(max_lexer_states=100))
+        return GuidanceGrammar(tokenizer, text, ll_matcher=limited)
+
+    def fill(own: GuidanceGrammar) -> None:
+        own.fill_vocab_mask(own.allocate_vocab_mask(VOCABULARY, 1, "cpu"), 0)
+
+    with pytest.raises(ValueError, match="too many states"):
+        fill(grammar())
+    monkeypatch.setattr(GuidanceGrammar, "fill_vocab_mask", GuidanceGrammar.fill_vocab_mask)
+    monkeypatch.setattr(GuidanceBackend, "allocate_vocab_mask", None, raising=False)  # it adds none then
+    begin_llguidance_behind_a_reasoning()
+    failing = grammar()
+    fill(failing)
+    fill(failing)
+    with pytest.raises(ValueError, match="too many states"):
+        failing.accept_token(ENCODE("a")[0])

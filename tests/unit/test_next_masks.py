@@ -263,3 +263,36 @@ def test_clients_can_not_make_it_grow() -> None:
         watch.learn(0, False)
     assert sum(not watch.includes(key) for key in range(2 * MAX_GRAMMARS)) == MAX_GRAMMARS
     assert not watch.includes(0), "the least recent one is forgotten"
+
+
+@with_xgrammar
+def test_masks_that_nobody_needs_any_more_are_not_filled(
+    backend: BaseGrammarBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else slow ones of round after round queue up, and a mask that is waited for is behind them."""
+    is_open, filled, copied_fill = threading.Event(), list[int](), XGrammarCursor.copied_fill
+    rounds = list[int]()
+
+    def gated(cursor: XGrammarCursor) -> Fill:
+        fill, number = copied_fill(cursor), len(rounds)
+
+        def wait_and_fill(mask: torch.Tensor) -> None:
+            filled.append(number)
+            assert is_open.wait(60)
+            fill(mask)
+
+        return wait_and_fill
+
+    monkeypatch.setattr(XGrammarCursor, "copied_fill", gated)
+    grammars, numbers = watching(0.01), range(12)
+    reqs = [request(backend.dispatch_regex("[a-c]{400}")) for _ in numbers]
+    for number in (1, 2):
+        rounds.append(number)
+        masks = next_masks_of(grammars, reqs, numbers, VOCABULARY, numbers)
+        assert sorted(masks.late) == [*numbers]
+    is_open.set()
+    refused = ENCODE("z")[0]
+    late = grammars.late_masks(masks, dict.fromkeys(numbers, refused))
+    assert late is not None and torch.equal(late.vocab_mask, masks_of([req.grammar for req in reqs]))
+    # Each helper may have begun one.
+    assert 0 < filled.count(1) <= next_masks.MAX_HELPERS and filled.count(2) == len(reqs)
