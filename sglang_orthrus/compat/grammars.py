@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
+from sglang_orthrus import ranks
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.compat.wrapping import wrap_once
+
+_IS_TOLD = "orthrus_is_told"
 
 
 @depends_on(
@@ -57,6 +61,52 @@ def begin_llguidance_behind_a_reasoning() -> None:
         GuidanceBackend.move_vocab_mask = staticmethod(GuidanceGrammar.move_vocab_mask)
         GuidanceBackend.apply_vocab_mask = staticmethod(GuidanceGrammar.apply_vocab_mask)
     wrap_once(GuidanceGrammar, "fill_vocab_mask", unless_failed)
+
+
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:GuidanceGrammar.accept_token",
+    "token",
+    what="wrapped: with several ranks it raises where `fail` was called, and nowhere else",
+    why="rank 0 walks along drafts, so its grammars come to the engine's limits sooner; a request that only one rank "
+    "aborts makes the ranks part",
+    until="SGLang aborts requests on all ranks alike",
+)
+def fail_only_if_told() -> None:
+    """With several ranks, have llguidance's grammars take tokens that they refuse, until `fail` is called on all."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
+
+    def told(stock: Callable[..., None]) -> Callable[..., None]:
+        @wraps(stock)
+        def accept_token(self: Any, token: int) -> None:
+            if not ranks.are_several():
+                stock(self, token)
+                return
+            if getattr(self, _IS_TOLD, False):
+                raise ValueError("the grammar refused a token, or came to a limit of its engine")
+            # The matcher keeps its error, which `has_failed` finds.
+            with suppress(ValueError):
+                stock(self, token)
+
+        return accept_token
+
+    wrap_once(GuidanceGrammar, "accept_token", told)
+
+
+@depends_on(
+    "sglang.srt.constrained.llguidance_backend:GuidanceGrammar",
+    "ll_matcher",
+    what="ll_matcher is asked for an error",
+    why="SGLang asks it after every token alone",
+    until="SGLang's grammar objects tell",
+)
+def has_failed(grammar: Any) -> bool:
+    """Whether one of llguidance's grammars refused a token or came to a limit."""
+    return bool(grammar.ll_matcher.is_error())
+
+
+def fail(grammar: Any) -> None:
+    """Have it raise at its next token, so that SGLang aborts its request."""
+    setattr(grammar, _IS_TOLD, True)
 
 
 @depends_on(

@@ -10,7 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_orthrus.compat.accounting import count_tokens_of_texts
-from sglang_orthrus.compat.grammars import begin_llguidance_behind_a_reasoning, keep_allowed_logits
+from sglang_orthrus.compat.grammars import (
+    begin_llguidance_behind_a_reasoning,
+    fail_only_if_told,
+    keep_allowed_logits,
+)
 from sglang_orthrus.compat.logprobs import select_top_logprobs_per_request
 from sglang_orthrus.compat.memory import widen_req_to_token_rows
 from sglang_orthrus.compat.requests import (
@@ -50,6 +54,7 @@ def install_in_scheduler(
     select_top_logprobs_per_request()
     drop_processors_of_aborted()
     begin_llguidance_behind_a_reasoning()
+    fail_only_if_told()
     stop_at_first_match()
     continue_sessions_at_the_end()
     fence_delayed_rounds()

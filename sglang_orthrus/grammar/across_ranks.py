@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
+from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 
 from sglang_orthrus import ranks
+from sglang_orthrus.compat.grammars import fail, has_failed
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.grammar.batch import BegunMasks, BlockGrammars, BlockMasks, CandidatesCopy, RepairedDrafts
 from sglang_orthrus.grammar.masks import BestOf
@@ -24,6 +27,7 @@ class GrammarsAcrossRanks(BlockGrammars):
         self, reqs: Sequence[Any], rows: Sequence[int], candidates: CandidatesCopy, vocab_size: int
     ) -> RepairedDrafts:
         """See `BlockGrammars.repair`."""
+        _fail_together(reqs, rows)
         if ranks.is_first():
             repaired = super().repair(reqs, rows, candidates, vocab_size)
             return repaired._replace(tokens=ranks.from_first(repaired.tokens.contiguous()))
@@ -49,4 +53,21 @@ class GrammarsAcrossRanks(BlockGrammars):
         self, reqs: Sequence[Any], rows: Sequence[int], vocab_size: int, skippable: Collection[int] = ()
     ) -> BegunMasks:
         """See `BlockGrammars.begin_next_masks`. Every rank fills all masks: clocks say which grammars are slow."""
+        _fail_together(reqs, rows)
         return super().begin_next_masks(reqs, rows, vocab_size)
+
+
+def _fail_together(reqs: Sequence[Any], rows: Sequence[int]) -> None:
+    """Have the grammars that failed on rank 0 fail on all ranks, at the next token.
+
+    llguidance counts what it has computed, and rank 0 computes more than the others: it walks along drafts.
+    """
+    grammars = [reqs[row].grammar for row in rows]
+    inner = [own.grammar if isinstance(own, ReasonerGrammarObject) else own for own in grammars]
+    watched = [own for own in inner if isinstance(own, GuidanceGrammar)]
+    if not watched:
+        return
+    failed = ranks.numbers_from_first([int(has_failed(own)) for own in watched])
+    for own, is_failed in zip(watched, failed, strict=True):
+        if is_failed:
+            fail(own)

@@ -115,28 +115,19 @@ def test_a_delayed_pass_is_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_grammar_that_fails_on_a_mask_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients choose grammars, and llguidance has limits. SGLang's fill of a single mask raises in the scheduler."""
-    from llguidance import LLMatcher, LLParserLimits
     from sglang.srt.constrained.llguidance_backend import GuidanceBackend, GuidanceGrammar
 
-    from tests.unit.test_grammar_cursors import ENCODE, END, TOKENIZER, VOCABULARY
-
-    backend = GuidanceBackend(TOKENIZER, any_whitespace=False, n_vocab=VOCABULARY, eos_token_ids=[END])
-    compiled = backend.dispatch_regex("([a-z ]*a[a-z ]{0,300}b[a-z ]{0,300}c)+")
-
-    def grammar() -> GuidanceGrammar:
-        tokenizer, text = compiled.llguidance_tokenizer, compiled.serialized_grammar
-        limited = LLMatcher(tokenizer, text, limits=LLParserLimits(max_lexer_states=100))
-        return GuidanceGrammar(tokenizer, text, ll_matcher=limited)
+    from tests.unit.test_grammar_cursors import ENCODE, VOCABULARY, limited_grammar
 
     def fill(own: GuidanceGrammar) -> None:
         own.fill_vocab_mask(own.allocate_vocab_mask(VOCABULARY, 1, "cpu"), 0)
 
     with pytest.raises(ValueError, match="too many states"):
-        fill(grammar())
+        fill(limited_grammar(100))
     monkeypatch.setattr(GuidanceGrammar, "fill_vocab_mask", GuidanceGrammar.fill_vocab_mask)
     monkeypatch.setattr(GuidanceBackend, "allocate_vocab_mask", None, raising=False)  # it adds none then
     begin_llguidance_behind_a_reasoning()
-    failing = grammar()
+    failing = limited_grammar(100)
     fill(failing)
     fill(failing)
     with pytest.raises(ValueError, match="too many states"):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend, BaseGrammarObject
-from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+from sglang.srt.constrained.llguidance_backend import GuidanceBackend, GuidanceGrammar
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
 from sglang.srt.speculative.spec_utils import GrammarTree, generate_token_bitmask
@@ -53,6 +53,17 @@ TEXT = TokenText(TOKENIZER)
 ENCODE = TEXT.encode
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 THINK_END = TOKENIZER.convert_tokens_to_ids("</think>")
+
+
+def limited_grammar(max_lexer_states: int) -> GuidanceGrammar:
+    """One of llguidance's for which the engine may make so many states: a mask of it takes more than a hundred."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    backend = GuidanceBackend(TOKENIZER, any_whitespace=False, n_vocab=VOCABULARY, eos_token_ids=[END])
+    compiled = backend.dispatch_regex("([a-z ]*a[a-z ]{0,300}b[a-z ]{0,300}c)+")
+    tokenizer, text = compiled.llguidance_tokenizer, compiled.serialized_grammar
+    matcher = LLMatcher(tokenizer, text, limits=LLParserLimits(max_lexer_states=max_lexer_states))
+    return GuidanceGrammar(tokenizer, text, ll_matcher=matcher)
 
 
 @pytest.fixture(scope="module", params=["xgrammar", "llguidance"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch.distributed as dist
 
 from benchmarks.load.simulate import measured_costs
 from sglang_orthrus import ranks
+from sglang_orthrus.compat.grammars import fail_only_if_told
+from sglang_orthrus.grammar.across_ranks import _fail_together
 from sglang_orthrus.models.orthrus import _best_of_all
 from sglang_orthrus.round.policy import Policy
 from sglang_orthrus.round.width_controller import WidthController
+from tests.unit.test_grammar_cursors import ENCODE, limited_grammar
+from tests.unit.test_grammar_cursors import VOCABULARY as VOCABULARY_SIZE
 from tests.unit.test_policy import Request, batch_of
 
 SHARE, ROWS = 8, 64
@@ -58,6 +63,27 @@ def _widths() -> list[int]:
     return widths
 
 
+def _refusals() -> list[bool]:
+    """Whether a grammar refuses each of some tokens that it allows: on rank 0 it has come to a limit of its engine."""
+    own = limited_grammar(100)
+    if ranks.is_first():
+        # It walks along drafts and fills masks.
+        with suppress(ValueError):
+            own.fill_vocab_mask(own.allocate_vocab_mask(VOCABULARY_SIZE, 1, "cpu"), 0)
+    reqs = [SimpleNamespace(grammar=own), SimpleNamespace(grammar=limited_grammar(250_000))]
+    fail_only_if_told()
+    refused = []
+    for number in range(3):
+        if number == 2:
+            _fail_together(reqs, [0, 1])
+        for req in reqs:
+            refused.append(True)
+            with suppress(ValueError):
+                req.grammar.accept_token(ENCODE("a")[0])
+                refused[-1] = False
+    return refused
+
+
 def _run(rank: int, port: int, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ranks.use_group(Group(rank, 2))
@@ -71,6 +97,7 @@ def _run(rank: int, port: int, answers: Any) -> None:
             tensor=ranks.from_first(torch.tensor([rank + 5])).tolist(),
             numbers=ranks.numbers_from_first([rank, 7 * rank + 1]),
             widths=_widths(),
+            refusals=_refusals(),
             gathered=ranks.gathered(torch.tensor([rank, 10 + rank])).tolist(),
             are_several=ranks.are_several(),
             is_first=ranks.is_first(),
@@ -99,6 +126,7 @@ def test_two_ranks_agree() -> None:
         assert answer.tensor == [5] and answer.numbers == [0, 1]
         assert answer.gathered == [[0, 10], [1, 11]]
         assert answer.are_several
+        assert answer.refusals == [False, False, False, False, True, False], "one rank alone would abort a request"
     assert [answer.is_first for answer in found] == [True, False]
     assert found[0].widths == found[1].widths
     assert found[0].widths[0] == 32 and found[0].widths[-1] == 1, "they follow what rank 0 has learnt"
