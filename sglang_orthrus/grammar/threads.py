@@ -35,6 +35,7 @@ class StartedJobs:
         self._left = set(range(count))
         self._queue = queue
         self._ends = ends
+        self._is_dropped = False
 
     def wait(self, seconds: float, patience: float = 0.0) -> frozenset[int]:
         """Wait for all, but not for long. Returns the numbers of those that are not known to be done.
@@ -57,11 +58,13 @@ class StartedJobs:
 
     def wait_for(self, number: int) -> None:
         """Wait for one, and raise what a job raised until then."""
+        assert not self._is_dropped, "it may never begin"
         while number in self._left:
             self._take(*self._ends.get())
 
     def drop(self) -> None:
         """Have no helper begin any of them from now on; nobody may wait for them afterwards."""
+        self._is_dropped = True
         for _ in self._queue:
             pass
 
