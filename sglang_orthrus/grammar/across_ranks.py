@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
-from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
-from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 
 from sglang_orthrus import ranks
 from sglang_orthrus.compat.grammars import fail, has_failed
 from sglang_orthrus.core import rows_index
 from sglang_orthrus.grammar.batch import BegunMasks, BlockGrammars, BlockMasks, CandidatesCopy, RepairedDrafts
+from sglang_orthrus.grammar.cursors import guidance_of
 from sglang_orthrus.grammar.masks import BestOf
 
 
@@ -62,12 +61,10 @@ def _fail_together(reqs: Sequence[Any], rows: Sequence[int]) -> None:
 
     llguidance counts what it has computed, and rank 0 computes more than the others: it walks along drafts.
     """
-    grammars = [reqs[row].grammar for row in rows]
-    inner = [own.grammar if isinstance(own, ReasonerGrammarObject) else own for own in grammars]
-    watched = [own for own in inner if isinstance(own, GuidanceGrammar)]
-    if not watched:
+    grammars = [own for row in rows if (own := guidance_of(reqs[row].grammar)) is not None]
+    if not grammars:
         return
-    failed = ranks.numbers_from_first([int(has_failed(own)) for own in watched])
-    for own, is_failed in zip(watched, failed, strict=True):
+    failed = ranks.numbers_from_first([int(has_failed(own)) for own in grammars])
+    for own, is_failed in zip(grammars, failed, strict=True):
         if is_failed:
             fail(own)

@@ -10,6 +10,7 @@ from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
 from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
+from sglang_orthrus.compat.grammars import has_failed
 from sglang_orthrus.compat.ledger import depends_on
 from sglang_orthrus.grammar.cursor import Cursor
 from sglang_orthrus.grammar.llguidance import GuidanceCursor
@@ -47,6 +48,11 @@ def cursor_of(grammar: BaseGrammarObject, text: TokenText, scratch: torch.Tensor
 
 def is_walkable(grammar: BaseGrammarObject) -> bool:
     """Whether a grammar still constrains: it has neither terminated nor failed on a token that it did not allow."""
+    guidance = guidance_of(grammar)
+    return not ((guidance is not None and has_failed(guidance)) or grammar.is_terminated())
+
+
+def guidance_of(grammar: BaseGrammarObject) -> GuidanceGrammar | None:
+    """llguidance's grammar, be it behind a reasoning or not; None if it is another engine's."""
     inner = grammar.grammar if isinstance(grammar, ReasonerGrammarObject) else grammar
-    has_failed = isinstance(inner, GuidanceGrammar) and inner.ll_matcher.is_error()
-    return not (has_failed or grammar.is_terminated())
+    return inner if isinstance(inner, GuidanceGrammar) else None
