@@ -46,12 +46,12 @@ def begin_llguidance_behind_a_reasoning() -> None:
     def unless_failed(stock: Callable[..., None]) -> Callable[..., None]:
         @wraps(stock)
         def fill_vocab_mask(self: Any, vocab_mask: Any, idx: int) -> None:
-            if self.ll_matcher.is_error():
+            if has_failed(self):
                 return
             try:
                 stock(self, vocab_mask, idx)
             except ValueError:
-                if not self.ll_matcher.is_error():
+                if not has_failed(self):
                     raise
 
         return fill_vocab_mask

@@ -31,7 +31,7 @@ def _name(entry: Entry) -> str:
     return f"{entry.dependent.__qualname__} on {entry.target}"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def kernels() -> Iterator[None]:
     """Some symbols are SGLang's kernels, or stand beside them."""
     with importable_kernels():
