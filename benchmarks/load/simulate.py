@@ -178,6 +178,13 @@ class Simulation:
         self.result.speeds = {kind: tokens / steps for kind, (tokens, steps) in sorted(self._totals.items())}
         return self.result
 
+    def take_over(self, *kinds: str) -> Simulation:
+        """Requests end, and others are of these kinds."""
+        self._kinds = kinds
+        while self._requests:
+            self._end(self._requests.pop())
+        return self
+
     def _fill(self, num_requests: int) -> None:
         while len(self._requests) > num_requests:
             self._end(self._requests.pop())

@@ -13,7 +13,8 @@ from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
-from sglang_orthrus.round.acceptance_counts import NEUTRAL_RATE, SEEN, TINY, TOKENS, AcceptanceCounts, IntArray
+from sglang_orthrus.round.acceptance_counts import SEEN, TINY, TOKENS, AcceptanceCounts, IntArray
+from sglang_orthrus.round.class_acceptance import ClassAcceptance
 from sglang_orthrus.round.costs import FloatArray
 from sglang_orthrus.round.text_ends import TextEnds
 
@@ -25,18 +26,13 @@ MANY_FAILURES = 3
 # ... say that it does. Then this share of the drafts that were accepted before still counts, and once more with each
 # such round.
 KEPT_AFTER_FAILURES = 0.35
-# The same for the rounds of a class ...
-CLASS_HALF_LIFE = 128.0
-# ... to which a request's first rounds contribute most: half as much after so many. New requests are expected to be
-# like others were, and those that draft badly have many more rounds than there are of them.
+# To what is known of its class, a request's first rounds contribute most: half as much after so many. New requests are
+# expected to be like others were, and those that draft badly have many more rounds than there are of them.
 FIRST_ROUNDS = 8.0
 # A new request is expected to be like its class, as if so many rounds of it had been seen ...
 PRIOR_ROUNDS = 1.5
 # ... and this expectation loses half of its weight in so many rounds.
 PRIOR_HALF_LIFE = 4.0
-# The same for a new class: with few requests, a new server begins at its widest.
-NEUTRAL_ROUNDS = 4.0
-NEUTRAL_HALF_LIFE = 16.0
 # A width's ratio to what other widths say of it is 1 at first, as if so many rounds had said so ...
 RATIO_ROUNDS = 32.0
 # ... and forgets half in so many rounds of one request.
@@ -63,7 +59,7 @@ class AcceptanceRates:
         self._columns = {width: column for column, width in enumerate(self.widths)}
         # Row 0 stays empty: a request that is not known.
         self._requests = AcceptanceCounts(self.widths, max_requests + 1)
-        self._classes = AcceptanceCounts(self.widths, MAX_CLASSES)
+        self._classes = ClassAcceptance(self.widths, MAX_CLASSES)
         self._ends = TextEnds(MAX_CLASSES + 1)
         self._rows: dict[Hashable, int] = {}
         self._free = list(range(max_requests, 0, -1))
@@ -77,10 +73,8 @@ class AcceptanceRates:
         self._accepted = np.zeros((MAX_CLASSES, num_widths, num_widths))
         self._predicted = np.zeros_like(self._accepted)
         self._ratios = np.ones_like(self._accepted)
-        self._neutral = np.array([_geometric(NEUTRAL_RATE, width) for width in self.widths])
         # [K, rates]
         self._tokens_at_rates = [[_geometric(rate, width) for rate in _RATES] for width in self.widths]
-        self._class_tokens = np.tile(self._neutral, (MAX_CLASSES, 1))
         # Of the requests that were asked for last: mostly the next round has the same.
         self._asked: list[Hashable] | None = None
         self._asked_rows = np.zeros(0, np.int64)
@@ -125,10 +119,6 @@ class AcceptanceRates:
         if num_tokens:
             self._ends.observe(int(self._class_of[row]), num_tokens)
 
-    def observe(self, key: Hashable, width: int, accept_len: int) -> None:
-        """Of one request; see `observe_round`."""
-        self.observe_round([key], width, [accept_len])
-
     def observe_round(
         self, keys: Sequence[Hashable], width: int, accept_lens: Sequence[int], cut: Collection[Hashable] = ()
     ) -> None:
@@ -160,21 +150,11 @@ class AcceptanceRates:
 
         present = np.flatnonzero(members.any(0))
         first = members[:, present] * np.exp2(-self._requests.rounds[rows] / FIRST_ROUNDS)[:, None] + TINY
-        self._classes.add(present, column, first.T @ counts, CLASS_HALF_LIFE)
+        self._classes.observe(present, column, first.T @ counts, self._ratios[present])
         self._failures[rows] = failures = np.where(lens == 1, self._failures[rows] + 1, 0)
         has_turned = self._is_bursty[rows] & (failures >= MANY_FAILURES)
         kept = np.where(has_turned, KEPT_AFTER_FAILURES, 1.0)
         self._requests.add(rows, column, counts, HALF_LIFE, kept)
-        weights = NEUTRAL_ROUNDS * np.exp2(-self._classes.rounds[present] / NEUTRAL_HALF_LIFE)
-        self._class_tokens[present] = self._classes.expected(present, self._ratios[present], self._neutral, weights)
-
-    def expected_tokens(self, key: Hashable, width: int) -> float:
-        """Tokens that a round of this width commits of the request, in [1, width].
-
-        Raises:
-            KeyError: rounds have no such width.
-        """
-        return float(self.expected([key])[0, self._columns[width]])
 
     def expected(self, keys: Sequence[Hashable]) -> FloatArray:
         """Tokens that texts take in of a round, for every request at every width: [R, K], not to be written to."""
@@ -207,7 +187,7 @@ class AcceptanceRates:
     def _expected(self, rows: IntArray) -> FloatArray:
         classes = self._class_of[rows]
         # A request that is not known belongs to no class.
-        prior = np.where(rows[:, None] > 0, self._class_tokens[classes], self._neutral)
+        prior = np.where(rows[:, None] > 0, self._classes.tokens[classes], self._classes.neutral)
         weights = PRIOR_ROUNDS * np.exp2(-self._requests.rounds[rows] / PRIOR_HALF_LIFE)
         return self._requests.expected(rows, self._ratios[classes], prior, weights)
 
@@ -237,7 +217,7 @@ class AcceptanceRates:
         decay = np.exp2(-rounds / RATIO_HALF_LIFE)
         for total, new in ((self._accepted, accepted), (self._predicted, predicted)):
             total[:, :, column] = total[:, :, column] * decay + new
-        at_first = RATIO_ROUNDS * (self._neutral[column] - 1.0)
+        at_first = RATIO_ROUNDS * (self._classes.neutral[column] - 1.0)
         self._ratios[:, :, column] = (self._accepted[:, :, column] + at_first) / (
             self._predicted[:, :, column] + at_first
         )

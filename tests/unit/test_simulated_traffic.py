@@ -7,6 +7,7 @@ chosen: a draw that was lucky does not help.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import pytest
 
@@ -33,9 +34,16 @@ ROUNDS = {1: 2500, 8: 1000, 32: 800, 64: 800, 128: 600}
 SOME = ("json", "qa", "chat", "foreign")
 
 
-def simulate(kinds: Sequence[str], num_requests: int, floor: float = DEFAULT_SPEED_FLOOR, delay: int = 1) -> Result:
+def simulate(
+    kinds: Sequence[str], num_requests: int, floor: float = DEFAULT_SPEED_FLOOR, delay: int = 1, seed: int = 0
+) -> Result:
     controller = WidthController(measured_costs(), WIDTHS, floor=floor)
-    return Simulation(kinds, controller, delay=delay).run(num_requests, ROUNDS[num_requests])
+    return Simulation(kinds, controller, seed=seed, delay=delay).run(num_requests, ROUNDS[num_requests])
+
+
+def of_best_fixed(kinds: Sequence[str], num_requests: int, delay: int = 1) -> float:
+    """Without a floor. One run of a mix differs from another by a percent, by what is seen first."""
+    return fmean(simulate(kinds, num_requests, 0.0, delay, seed).of_best_fixed for seed in range(3))
 
 
 def kinds_and_sizes() -> list[object]:
@@ -58,7 +66,7 @@ def test_traffic_of_one_kind(kind: str, num_requests: int) -> None:
 @pytest.mark.parametrize("num_requests", ROUNDS)
 def test_mixed_traffic(num_requests: int) -> None:
     """With the floor, a batch of which some kinds gain nothing loses a little more."""
-    assert simulate(FAMILIES, num_requests, floor=0.0, delay=2).of_best_fixed >= LEAST
+    assert of_best_fixed(FAMILIES, num_requests, delay=2) >= LEAST
     result = simulate(FAMILIES, num_requests, delay=2)
     assert result.of_best_fixed >= LEAST_OF_A_MIX
     assert result.speedup >= LEAST
@@ -72,7 +80,7 @@ def test_a_tenth_of_foreign_schemas(num_requests: int) -> None:
     with_floor = simulate(WITH_FOREIGN, num_requests)
     assert with_floor.speedup >= LEAST
     assert min(with_floor.speeds.values()) >= 0.75
-    assert simulate(WITH_FOREIGN, num_requests, floor=0.0).of_best_fixed >= LEAST
+    assert of_best_fixed(WITH_FOREIGN, num_requests) >= LEAST
 
 
 @pytest.mark.parametrize("kind", ["json", "chat", "prose", "arithmetic"])
@@ -91,6 +99,20 @@ def test_the_width_follows_a_step_of_load(kind: str) -> None:
         right = {width for width in WIDTHS if speed[width] > 0.95 * max(speed.values())}
         settled = [width for width in widths[20:] if width]
         assert sum(width in right for width in settled) >= 0.95 * len(settled)
+
+
+@pytest.mark.parametrize("num_requests", [1, 8])
+def test_texts_that_draft_badly_do_not_narrow_the_rounds_of_others(num_requests: int) -> None:
+    """Rounds of 16 were JSON and tool calls, and those of 32 foreign schemas: that says nothing of these widths."""
+    ratios = []
+    for seed in range(4):
+        simulation = Simulation(("json", "tools"), WidthController(measured_costs(), WIDTHS), seed=seed)
+        simulation.run(32, 60)
+        simulation.take_over("foreign").run(num_requests, 600)
+        simulation.take_over("json", "tools")
+        simulation.result = Result()
+        ratios.append(simulation.run(num_requests, 100).of_best_fixed)
+    assert fmean(ratios) >= 0.985
 
 
 @pytest.mark.parametrize("held_up", [0.01, 0.05])
