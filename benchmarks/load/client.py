@@ -145,7 +145,7 @@ async def in_steps(side: Side, requests: Iterable[Request], steps: Sequence[tupl
 
 async def _prepare(session: aiohttp.ClientSession, side: Side) -> None:
     """The cache is empty, and a width that was written down is in force."""
-    async with session.post(f"{side.url}/flush_cache") as reply:
+    async with session.post(f"{side.url}/flush_cache?timeout=30") as reply:
         reply.raise_for_status()
     await _ask(session, side, Request("start", (5, 6), {"max_new_tokens": 4, "ignore_eos": True}))
 

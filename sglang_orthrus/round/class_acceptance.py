@@ -1,8 +1,9 @@
 """What new requests of a class are expected to be like, from the first rounds of others.
 
-Rounds of many requests at one width may have been texts that draft worse than those at another, so widths are never
-compared by the rounds that each had. Every round counts alike for all widths: for narrower ones by what it would have
-committed there, for wider ones by how much more drafts were accepted behind as many in rounds that were as wide.
+Texts that had one width may draft worse than those that had another. So widths are not compared by the rounds that each
+of them had: all rounds count for every width. For a narrower one, a round counts by what it would have committed there.
+For a wider one, it is continued as rounds of that width were: they say how many drafts are accepted there for each that
+was accepted before.
 
 Letters: C classes, N of them, K widths.
 """
@@ -42,8 +43,8 @@ class ClassAcceptance:
         self._counts = AcceptanceCounts(widths, num_classes)
         self.neutral = (1.0 - NEUTRAL_RATE**self._widths) / (1.0 - NEUTRAL_RATE)
         self.tokens = np.tile(self.neutral, (num_classes, 1))
-        # [C, K] drafts that were accepted behind each narrower width and within this one, and within the narrower one.
-        # A new class has them as it is expected to.
+        # [C, K] drafts that rounds of at least this width accepted in the step to it from the next narrower width,
+        # and in the step before. A new class has them as it is expected to.
         steps = np.diff(self.neutral, prepend=1.0) * NEUTRAL_ROUNDS
         self._further = np.tile(steps, (num_classes, 1))
         self._before = np.tile([0.0, *steps[:-1]], (num_classes, 1))
@@ -71,7 +72,7 @@ class ClassAcceptance:
         self._before[rows, 1 : column + 1] = self._before[rows, 1 : column + 1] * decay + steps[:, :-1]
 
     def _said(self, rows: IntArray, ratios: FloatArray) -> FloatArray:
-        """Tokens of a round of the last width, by the rounds at the middle one: [N, K, K]."""
+        """Tokens that a round of the last width commits, by the rounds at the middle one: [N, K, K]."""
         tokens = self._counts.tokens[rows]
         said = (tokens - 1.0) * ratios + 1.0
         growth = self._further[rows] / np.maximum(self._before[rows], TINY)
