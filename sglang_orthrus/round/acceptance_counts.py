@@ -141,3 +141,8 @@ class AcceptanceCounts:
         more = rate * (1.0 - rate**further) / (1.0 - rate)
         tokens[:, column + 1 :] = tokens[:, column, None] + counts[:, FULL, None] / seen * more
         return tokens
+
+
+def tokens_at_rate(rate: float, width: int) -> float:
+    """Tokens that a round commits if every draft is accepted at this rate."""
+    return (1.0 - rate**width) / (1.0 - rate)

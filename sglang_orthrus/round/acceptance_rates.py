@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
-from sglang_orthrus.round.acceptance_counts import SEEN, TINY, TOKENS, AcceptanceCounts, IntArray
+from sglang_orthrus.round.acceptance_counts import SEEN, TINY, TOKENS, AcceptanceCounts, IntArray, tokens_at_rate
 from sglang_orthrus.round.class_acceptance import ClassAcceptance
 from sglang_orthrus.round.costs import FloatArray
 from sglang_orthrus.round.text_ends import TextEnds
@@ -74,7 +74,7 @@ class AcceptanceRates:
         self._predicted = np.zeros_like(self._accepted)
         self._ratios = np.ones_like(self._accepted)
         # [K, rates]
-        self._tokens_at_rates = [[_geometric(rate, width) for rate in _RATES] for width in self.widths]
+        self._tokens_at_rates = [[tokens_at_rate(rate, width) for rate in _RATES] for width in self.widths]
         # Of the requests that were asked for last: mostly the next round has the same.
         self._asked: list[Hashable] | None = None
         self._asked_rows = np.zeros(0, np.int64)
@@ -221,8 +221,3 @@ class AcceptanceRates:
         self._ratios[:, :, column] = (self._accepted[:, :, column] + at_first) / (
             self._predicted[:, :, column] + at_first
         )
-
-
-def _geometric(rate: float, width: int) -> float:
-    """Tokens that a round commits if every draft is accepted at this rate."""
-    return (1.0 - rate**width) / (1.0 - rate)

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sglang_orthrus.round.acceptance_counts import NEUTRAL_RATE, SEEN, TINY, TOKENS, AcceptanceCounts, IntArray
+from sglang_orthrus.round.acceptance_counts import (
+    NEUTRAL_RATE,
+    SEEN,
+    TINY,
+    TOKENS,
+    AcceptanceCounts,
+    IntArray,
+    tokens_at_rate,
+)
 from sglang_orthrus.round.costs import FloatArray
 
 # The rounds of a class lose half of their weight in so many more of its rounds.
@@ -41,7 +49,7 @@ class ClassAcceptance:
     def __init__(self, widths: Sequence[int], num_classes: int) -> None:
         self._widths = np.array(widths, np.float64)
         self._counts = AcceptanceCounts(widths, num_classes)
-        self.neutral = (1.0 - NEUTRAL_RATE**self._widths) / (1.0 - NEUTRAL_RATE)
+        self.neutral = np.array([tokens_at_rate(NEUTRAL_RATE, width) for width in widths])
         self.tokens = np.tile(self.neutral, (num_classes, 1))
         # [C, K] drafts that rounds of at least this width accepted in the step to it from the next narrower width,
         # and in the step before. A new class has them as it is expected to.
