@@ -181,8 +181,7 @@ class Simulation:
     def take_over(self, *kinds: str) -> Simulation:
         """Requests end, and others are of these kinds."""
         self._kinds = kinds
-        while self._requests:
-            self._end(self._requests.pop())
+        self._fill(0)
         return self
 
     def _fill(self, num_requests: int) -> None:

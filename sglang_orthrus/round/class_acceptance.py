@@ -76,8 +76,8 @@ class ClassAcceptance:
     def _observe_growth(self, rows: IntArray, column: int, counts: FloatArray) -> None:
         decay = np.exp2(-counts[:, SEEN] / HALF_LIFE)[:, None]
         steps = np.diff(counts[:, TOKENS : TOKENS + column + 1], prepend=counts[:, SEEN, None])
-        self._further[rows, 1 : column + 1] = self._further[rows, 1 : column + 1] * decay + steps[:, 1:]
-        self._before[rows, 1 : column + 1] = self._before[rows, 1 : column + 1] * decay + steps[:, :-1]
+        for total, new in ((self._further, steps[:, 1:]), (self._before, steps[:, :-1])):
+            total[rows, 1 : column + 1] = total[rows, 1 : column + 1] * decay + new
 
     def _said(self, rows: IntArray, ratios: FloatArray) -> FloatArray:
         """Tokens that a round of the last width commits, by the rounds at the middle one: [N, K, K]."""
